@@ -1,0 +1,69 @@
+"""The network: Dense, ReLU and Dropout for each hidden width, then Dense to the logits.
+
+A layer's name decides its initial weights (Linen hashes the path into the key), so the names
+given here are part of every recorded number.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mlp_jax.config import Config
+
+N_PIXELS = 28 * 28
+
+
+class MLP(nn.Module):
+    """Fully connected classifier; glorot-uniform kernels and zero biases, as in Keras."""
+
+    hidden: tuple[int, ...]
+    dropout: float
+    n_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Logits [..., n_classes] of float32 pixels [..., 784]; `train` needs a "dropout" rng."""
+        for i, width in enumerate(self.hidden):
+            x = nn.relu(dense(width, f"hidden_{i}")(x))
+            x = nn.Dropout(self.dropout, name=f"dropout_{i}")(x, deterministic=not train)
+        return dense(self.n_classes, "output")(x)
+
+
+def dense(features: int, name: str) -> nn.Dense:
+    return nn.Dense(
+        features,
+        kernel_init=nn.initializers.glorot_uniform(),
+        bias_init=nn.initializers.zeros_init(),
+        name=name,
+    )
+
+
+def make_model(config: Config) -> MLP:
+    return MLP(config.hidden, config.dropout, config.n_classes)
+
+
+def describe(config: Config) -> str:
+    """A table of layers, output shapes and parameters, as it is printed before training."""
+    x = jax.ShapeDtypeStruct((1, N_PIXELS), jnp.float32)
+    variables = jax.eval_shape(
+        lambda key, x: make_model(config).init(key, x, train=False), jax.random.key(0), x
+    )
+    counts = {
+        layer: sum(math.prod(leaf.shape) for leaf in leaves.values())
+        for layer, leaves in variables["params"].items()
+    }
+    rows = [("layer", "output shape", "parameters")]
+    for i, width in enumerate(config.hidden):
+        rows += [(f"hidden_{i} (Dense, ReLU)", f"(batch, {width})", f"{counts[f'hidden_{i}']:,}")]
+        rows += [(f"dropout_{i} ({config.dropout:g})", f"(batch, {width})", "0")]
+    rows += [("output (Dense)", f"(batch, {config.n_classes})", f"{counts['output']:,}")]
+    total = sum(counts.values())
+    # 4 bytes a float32 parameter
+    rows += [("total", f"{total * 4 / 2**20:.2f} MB", f"{total:,}")]
+    return "\n".join(f"{layer:<26}{shape:<16}{count:>12}" for layer, shape, count in rows)
+
+
+def count_parameters(params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

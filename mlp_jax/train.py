@@ -1,0 +1,180 @@
+"""`python -m mlp_jax.train`: one run, seen epoch by epoch, and what it leaves behind."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mlp_jax import store
+from mlp_jax.config import (
+    RECIPES,
+    REFERENCES,
+    Config,
+    Diverged,
+    RecipeName,
+    UserError,
+    parse_args,
+    run_front,
+    stream_seeds,
+)
+
+DESCRIPTION = "Train an MLP on MNIST, or on another TFDS data set of 28x28x1 images."
+FILES = ("config.json", "metrics.jsonl", "summary.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    recipe: RecipeName
+    """Named settings; each can be changed by the flags below."""
+    seed: int = 0
+    """Decides the initial weights, the order of the examples and the dropout."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data; else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    manual_dir: Path | None = None
+    """Where the four IDX files lie, if they are not to be downloaded."""
+    out: Path | None = None
+    """Directory for the results; else a new one under runs/."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace the results in --out."""
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print nothing but the last line."""
+
+    @classmethod
+    def of(cls, recipe: RecipeName) -> "Args":
+        return cls(config=RECIPES[recipe], recipe=recipe)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train one run and leave FILES; raises UserError, or Diverged at a loss that is not finite."""
+    args = parse_args(Args, argv, prog="python -m mlp_jax.train", description=DESCRIPTION)
+    runs_seeds = [stream_seeds(args.seed)]
+    out = args.out or unused(Path("runs") / f"{args.recipe}-seed{args.seed}")
+    store.check_writable(out)
+    if out.exists() and any(out.iterdir()) and not args.overwrite:
+        raise UserError(f"{out} is not empty: name another --out, or add --overwrite")
+
+    # they take a second, and bad flags are answered without them
+    import jax
+
+    from mlp_jax.data import load_dataset
+    from mlp_jax.fit import EpochMetrics, check_fits, fit, make_runs
+    from mlp_jax.model import count_parameters, describe
+    from mlp_jax.parallel import Placement
+
+    say = (lambda *line: None) if args.quiet else functools.partial(print, flush=True)
+    dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
+    config = check_fits(args.config, dataset)
+    placement = Placement(tuple(jax.local_devices()[:1]), lanes=1)
+    environment = store.describe_environment(placement.devices)
+    n_test = len(dataset.test.labels)
+
+    store.make_directory(out)
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    store.write_json(
+        out / "config.json",
+        {
+            "recipe": args.recipe,
+            "seed": args.seed,
+            "config": dataclasses.asdict(config),
+            "fingerprint": dataset.fingerprint,
+            "environment": environment,
+        },
+    )
+    say(describe(config))
+    say(
+        f"\n{config.dataset}: {len(dataset.train.labels):,} training and {n_test:,} test images;"
+        f" training on {environment['device_kind']}, results in {out}\n"
+    )
+    say(" ".join(f"{name:>13}" for name in COLUMNS))
+    rows = []
+
+    def on_epoch(epoch: int, metrics: EpochMetrics, seconds: float) -> None:
+        row = {
+            "epoch": epoch,
+            "train_loss": float(metrics.train_loss[0]),
+            "test_loss": float(metrics.test_loss[0]),
+            "test_correct": int(metrics.test_correct[0]),
+            "test_accuracy": int(metrics.test_correct[0]) / n_test,
+            "seconds": seconds,
+        }
+        rows.append(row)
+        store.write_json_lines(out / "metrics.jsonl", rows)
+        say(table_line(row, rows, config.epochs))
+        if not (math.isfinite(row["train_loss"]) and math.isfinite(row["test_loss"])):
+            raise Diverged(
+                f"the loss is not finite after epoch {epoch} (training {row['train_loss']},"
+                f" test {row['test_loss']}); the epochs so far stay in {out}"
+            )
+
+    result = fit(
+        config,
+        dataset,
+        make_runs(runs_seeds, [config.learning_rate]),
+        placement=placement,
+        on_epoch=on_epoch,
+    )
+    last = rows[-1]
+    store.write_json(
+        out / "summary.json",
+        {
+            "recipe": args.recipe,
+            "seed": args.seed,
+            "epochs": config.epochs,
+            "n_test": n_test,
+            "test_correct": last["test_correct"],
+            "test_accuracy": last["test_accuracy"],
+            "train_seconds": result.train_seconds,
+            "compile_seconds": result.compile_seconds,
+            "parameters": count_parameters(result.params),
+        },
+    )
+    say()
+    print(verdict(args.recipe, config, last["test_correct"], n_test))
+
+
+def unused(directory: Path) -> Path:
+    """`directory`, or the first of directory-2, directory-3, ... that does not exist."""
+    candidates = itertools.chain(
+        [directory], (directory.with_name(f"{directory.name}-{i}") for i in itertools.count(2))
+    )
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+COLUMNS = ("epoch", "train loss", "test loss", "test accuracy", "seconds", "left")
+
+
+def table_line(row: dict, rows: list[dict], epochs: int) -> str:
+    """A line under COLUMNS; the time left is that of median epochs."""
+    left = (epochs - row["epoch"]) * statistics.median(row["seconds"] for row in rows)
+    cells = (
+        f"{row['epoch']} / {epochs}",
+        f"{row['train_loss']:.4f}",
+        f"{row['test_loss']:.4f}",
+        f"{row['test_accuracy']:.2%}",
+        f"{row['seconds']:.2f}",
+        f"{int(left) // 60}:{int(left) % 60:02d}",
+    )
+    return " ".join(f"{cell:>13}" for cell in cells)
+
+
+def verdict(recipe: str, config: Config, correct: int, n_test: int) -> str:
+    """The result as a count, and beside the recipe's reference where the settings are its own."""
+    line = f"test accuracy {correct} / {n_test} = {correct / n_test:.2%}"
+    if recipe not in REFERENCES:
+        return line
+    if config != RECIPES[recipe]:
+        return f"{line} (settings changed from {recipe}, so not comparable with its reference)"
+    reference, source = REFERENCES[recipe]
+    points = (correct / n_test - reference / 10_000) * 100
+    return f"{line}; {source} reports {reference / 10_000:.2%} ({points:+.2f} points)"
+
+
+if __name__ == "__main__":
+    run_front(main)

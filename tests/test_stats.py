@@ -1,0 +1,412 @@
+"""The estimators against arithmetic done by hand, scipy, and the properties they must have.
+
+Every Monte Carlo draw is seeded; its tolerance is four or more of its own standard errors.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mlp_jax import stats
+
+LABELS = np.array([0, 1, 2, 0])
+PREDICTIONS = np.array([[0, 1, 2, 0], [0, 1, 2, 1], [1, 1, 2, 1]], np.uint8)  # correct: 4, 3, 2
+
+# No deadline: a busy machine is no failure.
+repeatable = settings(derandomize=True, deadline=None)
+tables = hnp.arrays(
+    np.uint8, st.tuples(st.integers(3, 12), st.integers(2, 9)), elements=st.integers(0, 2)
+)
+
+
+def count(predictions, labels=None, k=3):
+    labels = np.zeros(predictions.shape[1], int) if labels is None else labels
+    return stats.count_predictions([predictions], labels, n_classes=k)
+
+
+def distribution_sd(predictions, **kwargs):
+    counts = count(predictions)
+    return stats.distribution_sd(counts, stats.error_overlaps([predictions], counts), **kwargs)
+
+
+def test_mean_and_sd_goldens():
+    # mean 2, sd 1; t(.975, 2 df) = 4.302653, half width 4.302653 / sqrt(3) = 2.484138
+    np.testing.assert_allclose(stats.mean_interval([1, 2, 3]), (2, -0.484138, 4.484138), atol=1e-6)
+    # chi-square with 2 df has quantile -2 ln(1 - p): sd sqrt(2 / (-2 ln .025)) and so on
+    want = (1, 1 / math.sqrt(-math.log(0.025)), 1 / math.sqrt(-math.log(0.975)))
+    np.testing.assert_allclose(stats.sd_interval([1, 2, 3]), want)
+
+
+def test_mean_interval_is_scipys():
+    x = np.random.default_rng(0).normal(size=17)
+    want = scipy.stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    np.testing.assert_allclose(stats.mean_interval(x)[1:], want)
+
+
+def test_interquartile_mean_goldens():
+    # the middle half of 1..8 is 3, 4, 5, 6; of five values one is cut from either end
+    assert stats.interquartile_mean(range(1, 9)).estimate == 4.5
+    assert stats.interquartile_mean([100, 3, 2, 1, 0]).estimate == 2
+    # of two values nothing is cut, and a quarter of the resamples is (0, 0), another (1, 1)
+    assert stats.interquartile_mean([0, 1]) == (0.5, 0, 1)
+
+
+@pytest.mark.parametrize("decimals", [6, 1])  # without ties and with many
+def test_interquartile_mean_is_scipys_bootstrap(decimals):
+    x = (np.random.default_rng(1).normal(size=24) ** 5).round(
+        decimals
+    )  # tails that a cut must drop
+    got = stats.interquartile_mean(x)
+    want = scipy.stats.bootstrap(
+        (x,),
+        lambda v, axis: scipy.stats.trim_mean(v, 0.25, axis=axis),
+        n_resamples=20_000,
+        method="percentile",
+        rng=np.random.default_rng(2),
+    ).confidence_interval
+    assert got.estimate == scipy.stats.trim_mean(x, 0.25)
+    # an end's Monte Carlo error is sqrt(.025 x .975 / 20,000) / .0584 = .019 SD, .5 % of the width
+    np.testing.assert_allclose(got[1:], want, atol=0.03 * (want.high - want.low))
+
+
+def test_bootstrap_blocks_do_not_change_its_size(monkeypatch):
+    x = np.arange(20.0)
+    whole = stats.interquartile_mean(x, n_resamples=5_000)
+    monkeypatch.setattr(stats, "BLOCK", 7)
+    assert stats.interquartile_mean(x, n_resamples=5_000) == whole
+    blocked = distribution_sd(PREDICTIONS, n_resamples=500)
+    monkeypatch.undo()
+    assert distribution_sd(PREDICTIONS, n_resamples=500) == blocked
+
+
+@pytest.mark.parametrize(
+    "bootstrap",
+    [
+        lambda **kw: stats.interquartile_mean(np.arange(40.0) ** 2, n_resamples=300, **kw),
+        lambda **kw: stats.summarize(np.arange(9.0) ** 2 / 7, **kw).iqm,
+        lambda **kw: distribution_sd(bernoulli(0, 30, 50), n_resamples=300, **kw),
+        lambda **kw: stats.paired_improvement(
+            np.arange(101.0), np.full(101, 40.0), n_resamples=11, **kw
+        ),
+    ],
+)
+def test_bootstrap_honours_its_seed(bootstrap):
+    assert bootstrap(rng=3) == bootstrap(rng=3) == bootstrap(rng=np.random.default_rng(3))
+    assert bootstrap(rng=3) != bootstrap(rng=4)
+    generator = np.random.default_rng(3)
+    assert bootstrap(rng=generator) != bootstrap(rng=generator)
+
+
+def test_summary():
+    x = [0.5, 0.25, 0.75, 1.0]
+    got = stats.summarize(x)
+    assert (got.runs, got.min, got.max) == (4, 0.25, 1.0)
+    assert (got.mean, got.sd) == (stats.mean_interval(x), stats.sd_interval(x))
+    assert got.iqm == stats.interquartile_mean(x)
+
+
+def test_binomial_sd():
+    assert stats.binomial_sd(0.5, 25) == 0.1  # sqrt(.25 / 25)
+
+
+@pytest.mark.parametrize(("interval", "truth"), [(stats.mean_interval, 0), (stats.sd_interval, 1)])
+def test_normal_intervals_cover(interval, truth):
+    samples = np.random.default_rng(5).normal(size=(1500, 8))
+    ends = np.array([interval(x)[1:] for x in samples])
+    covered = np.mean((ends[:, 0] <= truth) & (truth <= ends[:, 1]))
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 1500)  # .0225
+
+
+def test_counts_goldens():
+    counts = count(PREDICTIONS, LABELS)
+    assert counts.runs == 3
+    assert counts.classes.tolist() == [[2, 1, 0], [0, 3, 0], [0, 0, 3], [1, 2, 0]]
+    assert counts.correct_even.tolist() == [2, 2, 1]  # images 0 and 2
+    assert counts.correct_odd.tolist() == [2, 1, 1]
+    assert counts.correct.tolist() == [4, 3, 2]
+    assert counts.errors.tolist() == [1, 0, 0, 2]
+    # run 1 errs on image 3 (2 runs do), run 2 on images 0 and 3 (1 + 2)
+    assert stats.error_overlaps([PREDICTIONS], counts).tolist() == [0, 2, 3]
+
+
+def test_variance_parts_goldens():
+    parts = stats.variance_parts(count(PREDICTIONS, LABELS))
+    # totals 4, 3, 2 have variance 1, over 4^2; sum e (3 - e) = 2 + 2, over 3 x 2 x 4^2;
+    # 4/3 (1/16 - 1/24) = 1/36; halves 2,2,1 and 2,1,1 have covariance 1/6, over 2 x 2
+    np.testing.assert_allclose(parts, (1 / 16, 1 / 24, 1 / 36, 1 / 24))
+
+
+@repeatable
+@given(tables)
+def test_distribution_variance_is_mean_off_diagonal_covariance(predictions):
+    covariance = np.cov((predictions != 0).T.astype(float))
+    n = len(covariance)
+    parts = stats.variance_parts(count(predictions))
+    off = covariance.sum() - covariance.trace()
+    assert parts.distribution == pytest.approx(off / (n * (n - 1)), abs=1e-12)
+    assert parts.test == pytest.approx(covariance.mean(), abs=1e-12)
+    assert parts.independent == pytest.approx(covariance.trace() / n**2, abs=1e-12)
+    assert parts.halves == pytest.approx(covariance[::2, 1::2].mean(), abs=1e-12)
+
+
+@repeatable
+@given(tables, st.lists(st.integers(0, 12), max_size=4))
+def test_blocks_equal_all_at_once(predictions, cuts):
+    labels = np.arange(predictions.shape[1]) % 3
+    blocks = np.split(predictions, np.sort(np.minimum(cuts, len(predictions))).astype(int))
+    whole, streamed = (
+        stats.count_predictions(iter(b), labels, n_classes=3) for b in ([predictions], blocks)
+    )
+    for a, b in zip(whole, streamed, strict=True):
+        np.testing.assert_array_equal(a, b)
+    overlaps = stats.error_overlaps([predictions], whole)
+    np.testing.assert_array_equal(overlaps, stats.error_overlaps(blocks, whole))
+    errors = (predictions != labels).astype(int)
+    np.testing.assert_array_equal(overlaps, (errors @ errors.T).sum(axis=1))
+
+
+def test_identical_runs_vary_by_nothing():
+    # 600 runs: more than a uint8 counter holds, in one block
+    predictions = np.tile(np.array([0, 1, 2, 1, 0], np.uint8), (600, 1))
+    counts = count(predictions)
+    assert counts.classes.max() == 600
+    assert stats.variance_parts(counts) == (0, 0, 0, 0)
+    assert distribution_sd(predictions, n_resamples=50) == (0, 0, 0)
+    assert stats.predicted_sd(counts).label_free == 0
+    assert stats.disagreement(counts).disagreement == 0
+
+
+def bernoulli(rng, runs, n, shift=0.0):
+    """Predictions 0 (right) or 1 with an error rate of its own for every image."""
+    rng = np.random.default_rng(rng)
+    rate = np.linspace(0.05, 0.65, n)
+    shifts = shift * rng.choice([-1, 1], size=(runs, 1))
+    return (rng.random((runs, n)) < rate + shifts).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shift", [0, 0.05])
+def test_distribution_variance_is_unbiased(shift):
+    # independent errors: E = 0; a shift of +/- .05 common to a run's errors: E = Var(p_r) = .05^2
+    rng = np.random.default_rng(6)
+    draws = np.array(
+        [stats.variance_parts(count(bernoulli(rng, 20, 60, shift))) for _ in range(600)]
+    )
+    error = draws.std(axis=0, ddof=1) / math.sqrt(600)
+    assert error[2:].max() < 0.0025 / 10  # sharp enough to tell the two cases apart
+    np.testing.assert_array_less(np.abs(draws.mean(axis=0) - shift**2)[2:], 4 * error[2:])
+
+
+def test_signed_sqrt():
+    assert stats.signed_sqrt([-4, 0, 9]).tolist() == [-2, 0, 3]
+
+
+def test_distribution_sd_golden():
+    # One of three runs errs, on image 0: T = g = (0, 0, 1), e = (1, 0), h = 3 T - 2 g = (0, 0, 1);
+    # V_test = V_ind = 1/12. A resample with that run k times has n^2 V_test = k (3 - k) / 6 and
+    # n^2 V_ind = (2 + (k - 1) - 2/3) / 6, the 2/3 for sum delta^2, hence, over n (n - 1) = 2,
+    # s2 = (2k - k^2 - 1/3) / 12: 2/36 at k = 1 (chance 12/27), -10/36 at k = 3 (1/27), else -1/36
+    got = distribution_sd(np.array([[0, 0], [0, 0], [1, 0]], np.uint8))
+    np.testing.assert_allclose(got, (0, -math.sqrt(10 / 36), math.sqrt(2 / 36)), atol=1e-7)
+
+
+@pytest.mark.parametrize("shift", [0, 0.05])
+def test_distribution_sd_is_the_gram_bootstrap(shift):
+    predictions = bernoulli(7, 50, 400, shift)
+    runs, n = predictions.shape
+    drawn = np.random.default_rng(8).integers(runs, size=(4000, runs))
+    weights = np.stack([np.bincount(row, minlength=runs) for row in drawn]).astype(float)
+    errors = predictions.astype(float)
+    seen = weights @ errors
+    test = ((weights @ errors.sum(1) ** 2) - seen.sum(1) ** 2 / runs) / (runs - 1)
+    independent = (seen * (runs - seen)).sum(1) / (runs * (runs - 1))
+    exact = np.quantile((test - independent) / (n * (n - 1)), [0.025, 0.975])
+    got = np.array(distribution_sd(predictions, n_resamples=4000, rng=8)[1:])
+    # the same resamples: what differs is sum delta^2 held at its mean, under 1 % of the width
+    np.testing.assert_allclose(np.sign(got) * got**2, exact, atol=0.01 * np.ptp(exact))
+
+
+def test_distribution_sd_covers():
+    rng, covered = np.random.default_rng(9), 0
+    for _ in range(200):
+        got = distribution_sd(bernoulli(rng, 100, 100, 0.05), n_resamples=400, rng=rng)
+        covered += got.low <= 0.05 <= got.high
+    # a percentile bootstrap of a variance covers about .92 at 100 runs; 4 standard errors = .08
+    assert 0.84 < covered / 200 < 0.995
+
+
+def test_predicted_sd_goldens():
+    # err 3/12; sum n_ic (n_ic - 1) (3 - n_ic) = 2 (image 0) + 2 (image 3), over 3 x 2 x 1, 4^2
+    want = np.sqrt([1 / 4 / 8, 1 / 4 / 12, 4 / 6 / 16])
+    np.testing.assert_allclose(stats.predicted_sd(count(PREDICTIONS, LABELS)), want)
+
+
+def one_image(votes, label=0):
+    runs = np.zeros(sum(votes), int)
+    return stats.PredictionCounts(np.array([label]), np.array([votes]), runs, runs)
+
+
+@pytest.mark.parametrize("q", [0.1, 0.5, 0.8])
+def test_label_free_variance_is_unbiased_at_few_runs(q):
+    # over all outcomes of 5 runs, weighed: q^2 (1 - q) + (1 - q)^2 q = q (1 - q), with no tolerance
+    votes = [(m, 5 - m) for m in range(6)]
+    variance = [stats.predicted_sd(one_image(v)).label_free ** 2 for v in votes]
+    mean = np.dot(scipy.stats.binom.pmf(np.arange(6), 5, q), variance)
+    assert mean == pytest.approx(q * (1 - q))
+    # as Jordan's Eq. 6 has it: calibrated labels err at 2 q (1 - q), and V = err / (2n)
+    label_shares = [q, 1 - q]
+    binary = [
+        np.dot(label_shares, [stats.predicted_sd(one_image(v, c)).binary ** 2 for c in (0, 1)])
+        for v in votes
+    ]
+    assert np.dot(scipy.stats.binom.pmf(np.arange(6), 5, q), binary) == pytest.approx(mean)
+
+
+def test_k_class_bound_is_tight_for_even_votes():
+    # q = 1/3 thrice: 3 (1/9) (2/3) = 2/9, and err / (n k) = (2/3) / 3
+    even, uneven = (stats.predicted_sd(one_image(v)) for v in ([4000] * 3, [6000, 4000, 2000]))
+    assert even.k_class**2 == pytest.approx(2 / 9)
+    assert even.label_free**2 == pytest.approx(2 / 9, rel=1e-3)
+    # q = 1/2, 1/3, 1/6: 1/8 + 2/27 + 5/216 = 2/9 above (1 - 14/36) / 3 = 11/54
+    assert uneven.label_free**2 == pytest.approx(2 / 9, rel=1e-3)
+    assert uneven.label_free**2 > 11 / 54
+
+
+def test_disagreement_goldens():
+    # agreeing ordered pairs 2 + 6 + 6 + 2 of 4 x 6; errors 3 of 12; gaps at q = 1/3: -1/3 + 2/3,
+    # at q = 2/3: 1/3 - 2/3, at q = 0 and 1: 0, so (1/3 + 1/3) / 4
+    got = stats.disagreement(count(PREDICTIONS, LABELS))
+    np.testing.assert_allclose(got, (1 / 3, 1 / 4, 1 / 6))
+    # q = .95 and 1 share the last of ten bins: gaps +.05 - 1 there and -.05 + 1 in the first
+    runs = np.zeros(20, int)
+    shared = stats.PredictionCounts(np.array([0, 1]), np.array([[19, 1], [20, 0]]), runs, runs)
+    assert stats.disagreement(shared).calibration_error == pytest.approx((0.95 + 0.95) / 2)
+
+
+@repeatable
+@given(tables)
+def test_disagreement_of_all_pairs_and_its_bound(predictions):
+    labels = np.arange(predictions.shape[1]) % 3
+    runs = len(predictions)
+    got = stats.disagreement(count(predictions, labels), bins=runs + 1)  # a bin for every q
+    pairs = [(a != b).mean() for i, a in enumerate(predictions) for b in predictions[:i]]
+    assert got.disagreement == pytest.approx(np.mean(pairs))
+    assert got.error == pytest.approx((predictions != labels).mean())
+    # Jiang's bound is on pairs drawn with replacement
+    gap = abs(got.disagreement * (runs - 1) / runs - got.error)
+    assert gap <= got.calibration_error + 1e-12
+
+
+def test_ensemble_correct():
+    assert stats.ensemble_correct(count(PREDICTIONS, LABELS)) == 3  # image 3 is outvoted 2 to 1
+    tie = np.array([[1, 2], [0, 1]], np.uint8)  # votes go to 0 and to 1
+    assert stats.ensemble_correct(count(tie, np.array([0, 2]))) == 1
+
+
+def test_probability_of_improvement():
+    # (1, 1) ties, (1, 0), (2, 1) and (2, 0) are won: 3.5 / 4
+    assert stats.probability_of_improvement([1, 2], [1, 0]) == 0.875
+    rng = np.random.default_rng(10)
+    a, b = rng.integers(0, 9, 40), rng.integers(2, 11, 30)
+    want = scipy.stats.mannwhitneyu(a, b).statistic / (40 * 30)
+    assert stats.probability_of_improvement(a, b) == pytest.approx(want)
+    assert stats.probability_of_improvement(b, a) == pytest.approx(1 - want)
+
+
+def test_paired_improvement_goldens():
+    # two wins and a tie: 2.5 / 3; all ties (.5) have chance 1/27 > .025, all wins 8/27: [.5, 1]
+    got = stats.paired_improvement([2, 2, 1], [1, 1, 1])
+    np.testing.assert_allclose(got.probability, (5 / 6, 0.5, 1))
+    assert (got.significant, got.meaningful) == (False, True)  # .5 itself does not pass
+    assert stats.paired_improvement([2] * 9, [1] * 9) == ((1, 1, 1), True, True)
+    # 600 of 1,000: SD sqrt(.24 / 1000) = .0155, so .6 +/- .030: seen, but small
+    many = stats.paired_improvement(np.arange(1000) < 600, np.full(1000, 0.5))
+    np.testing.assert_allclose(many.probability, (0.6, 0.5696, 0.6304), atol=0.002)
+    assert (many.significant, many.meaningful) == (True, False)
+
+
+def test_seeds_needed():
+    # (1.959964 x .06 / .01)^2 = 138.3; 1 + 3.841459 / (2 x .05^2) = 769.3
+    assert stats.seeds_for_mean(0.06, 0.01) == 139
+    assert stats.seeds_for_sd(0.05) == 770
+    assert (stats.seeds_for_mean(0.06, 10), stats.seeds_for_sd(10)) == (2, 2)
+    # what they promise: the t and chi-square intervals then found are as wide as asked
+    assert scipy.stats.t.ppf(0.975, 138) * 0.06 / math.sqrt(139) == pytest.approx(0.01, rel=0.01)
+    x = scipy.stats.norm.ppf((np.arange(770) + 0.5) / 770)
+    got = stats.sd_interval(x)
+    assert (got.high - got.low) / (2 * got.estimate) == pytest.approx(0.05, rel=0.01)
+
+
+def test_locate_goldens():
+    got = stats.locate(2, [1, 2, 3, 4])
+    # one below and one tied: 1.5 / 4; Beta(2, 3) has distribution function 6x^2 - 8x^3 + 3x^4
+    assert got.share_below.estimate == 0.375
+    ends = np.array(got.share_below[1:])
+    np.testing.assert_allclose(6 * ends**2 - 8 * ends**3 + 3 * ends**4, [0.025, 0.975])
+    assert got.z == pytest.approx(-0.5 / math.sqrt(5 / 3))
+    below, above = stats.locate(0, [1, 2, 3, 4]), stats.locate(5, [1, 2, 3, 4])
+    assert below.share_below[:2] == (0, 0)
+    assert above.share_below.estimate == above.share_below.high == 1
+    assert above.share_below.low == pytest.approx(1 - below.share_below.high)
+    assert math.isnan(stats.locate(1, [1, 1]).z)
+    assert stats.locate(0.9726, np.array([9725, 9726]) / 10000).share_below.estimate == 0.75
+
+
+def test_locate_covers():
+    # exactly, by summing over all outcomes of 40 runs; Jeffreys is near 95 % on average over p
+    runs = np.arange(40)
+    intervals = np.array([stats.locate(k - 0.5, runs).share_below[1:] for k in range(41)])
+    p = np.linspace(0.02, 0.98, 97)[:, None]
+    inside = (intervals[:, 0] <= p) & (p <= intervals[:, 1])
+    covered = (scipy.stats.binom.pmf(np.arange(41), 40, p) * inside).sum(axis=1)
+    assert covered.mean() == pytest.approx(0.95, abs=0.01)
+    assert covered.min() > 0.88
+
+
+def test_variance_ratio():
+    # variances 2 and 1/2; F with 1 and 1 df has quantile tan^2(pi p / 2), and 1/F its mirror
+    f = math.tan(math.pi * 0.975 / 2) ** 2
+    np.testing.assert_allclose(stats.variance_ratio([0, 2], [0, 1]), (4, 4 / f, 4 * f))
+    # variances 1 and 5; F with 2 and 4 df has quantile 2 ((1 - p)^(-1/2) - 1)
+    f = 2 * (np.array([0.025, 0.975]) ** -0.5 - 1)
+    np.testing.assert_allclose(stats.variance_ratio([0, 1, 2], [0, 0, 0, 0, 5])[1:], 0.2 / f)
+    rng, covered = np.random.default_rng(11), 0
+    for _ in range(1000):
+        got = stats.variance_ratio(rng.normal(0, 3, 12), rng.normal(0, 2, 7))
+        covered += got.low <= 9 / 4 <= got.high
+    assert abs(covered / 1000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 1000)
+
+
+@repeatable
+@given(hnp.arrays(float, st.integers(2, 30), elements=st.integers(9600, 9800).map(float)))
+def test_intervals_hold_their_estimates(x):
+    for got in (stats.mean_interval(x), stats.sd_interval(x), stats.locate(9700, x).share_below):
+        assert got.low <= got.estimate <= got.high
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stats.mean_interval([1.0]), "two or more"),
+        (lambda: stats.sd_interval([1.0, math.nan]), "finite"),
+        (lambda: stats.interquartile_mean([[1.0, 2.0]]), "one dimension"),
+        (lambda: count(np.array([[0, 3]], np.uint8)), "outside 0..2"),
+        (lambda: count(np.array([[0, -1]])), "outside 0..2"),
+        (lambda: count(np.array([[0.0, 1.0]])), "need integers"),
+        (lambda: count(PREDICTIONS, LABELS[:3]), "need integers"),
+        (lambda: stats.variance_parts(count(PREDICTIONS[:1])), "two runs"),
+        (lambda: stats.disagreement(count(PREDICTIONS[:1])), "two runs"),
+        (lambda: stats.predicted_sd(count(PREDICTIONS[:2])), "three runs"),
+        (lambda: stats.distribution_sd(count(PREDICTIONS), np.zeros(3, int)), "other blocks"),
+        (lambda: stats.distribution_sd(count(PREDICTIONS), np.zeros(2, int)), "other blocks"),
+        (lambda: stats.paired_improvement([1, 2], [1, 2, 3]), "equal lengths"),
+        (lambda: stats.variance_ratio([1, 2], [3, 3]), "all equal"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -53,8 +53,8 @@ def load_dataset(
     dataset = _read_cache(directory) if directory else None
     if dataset is None:
         builder = sources.prepare(name, data_dir, manual_dir, quiet)
-        directory = Path(builder.data_dir)
-        dataset = _read_cache(directory)
+        if directory is None:
+            dataset = _read_cache(directory := Path(builder.data_dir))
         if dataset is None:
             dataset = _decode(builder, quiet)
             _write_cache(directory, dataset)
@@ -113,7 +113,7 @@ def _read_cache(directory: Path) -> Dataset | None:
     """The cached data set, or None; a damaged file is announced and set aside."""
     path = directory / CACHE
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             train, test = (
                 Split(stored[f"{split}_images"], stored[f"{split}_labels"])
                 for split in ("train", "test")

@@ -15,8 +15,8 @@ import numpy as np
 
 from mlp_jax.config import STREAMS, Config, UserError
 from mlp_jax.data import Dataset, Split
-from mlp_jax.parallel import Placement, map_runs, replicate, shard
 from mlp_jax.model import N_PIXELS
+from mlp_jax.parallel import Placement, from_groups, map_runs, replicate, to_groups
 from mlp_jax.step import EVAL_BATCH, evaluate, init_state, run_keys, train_epoch
 
 
@@ -67,33 +67,31 @@ def fit(
 ) -> FitResult:
     """Train `runs` for `config.epochs` epochs, scoring the test set after each.
 
-    `size` is the number of runs to compile for, a multiple of the devices; fewer runs are padded
-    with copies of the last, whose results are dropped. The learning rate is taken from `runs`,
-    not from `config`. `on_epoch(epoch, metrics, seconds)` is called after each, counted from 1;
-    what it raises ends the training.
+    `size` is the number of runs to compile for, where fleets of several sizes share a program.
+    The learning rate is taken from `runs`, not from `config`. `on_epoch(epoch, metrics, seconds)`
+    is called after each epoch, counted from 1; what it raises ends the training.
     """
     n_runs = len(runs.learning_rate)
-    padding = (size or n_runs) - n_runs
-    fleet = Runs(*(np.concatenate([leaf, np.repeat(leaf[-1:], padding, 0)]) for leaf in runs))
+    n_groups = -(-n_runs // placement.width)
+    fleet = to_groups(runs, max(n_groups, -(-(size or 0) // placement.width)), placement)
     data = replicate((dataset.train, dataset.test), placement)
     programs = compile_programs(static(config), placement, abstract(fleet), abstract(data))
 
-    fleet = shard(fleet, placement)
-    state = programs.init(fleet, ())
+    state = programs.init(np.int32(n_groups), fleet, ())
     history, train_seconds = [], 0.0
     for epoch in range(config.epochs):
         start = time.perf_counter()
-        state, metrics, predictions = programs.epoch(state, fleet, (*data, np.int32(epoch)))
-        # taking the numbers to the host waits for the epoch
-        metrics = EpochMetrics(*(np.asarray(leaf)[:n_runs] for leaf in metrics))
+        shared = (*data, np.int32(epoch))
+        state, metrics, predictions = programs.epoch(np.int32(n_groups), state, fleet, shared)
+        metrics = from_groups(metrics, n_runs)  # waits for the epoch
         seconds = time.perf_counter() - start
         train_seconds += seconds
         history.append(metrics)
         on_epoch(epoch + 1, metrics, seconds)
     return FitResult(
-        params=jax.tree.map(lambda leaf: leaf[:n_runs], state.params),
-        history=EpochMetrics(*(np.stack(leaves, axis=1) for leaves in zip(*history))),
-        predictions=np.asarray(predictions)[:n_runs],
+        params=from_groups(state.params, n_runs),
+        history=EpochMetrics(*(np.stack(leaves, axis=1) for leaves in zip(*history, strict=True))),
+        predictions=from_groups(predictions, n_runs),
         train_seconds=train_seconds,
         compile_seconds=programs.seconds,
     )
@@ -105,8 +103,12 @@ def static(config: Config) -> Config:
 
 
 def abstract(tree):
-    """Shapes and dtypes of a tuple of arrays, nested and hashable."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    """What a compiled program knows of a nested tuple of arrays; hashable."""
+
+    def describe(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(describe, tree)
 
 
 @functools.lru_cache(maxsize=8)
@@ -125,12 +127,11 @@ def compile_programs(
         means = EpochMetrics(metrics.loss, result.loss, result.correct)
         return state, means, result.predictions
 
+    count = jax.ShapeDtypeStruct((), np.int32)
     start = time.perf_counter()
-    compiled_init = jax.jit(map_runs(init, placement)).lower(fleet, ()).compile()
-    shared = (*data, jax.ShapeDtypeStruct((), np.int32))
-    state = compiled_init.out_info
-    mapped = jax.jit(map_runs(epoch, placement), donate_argnums=0)
-    compiled_epoch = mapped.lower(state, fleet, shared).compile()
+    compiled_init = jax.jit(map_runs(init, placement)).lower(count, fleet, ()).compile()
+    mapped = jax.jit(map_runs(epoch, placement), donate_argnums=1)
+    compiled_epoch = mapped.lower(count, compiled_init.out_info, fleet, (*data, count)).compile()
     return Programs(compiled_init, compiled_epoch, time.perf_counter() - start)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -19,8 +20,12 @@ from mlp_jax.config import UserError
 
 RUNS = "runs"
 
+MIN_GROUPS = 2
+"""Room that a fleet has at least: an axis of one would be simplified away, and the program with
+it; see `map_runs`."""
+
 MAX_AUTO_LANES = 256
-"""Past some hundred lanes the traffic of the weights sets the speed, and more lanes gain nothing."""
+"""Past some hundred lanes the traffic of the weights sets the speed: more gain nothing."""
 
 
 class Placement(NamedTuple):
@@ -69,25 +74,41 @@ def place(n_runs: int, run_bytes: int, *, devices: int | None, lanes: int | None
 
 
 def map_runs(fn: Callable, placement: Placement) -> Callable:
-    """Lift `fn(*run, shared)` to arguments whose leaves have a leading axis of runs.
+    """Lift `fn(*run, shared)` to a fleet: `lifted(n_groups, *runs, shared)`.
 
-    That axis must be a multiple of the number of devices, and the results carry it too; `shared`
-    is the same for all runs and held once a device. Pure: the caller jits.
+    The leaves of `runs`, and of the results, are [groups, width, ...]: a group trains at the same
+    time, and group follows group. Only the first `n_groups` are trained, the rest of the results
+    is 0. `shared` is the same for all runs and held once a device. Pure: the caller jits.
     """
 
-    def one_device(runs, shared):
-        lanes = None if placement.lanes == 1 else placement.lanes
-        return lax.map(lambda run: fn(*run, shared), runs, batch_size=lanes)
+    def one_device(n_groups, runs, shared):
+        def train_group(i, results):
+            group = jax.tree.map(lambda leaf: leaf[i], runs)
+            return jax.tree.map(lambda all, one: all.at[i].set(one), results, lane(*group))
+
+        def lane(*run):
+            if placement.lanes > 1:
+                return jax.vmap(lambda *run: fn(*run, shared))(*run)
+            # not a vmap over one: that would be another program, with other roundings
+            result = fn(*jax.tree.map(lambda leaf: leaf[0], run), shared)
+            return jax.tree.map(lambda leaf: leaf[None], result)
+
+        shapes = jax.eval_shape(lane, *jax.tree.map(lambda leaf: leaf[0], runs))
+        n_rows = jax.tree.leaves(runs)[0].shape[0]
+        results = jax.tree.map(lambda leaf: jnp.zeros((n_rows, *leaf.shape), leaf.dtype), shapes)
+        # A count that is known only when it runs (and MIN_GROUPS): XLA would inline a loop of one,
+        # fuse it differently, and a run alone would differ from the same run in a sweep.
+        return lax.fori_loop(0, n_groups, train_group, results)
 
     sharded = jax.shard_map(
         one_device,
         mesh=placement.mesh,
-        in_specs=(P(RUNS), P()),
-        out_specs=P(RUNS),
+        in_specs=(P(), P(None, RUNS), P()),
+        out_specs=P(None, RUNS),
         # the scans inside start from constants, which the check takes for replicated values
         check_vma=False,
     )
-    return lambda *args: sharded(args[:-1], args[-1])
+    return lambda n_groups, *args: sharded(n_groups, args[:-1], args[-1])
 
 
 def replicate(tree, placement: Placement):
@@ -95,6 +116,24 @@ def replicate(tree, placement: Placement):
     return jax.device_put(tree, NamedSharding(placement.mesh, P()))
 
 
-def shard(tree, placement: Placement):
-    """The arrays of `tree`, their leading axis divided over the devices of the placement."""
-    return jax.device_put(tree, NamedSharding(placement.mesh, P(RUNS)))
+def to_groups(tree, n_groups: int, placement: Placement):
+    """Arrays [runs, ...] as [groups, width, ...] on the devices; what is short is zeros."""
+    n_groups = max(n_groups, MIN_GROUPS)
+
+    def group(leaf):
+        padding = n_groups * placement.width - len(leaf)
+        leaf = np.concatenate([leaf, np.zeros((padding, *leaf.shape[1:]), leaf.dtype)])
+        return leaf.reshape(n_groups, placement.width, *leaf.shape[1:])
+
+    sharding = NamedSharding(placement.mesh, P(None, RUNS))
+    return jax.device_put(jax.tree.map(group, tree), sharding)
+
+
+def from_groups(tree, n_runs: int):
+    """The inverse of `to_groups`, on the host: NumPy arrays [n_runs, ...]."""
+
+    def flat(leaf):
+        leaf = np.asarray(leaf)
+        return leaf.reshape(-1, *leaf.shape[2:])[:n_runs]
+
+    return jax.tree.map(flat, tree)

@@ -1,0 +1,49 @@
+"""Every test runs on two CPU devices and raises on rank promotion; pyproject.toml makes warnings
+errors."""
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from mlp_jax import data  # noqa: E402
+from mlp_jax.config import Config  # noqa: E402
+
+
+def make_split(seed: int, n: int) -> data.Split:
+    """Images whose bright quarter says their class, under noise: learnable in an epoch or two."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, n).astype(np.int32)
+    images = rng.integers(0, 100, (n, 4, 196))
+    images[np.arange(n), labels] += 60
+    return data.Split(images.reshape(n, 784).astype(np.uint8), labels)
+
+
+@pytest.fixture(scope="session")
+def small() -> data.Dataset:
+    """300 training images, not a multiple of any batch size in use, and 130 test images."""
+    return data.Dataset(make_split(0, 300), make_split(1, 130), 4, "small")
+
+
+@pytest.fixture(scope="session")
+def small_dir(small, tmp_path_factory):
+    """A data directory in which `small` is cached under the name kmnist, for other processes."""
+    root = tmp_path_factory.mktemp("data")
+    directory = root / "kmnist" / "3.0.1"
+    directory.mkdir(parents=True)
+    data._write_cache(directory, small)
+    return root
+
+
+@pytest.fixture(scope="session")
+def mnist() -> data.Dataset:
+    """The real thing; tests that use it are marked `network`."""
+    return data.load_dataset("mnist", quiet=True)
+
+
+@pytest.fixture
+def config() -> Config:
+    """A net that trains in a blink: 300 images are 9 batches of 32 and one of 12."""
+    return Config(hidden=(16, 8), batch_size=32, epochs=2, learning_rate=0.1, n_classes=4)

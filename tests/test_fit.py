@@ -1,0 +1,152 @@
+"""A run is the same alone and among others, bit for bit on CPU; and a program is compiled once."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from mlp_jax import fit as fit_module
+from mlp_jax import step
+from mlp_jax.config import RECIPES, UserError, stream_seeds
+from mlp_jax.fit import check_fits, fit, make_runs
+from mlp_jax.parallel import Placement, place
+
+
+def one_device():
+    return Placement(tuple(jax.devices()[:1]), lanes=1)
+
+
+def two_devices(lanes=1):
+    return Placement(tuple(jax.devices()[:2]), lanes=lanes)
+
+
+def train(config, dataset, seeds, *, placement=None, rates=None, **options):
+    rates = rates or [config.learning_rate] * len(seeds)
+    runs = make_runs([stream_seeds(seed) for seed in seeds], rates)
+    return fit(config, dataset, runs, placement=placement or one_device(), **options)
+
+
+def rows(result):
+    """What a run leaves, as bytes, one tuple a run."""
+    leaves = [*result.history, result.predictions, *jax.tree.leaves(result.params)]
+    leaves = [np.asarray(leaf) for leaf in leaves]
+    return [tuple(leaf[i].tobytes() for leaf in leaves) for i in range(len(leaves[0]))]
+
+
+def test_a_row_is_the_single_run_bit_for_bit(config, small):
+    alone = [rows(train(config, small, [seed]))[0] for seed in range(5)]
+    assert len(set(alone)) == 5
+    fleets = {
+        "one device": train(config, small, [0, 1, 2, 3, 4]),
+        "two devices": train(config, small, [0, 1, 2, 3], placement=two_devices()),
+        "another order": train(config, small, [3, 0, 4, 1], placement=two_devices()),
+        "padded": train(config, small, [2, 1, 0], placement=two_devices(), size=6),
+    }
+    orders = {"one device": range(5), "two devices": range(4), "another order": [3, 0, 4, 1]}
+    for name, result in fleets.items():
+        wanted = [alone[seed] for seed in orders.get(name, [2, 1, 0])]
+        assert rows(result) == wanted, name
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("recipe", ["keras-sgd", "keras-rmsprop"])
+def test_a_row_is_the_single_run_bit_for_bit_on_mnist(recipe, mnist):
+    config = dataclasses.replace(RECIPES[recipe], epochs=2)
+    fleet = train(config, mnist, [7, 3, 5], placement=two_devices(), size=4)
+    for i, seed in enumerate([7, 3, 5]):
+        assert rows(train(config, mnist, [seed]))[0] == rows(fleet)[i]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+def test_vmapped_lanes_agree_closely(config, small, optimizer):
+    config = dataclasses.replace(config, optimizer=optimizer, learning_rate=0.003)
+    seeds = [0, 1, 2, 3, 4, 5]
+    lanes = train(config, small, seeds, placement=two_devices(lanes=2), size=8)
+    alone = train(config, small, seeds)
+    for a, b in zip(lanes.history[:2], alone.history[:2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_learning_rates_are_traced(config, small):
+    grid = train(config, small, [0, 0, 1], rates=[0.1, 0.02, 0.1])
+    alone = dataclasses.replace(config, learning_rate=0.02)
+    assert rows(grid)[1] == rows(train(alone, small, [0]))[0]
+    assert rows(grid)[0] != rows(grid)[1]
+
+
+def test_compiled_once(config, small, monkeypatch):
+    traces = []
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return step.train_epoch(*args, **kwargs)
+
+    monkeypatch.setattr(fit_module, "train_epoch", counted)
+    fit_module.compile_programs.cache_clear()
+    train(config, small, [0, 1, 2, 3], placement=two_devices())
+    first = len(traces)
+    assert first >= 1
+    train(dataclasses.replace(config, epochs=4), small, [4, 5, 6, 7], placement=two_devices())
+    train(config, small, [8], placement=two_devices(), size=4)  # a padded last chunk
+    train(config, small, range(4), placement=two_devices(), rates=[0.1, 0.2, 0.3, 0.4])
+    assert len(traces) == first
+    train(dataclasses.replace(config, dropout=0.5), small, range(4), placement=two_devices())
+    assert len(traces) == 2 * first  # the count can change
+    fit_module.compile_programs.cache_clear()
+
+
+def test_epochs_are_reported_as_they_end(config, small):
+    seen = []
+    result = train(
+        config,
+        small,
+        [0, 1, 2],
+        placement=two_devices(),
+        size=4,
+        on_epoch=lambda epoch, metrics, seconds: seen.append((epoch, metrics, seconds)),
+    )
+    assert [epoch for epoch, _, _ in seen] == [1, 2]
+    for i, (_, metrics, seconds) in enumerate(seen):
+        assert seconds > 0
+        for one, history in zip(metrics, result.history, strict=True):
+            assert one.shape == (3,)
+            np.testing.assert_array_equal(one, history[:, i])
+    assert result.history.test_correct.dtype == np.int32
+    assert result.predictions.dtype == np.uint8
+    np.testing.assert_array_equal(
+        (result.predictions == small.test.labels).sum(1), result.history.test_correct[:, -1]
+    )
+
+
+def test_batch_larger_than_the_set_is_refused(config, small):
+    assert check_fits(config, small).n_classes == 4
+    with pytest.raises(UserError, match="batch size 301 is larger than the 300"):
+        check_fits(dataclasses.replace(config, batch_size=301), small)
+
+
+def test_place():
+    assert place(5, 10**7, devices=None, lanes=None) == two_devices()
+    assert place(5, 10**7, devices=1, lanes=3) == Placement(tuple(jax.devices()[:1]), 3)
+    assert place(1, 10**7, devices=None, lanes=None) == one_device()
+    with pytest.raises(UserError, match="--devices 3: there are 2"):
+        place(5, 10**7, devices=3, lanes=None)
+
+
+class FakeGPU:
+    platform = "gpu"
+
+    def __init__(self, memory):
+        self.memory = memory
+
+    def memory_stats(self):
+        return {"bytes_limit": self.memory}
+
+
+@pytest.mark.parametrize(
+    ("memory", "n_runs", "lanes"),
+    [(80 * 2**30, 1000, 256), (80 * 2**30, 9, 9), (2**30, 1000, 51), (2**20, 1000, 1)],
+)
+def test_lanes_on_a_gpu_are_what_fits_and_what_helps(memory, n_runs, lanes, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [FakeGPU(memory)])
+    assert place(n_runs, 10 * 2**20, devices=None, lanes=None).lanes == lanes

@@ -1,0 +1,99 @@
+"""The network's names, shapes and initial values: a changed default shows here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlp_jax.config import Config
+from mlp_jax.model import N_PIXELS, count_parameters, describe, make_model
+
+GOLDEN = """\
+hidden_0/bias (512,) float32 zeros
+hidden_0/kernel (784, 512) float32 glorot_uniform
+hidden_1/bias (512,) float32 zeros
+hidden_1/kernel (512, 512) float32 glorot_uniform
+output/bias (10,) float32 zeros
+output/kernel (512, 10) float32 glorot_uniform
+"""
+
+# the first weights of each kernel from key 0: a renamed layer or another PRNG changes them
+FIRST_WEIGHTS = {
+    "hidden_0": [-0.05167448, 0.04451476, -0.05669378],
+    "hidden_1": [0.01237229, -0.06313173, 0.06648132],
+    "output": [-0.07904166, -0.02769784, -0.01211031],
+}
+
+TABLE = """\
+layer                     output shape      parameters
+hidden_0 (Dense, ReLU)    (batch, 512)         401,920
+dropout_0 (0.2)           (batch, 512)               0
+hidden_1 (Dense, ReLU)    (batch, 512)         262,656
+dropout_1 (0.2)           (batch, 512)               0
+output (Dense)            (batch, 10)            5,130
+total                     2.55 MB              669,706"""
+
+
+@pytest.fixture(scope="module")
+def params():
+    x = jnp.zeros((1, N_PIXELS))
+    return make_model(Config()).init(jax.random.key(0), x, train=False)["params"]
+
+
+def initialiser(leaf) -> str:
+    """The distribution that a leaf was drawn from, told from its values."""
+    if not leaf.any():
+        return "zeros"
+    limit = np.sqrt(6 / sum(leaf.shape))
+    n = leaf.size
+    # of n uniform draws the largest falls short of the limit by 1 / n of it, more or less
+    reaches = limit * (1 - 20 / n) < np.abs(leaf).max() <= limit
+    even = abs(leaf.var() / (limit**2 / 3) - 1) < 5 * np.sqrt(0.8 / n)
+    return "glorot_uniform" if reaches and even else "something else"
+
+
+def test_names_shapes_and_initialisers(params):
+    lines = [
+        f"{layer}/{name} {leaf.shape} {leaf.dtype} {initialiser(np.asarray(leaf))}\n"
+        for layer, leaves in sorted(params.items())
+        for name, leaf in sorted(leaves.items())
+    ]
+    assert "".join(lines) == GOLDEN
+    assert count_parameters(params) == 401_920 + 262_656 + 5_130 == 669_706
+
+
+def test_seed_decides_the_weights(params):
+    for layer, first in FIRST_WEIGHTS.items():
+        np.testing.assert_allclose(params[layer]["kernel"][0, :3], first, rtol=1e-6)
+
+
+def test_table():
+    assert describe(Config()) == TABLE
+
+
+def test_dropout_off_is_deterministic_and_on_keeps_the_mean(params):
+    model = make_model(Config(dropout=0.5))
+    x = jax.random.uniform(jax.random.key(1), (4, N_PIXELS))
+
+    def logits(key, train):
+        rngs = {"dropout": jax.random.key(key)}
+        return model.apply({"params": params}, x, train=train, rngs=rngs)
+
+    np.testing.assert_array_equal(logits(1, train=False), logits(2, train=False))
+    assert not np.array_equal(logits(1, train=True), logits(2, train=True))
+
+
+def test_dropout_zeroes_its_share_and_rescales_the_rest():
+    model = make_model(Config(hidden=(5000,), dropout=0.2))
+    x = jnp.ones((1, N_PIXELS))
+    params = model.init(jax.random.key(0), x, train=False)["params"]
+    params["hidden_0"] = jax.tree.map(jnp.zeros_like, params["hidden_0"])
+    params["hidden_0"]["bias"] += 1.0  # every hidden unit is 1
+    params["output"] = jax.tree.map(jnp.ones_like, params["output"])
+    total = (
+        model.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(3)})[0, 0]
+        - 1
+    )
+    kept = round(float(total) * 0.8)  # each survivor counts 1 / 0.8
+    assert abs(kept - 4000) < 5 * np.sqrt(5000 * 0.2 * 0.8)
+    assert float(total) == pytest.approx(kept / 0.8, rel=1e-5)

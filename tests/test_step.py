@@ -1,0 +1,185 @@
+"""One run: the update rules against NumPy, the scan against the loop, the last batch, the keys."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlp_jax import step
+from mlp_jax.config import STREAMS, stream_seeds
+
+init_state, train_step, train_epoch, evaluate = (
+    jax.jit(function, static_argnames="config")
+    for function in (step.init_state, step.train_step, step.train_epoch, step.evaluate)
+)
+
+
+def start(config, seed=0):
+    keys = step.run_keys(jnp.array(stream_seeds(seed), jnp.uint32))
+    return keys, init_state(keys, config.learning_rate, config=config)
+
+
+def whole_batch(split, rows):
+    rows = np.asarray(rows)
+    return step.Batch(split.images[rows], split.labels[rows], jnp.ones(len(rows)))
+
+
+def leaves64(params):
+    return {
+        layer: {name: np.asarray(leaf, np.float64) for name, leaf in leaves.items()}
+        for layer, leaves in params.items()
+    }
+
+
+def numpy_gradients(params, images, labels):
+    """Back-propagation of the mean cross-entropy through two ReLU layers, in float64."""
+    x = images / 255.0
+    a0 = x @ params["hidden_0"]["kernel"] + params["hidden_0"]["bias"]
+    h0 = np.maximum(a0, 0)
+    a1 = h0 @ params["hidden_1"]["kernel"] + params["hidden_1"]["bias"]
+    h1 = np.maximum(a1, 0)
+    logits = h1 @ params["output"]["kernel"] + params["output"]["bias"]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    loss = -np.log(p[np.arange(len(labels)), labels]).mean()
+    d2 = p.copy()
+    d2[np.arange(len(labels)), labels] -= 1
+    d2 /= len(labels)
+    d1 = (d2 @ params["output"]["kernel"].T) * (a1 > 0)
+    d0 = (d1 @ params["hidden_1"]["kernel"].T) * (a0 > 0)
+    return loss, {
+        "hidden_0": {"kernel": x.T @ d0, "bias": d0.sum(0)},
+        "hidden_1": {"kernel": h0.T @ d1, "bias": d1.sum(0)},
+        "output": {"kernel": h1.T @ d2, "bias": d2.sum(0)},
+    }
+
+
+def sgd(rate, p, g, memory):
+    return p - rate * g, memory
+
+
+def rmsprop(rate, p, g, memory):
+    # keras/src/optimizers/rmsprop.py: epsilon is added to the mean square, under the root
+    memory = 0.9 * memory + 0.1 * g**2
+    return p - rate * g / np.sqrt(memory + 1e-7), memory
+
+
+def momentum(rate, p, g, memory):
+    memory = 0.9 * memory + g
+    return p - rate * memory, memory
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "rule"),
+    [("sgd", 0.1, sgd), ("momentum", 0.1, momentum), ("rmsprop", 1e-3, rmsprop)],
+)
+def test_two_steps_follow_the_rule_in_float64(config, small, optimizer, rate, rule):
+    config = dataclasses.replace(config, optimizer=optimizer, learning_rate=rate, dropout=0.0)
+    keys, state = start(config)
+    params = leaves64(state.params)
+    memory = jax.tree.map(np.zeros_like, params)
+    for rows in (range(32), range(32, 64)):
+        batch = whole_batch(small.train, rows)
+        state, metrics = train_step(state, batch, keys.dropout, config=config)
+        loss, grads = numpy_gradients(params, np.asarray(batch.images), np.asarray(batch.labels))
+        assert float(metrics.loss) == pytest.approx(loss, abs=1e-5)
+        for layer, leaves in params.items():
+            for name in leaves:
+                leaves[name], memory[layer][name] = rule(
+                    rate, leaves[name], grads[layer][name], memory[layer][name]
+                )
+                np.testing.assert_allclose(state.params[layer][name], leaves[name], atol=1e-5)
+    # the rule moved the weights far enough for 1e-5 to tell it from another
+    moved = np.abs(
+        params["output"]["kernel"] - np.asarray(start(config)[1].params["output"]["kernel"])
+    )
+    assert moved.max() > 1e-3
+
+
+def test_scan_epoch_equals_the_python_loop(config, small):
+    keys, state = start(config)
+    for epoch in range(2):
+        scanned, metrics = train_epoch(state, small.train, keys, epoch, config=config)
+        indices, real = step.epoch_order(keys.order, epoch, 300, config.batch_size)
+        total = 0.0
+        for rows, mask in zip(indices, real, strict=True):
+            batch = step.Batch(small.train.images[rows], small.train.labels[rows], mask)
+            state, one = train_step(state, batch, keys.dropout, config=config)
+            total += float(one.loss) * float(mask.sum())
+        for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(state), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+        assert float(metrics.loss) == pytest.approx(total / 300, rel=1e-5)
+        assert int(scanned.step) == (epoch + 1) * 10
+
+
+def test_an_epoch_holds_every_example_once():
+    indices, real = step.epoch_order(jax.random.key(0), 3, 60_000, 128)
+    assert indices.shape == (469, 128)
+    assert real[:-1].all()
+    assert int(real[-1].sum()) == 96
+    assert sorted(np.asarray(indices)[np.asarray(real) == 1]) == list(range(60_000))
+    other, _ = step.epoch_order(jax.random.key(0), 4, 60_000, 128)
+    assert not np.array_equal(indices, other)
+
+
+def test_masked_last_batch_is_the_mean_over_its_96(config, small):
+    config = dataclasses.replace(config, dropout=0.0)
+    keys, state = start(config)
+    padded = whole_batch(small.train, range(128))
+    padded = padded._replace(real=(jnp.arange(128) < 96).astype(jnp.float32))
+    alone = whole_batch(small.train, range(96))
+    masked, masked_loss = train_step(state, padded, keys.dropout, config=config)
+    wanted, wanted_loss = train_step(state, alone, keys.dropout, config=config)
+    assert float(masked_loss.loss) == pytest.approx(float(wanted_loss.loss), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(masked.params), jax.tree.leaves(wanted.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_evaluate_counts_every_image(config, small, monkeypatch):
+    _, state = start(config)
+    monkeypatch.setattr(step, "EVAL_BATCH", 50)  # 130 images are two blocks and a rest of 30
+    result = evaluate(state.params, small.test, config=config)
+    p = leaves64(state.params)
+    h = small.test.images / 255.0
+    for layer in ("hidden_0", "hidden_1"):
+        h = np.maximum(h @ p[layer]["kernel"] + p[layer]["bias"], 0)
+    logits = h @ p["output"]["kernel"] + p["output"]["bias"]
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(130), small.test.labels]
+    np.testing.assert_array_equal(result.predictions, logits.argmax(1))
+    assert result.predictions.dtype == jnp.uint8
+    assert result.correct.dtype == jnp.int32
+    assert int(result.correct) == (logits.argmax(1) == small.test.labels).sum()
+    assert float(result.loss) == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_streams_are_independent_and_move_alone():
+    all_0 = step.run_keys(jnp.array(stream_seeds(0), jnp.uint32))
+    data = [tuple(np.asarray(jax.random.key_data(key))) for key in all_0]
+    assert len(set(data)) == len(STREAMS)
+    for i, stream in enumerate(STREAMS):
+        moved = step.run_keys(jnp.array(stream_seeds(5, stream), jnp.uint32))
+        same = [
+            np.array_equal(jax.random.key_data(a), jax.random.key_data(b))
+            for a, b in zip(all_0, moved, strict=True)
+        ]
+        assert same == [j != i for j in range(len(STREAMS))]
+
+
+def test_dropout_draws_anew_each_step(config):
+    config = dataclasses.replace(config, dropout=0.5, learning_rate=1e-30)
+    keys, state = start(config)
+    batch = step.Batch(np.full((4, 784), 200, np.uint8), np.zeros(4, np.int32), jnp.ones(4))
+    losses = []
+    for _ in range(3):
+        state, metrics = train_step(state, batch, keys.dropout, config=config)
+        losses.append(float(metrics.loss))
+    assert len(set(losses)) == 3
+
+
+def test_it_learns(config, small):
+    keys, state = start(config)
+    for epoch in range(15):
+        state, _ = train_epoch(state, small.train, keys, epoch, config=config)
+    assert int(evaluate(state.params, small.test, config=config).correct) > 120

@@ -9,6 +9,7 @@ import math
 import re
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -190,10 +191,10 @@ def progress(rows: list[dict], stored) -> str:
     )
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_seeds(text: str) -> Sequence[int]:
     """The seeds of `first:end` or of a comma-separated list; UserError for anything else."""
     if span := re.fullmatch(r"(\d+):(\d+)", text):
-        seeds = list(range(int(span[1]), int(span[2])))
+        seeds = range(int(span[1]), int(span[2]))
     elif re.fullmatch(r"\d+(,\d+)*", text):
         seeds = list(dict.fromkeys(int(seed) for seed in text.split(",")))
     else:

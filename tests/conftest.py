@@ -1,6 +1,8 @@
 """Every test runs on two CPU devices and raises on rank promotion; pyproject.toml makes warnings
 errors."""
 
+import hashlib
+
 import jax
 import numpy as np
 import pytest
@@ -24,7 +26,9 @@ def make_split(seed: int, n: int) -> data.Split:
 @pytest.fixture(scope="session")
 def small() -> data.Dataset:
     """300 training images, not a multiple of any batch size in use, and 130 test images."""
-    return data.Dataset(make_split(0, 300), make_split(1, 130), 4, "small")
+    train = make_split(0, 300)
+    fingerprint = hashlib.sha256(train.images).hexdigest()
+    return data.Dataset(train, make_split(1, 130), 4, fingerprint)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,220 @@
+"""The single run's front: what is seen, what is left, what bad input and a bad loss end in."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlp_jax import data, train
+from mlp_jax.config import Diverged, UserError
+
+TINY = [
+    *("--dataset", "kmnist", "--hidden", "16", "8"),
+    *("--batch-size", "32", "--epochs", "3", "--learning-rate", "0.1"),
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(small_dir, *flags):
+    train.main([*TINY, "--data-dir", str(small_dir), *flags])
+
+
+def python(*args, cwd=None, **env):
+    return subprocess.run(
+        [sys.executable, *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+        env=os.environ | env,
+    )
+
+
+def test_what_is_left(small_dir, here, capsys):
+    run(small_dir, "--out", "a", "--seed", "3")
+    assert sorted(path.name for path in Path("a").iterdir()) == sorted(train.FILES)
+    rows = [json.loads(line) for line in Path("a/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert set(row) == {
+            "epoch",
+            "train_loss",
+            "test_loss",
+            "test_correct",
+            "test_accuracy",
+            "seconds",
+        }
+        assert row["test_accuracy"] == row["test_correct"] / 130
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert summary["test_correct"] == rows[-1]["test_correct"]
+    assert summary["parameters"] == 785 * 16 + 17 * 8 + 9 * 4
+    assert (summary["seed"], summary["epochs"], summary["n_test"]) == (3, 3, 130)
+    assert summary["train_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
+    about = json.loads(Path("a/config.json").read_text())
+    assert about["config"]["hidden"] == [16, 8]
+    assert about["config"]["n_classes"] == 4
+    assert about["environment"]["versions"]["jax"]
+    assert {"recipe", "seed", "fingerprint", "environment"} <= set(about)
+    said = capsys.readouterr().out
+    assert re.search(r"hidden_0 \(Dense, ReLU\) +\(batch, 16\) +12,560", said)
+    assert re.search(r"^ +3 / 3 ", said, re.MULTILINE)
+    assert f"test accuracy {summary['test_correct']} / 130" in said.splitlines()[-1]
+
+
+def test_the_same_command_twice_leaves_the_same(small_dir, here):
+    for out in ("a", "b"):
+        run(small_dir, "--out", out, "--quiet")
+    for name, timed in (("metrics.jsonl", r'"seconds": [^}]+'), ("summary.json", r'_seconds": .*')):
+        a, b = (re.sub(timed, "", Path(out, name).read_text()) for out in ("a", "b"))
+        assert a == b
+    assert "seconds" not in re.sub(r'"seconds": [^}]+', "", Path("a/metrics.jsonl").read_text())
+
+
+def test_runs_get_directories_of_their_own(small_dir, here, capsys):
+    for _ in range(2):
+        run(small_dir, "--epochs", "1", "--quiet")
+    names = sorted(path.name for path in Path("runs").iterdir())
+    assert names == ["keras-sgd-seed0", "keras-sgd-seed0-2"]
+    assert len(capsys.readouterr().out.splitlines()) == 2  # --quiet: a line a run
+
+
+def test_a_used_directory_is_kept_unless_told(small_dir, here):
+    run(small_dir, "--out", "a", "--quiet")
+    Path("a/mine.txt").write_text("not ours")
+    before = Path("a/config.json").read_text()
+    with pytest.raises(UserError, match="a is not empty: name another --out, or add --overwrite"):
+        run(small_dir, "--out", "a", "--seed", "1")
+    assert Path("a/config.json").read_text() == before
+    run(small_dir, "--out", "a", "--seed", "1", "--overwrite", "--quiet")
+    assert json.loads(Path("a/config.json").read_text())["seed"] == 1
+    assert Path("a/mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epoch 3", r"--epoch.*did you mean --epochs\?"),
+        ("--recipe keras-sdg", r"unknown recipe keras-sdg; did you mean keras-sgd\?"),
+        ("--recipe", "--recipe"),
+        (
+            "--dataset fasion_mnist",
+            r"unknown data set 'fasion_mnist'; did you mean fashion_mnist\?",
+        ),
+        ("--epochs 0", "epochs must be at least 1, not 0"),
+        ("--epochs three", "--epochs.*three"),
+        ("--batch-size 0", "batch size must be at least 1, not 0"),
+        ("--batch-size 301", "batch size 301 is larger than the 300 training examples of kmnist"),
+        ("--dropout 1", r"dropout must lie in \[0, 1\), not 1"),
+        ("--dropout -0.1", "dropout must lie in"),
+        ("--dropout nan", "dropout must lie in"),
+        ("--learning-rate 0", "learning rate must be positive and finite, not 0"),
+        ("--learning-rate inf", "learning rate must be positive and finite, not inf"),
+        ("--learning-rate nan", "learning rate must be positive and finite, not nan"),
+        ("--hidden 16 0", "hidden widths must be at least 1"),
+        ("--seed -1", "a seed must lie in 0"),
+        ("--seed 4294967296", "a seed must lie in 0"),
+        ("--optimizer adm", "invalid choice 'adm'.*rmsprop"),
+        ("--out file/below", "cannot write to file/below: file is not a directory"),
+        ("--out file", "cannot write to file: file is not a directory"),
+        ("--manual-dir nowhere", "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_creates_nothing(flags, message, small_dir, here):
+    Path("file").touch()
+    with pytest.raises(UserError, match=message) as caught:
+        run(small_dir, *flags.split())
+    assert "\n" not in str(caught.value)
+    assert caught.value.status == 2
+    assert [path.name for path in here.iterdir()] == ["file"]
+
+
+def test_bad_input_as_a_process(here):
+    done = python("-m", "mlp_jax.train", "--epocks", "3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert "did you mean --epochs?" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_dir, here):
+    with pytest.raises(Diverged, match="not finite after epoch 1") as caught:
+        run(small_dir, "--learning-rate", "1e30", "--out", "a", "--quiet")
+    assert caught.value.status == 1
+    assert len(Path("a/metrics.jsonl").read_text().splitlines()) == 1
+    assert json.loads(Path("a/config.json").read_text())["config"]["learning_rate"] == 1e30
+    assert not Path("a/summary.json").exists()
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys; from mlp_jax import train\n"
+        "try: train.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'jax', 'flax', 'numpy.random', 'tensorflow_datasets'} & set(sys.modules)"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "--learning-rate" in done.stdout
+
+
+def test_a_run_needs_no_tensorflow(small_dir, here):
+    code = (
+        "import sys; from mlp_jax import train\n"
+        f"train.main({[*TINY, '--data-dir', str(small_dir), '--quiet']!r})\n"
+        "assert not {'tensorflow', 'tensorflow_datasets', 'pyarrow', 'matplotlib', 'torch'}"
+        " & set(sys.modules)"
+    )
+    done = python("-c", code, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changed", "words"),
+    [
+        ("keras-sgd", {}, "the Keras README reports 97.26% (+0.10 points)"),
+        ("keras-sgd", {"epochs": 3}, "settings changed from keras-sgd"),
+        ("short", {}, "9736 / 10000 = 97.36%"),
+    ],
+)
+def test_verdict(recipe, changed, words):
+    config = dataclasses.replace(train.RECIPES[recipe], **changed)
+    assert words in train.verdict(recipe, config, 9736, 10_000)
+
+
+def test_the_time_left_is_that_of_median_epochs():
+    rows = [
+        {"epoch": i + 1, "train_loss": 1.0, "test_loss": 1.0, "test_accuracy": 0.5, "seconds": s}
+        for i, s in enumerate([90.0, 30.0, 30.0])
+    ]
+    assert train.table_line(rows[-1], rows, 6).split() == [
+        "3",
+        "/",
+        "6",
+        "1.0000",
+        "1.0000",
+        "50.00%",
+        "30.00",
+        "1:30",
+    ]
+
+
+@pytest.mark.network
+def test_two_epochs_of_mnist(mnist, here, capsys):
+    """What the default recipe has reached after two epochs, whatever the machine."""
+    train.main(["--epochs", "2", "--out", "a"])
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert summary["parameters"] == 669_706
+    assert 8950 <= summary["test_correct"] <= 9060
+    assert json.loads(Path("a/config.json").read_text())["fingerprint"] == data.MNIST_FINGERPRINT

@@ -1,0 +1,54 @@
+"""The sweeps behind results/: each goes on where it stopped, and is then reported on.
+
+    python scripts/seed_sweep.py keras-sgd       100 seeds of 50 epochs: hours on two cores
+    python scripts/seed_sweep.py short           1,900 runs of one epoch: all, init, order, dropout
+    python scripts/seed_sweep.py keras-rmsprop   30 seeds of 20 epochs
+
+The rows are written into results/NAME/runs/ chunk by chunk.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+RESULTS = Path(__file__).parents[1] / "results"
+SWEEPS = {
+    "keras-sgd": ["--recipe keras-sgd --seeds 0:100"],
+    "short": [
+        "--recipe short --seeds 0:300 --vary all init order dropout",
+        "--recipe short --seeds 300:1000 --vary all",
+    ],
+    "keras-rmsprop": ["--recipe keras-rmsprop --seeds 0:30"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    names: Annotated[
+        tuple[Literal["keras-sgd", "short", "keras-rmsprop"], ...], tyro.conf.Positional
+    ]
+    """Sweeps to make, one after another."""
+
+
+def main(args: Args) -> None:
+    for name in args.names:
+        out = str(RESULTS / name)
+        for flags in SWEEPS[name]:
+            run("mlp_jax.sweep", *flags.split(), "--out", out)
+        run("mlp_jax.report", out)
+
+
+def run(module: str, *flags: str) -> None:
+    """A process of its own, since a sweep sets up JAX's devices for itself."""
+    command = [sys.executable, "-m", module, *flags]
+    print("+", *command, flush=True)
+    if status := subprocess.run(command).returncode:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

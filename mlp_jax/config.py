@@ -103,28 +103,33 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def parse_args(
-    args_type: type[Args], argv: Sequence[str] | None, *, prog: str, description: str
-) -> Args:
-    """Read a command line into `args_type`, whose `of(recipe)` gives the defaults.
-
-    Raises UserError, in one line, for whatever cannot be read.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+def recipe_in(argv: Sequence[str] | None) -> str:
+    """The recipe that a command line names, whose values are the defaults of its other flags."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", nargs="?", default=DEFAULT_RECIPE)
-    recipe = first.parse_known_args(argv)[0].recipe
-    if recipe is not None and recipe not in RECIPES:
+    # a flag without its value is for `parse_args` to tell
+    recipe = first.parse_known_args(argv)[0].recipe or DEFAULT_RECIPE
+    if recipe not in RECIPES:
         names = ", ".join(RECIPES)
         raise UserError(f"unknown recipe {recipe}{nearest(recipe, RECIPES)} (there are {names})")
-    default = args_type.of(recipe or DEFAULT_RECIPE)
+    return recipe
+
+
+def parse_args(
+    args_type: type[Args],
+    argv: Sequence[str] | None,
+    *,
+    default: Args | None = None,
+    prog: str,
+    description: str,
+) -> Args:
+    """Read a command line into a dataclass; UserError, in one line, for whatever cannot be read."""
+    options = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
-        # tyro draws its errors as a box of many lines; a user, or a log, wants one.
+        # tyro draws its errors as a box of many lines; a user, or a log, wants one
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                args_type, prog=prog, description=description, args=argv, default=default
-            )
+            return tyro.cli(args_type, prog=prog, description=description, args=argv, **options)
     except SystemExit as stop:
         if not stop.code:
             raise

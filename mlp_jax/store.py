@@ -21,6 +21,9 @@ from mlp_jax.config import UserError
 ROW_ID = ("vary", "learning_rate", "seed")
 """The columns that tell the rows of one sweep apart."""
 
+READ_ROWS = 255
+"""Runs whose predictions are in memory at a time: as many as stats.py counts at once."""
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -206,6 +209,7 @@ def write_chunk(directory: Path, rows: list[dict], environment: dict) -> Path:
             compression="zstd",
             compression_level=9,
             use_dictionary=["recipe", "vary"],
+            write_page_checksum=True,
         )
     return path
 
@@ -214,21 +218,38 @@ def chunk_paths(directory: Path) -> list[Path]:
     return sorted((directory / "runs").glob("*.parquet"))
 
 
-def read_runs(directory: Path, columns: list[str] | None = None):
-    """All rows of a sweep as one pyarrow.Table, in the order of ROW_ID whatever the chunks were.
+def read_batches(directory: Path, columns: list[str]) -> Iterator:
+    """ROW_ID and `columns` as pyarrow batches of READ_ROWS runs at most, file by file.
 
-    `columns` are read beside ROW_ID's. Raises UserError where there are no rows.
+    Raises UserError for a file that is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    paths = chunk_paths(directory)
-    if not paths:
+    names = list(dict.fromkeys([*ROW_ID, *columns]))
+    for path in chunk_paths(directory):
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                for batch in file.iter_batches(READ_ROWS, columns=names, use_threads=False):
+                    yield batch.select(names).replace_schema_metadata()
+        except (OSError, pa.ArrowException, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{path} cannot be read ({reason}): remove it, and sweep again"
+            ) from None
+
+
+def read_runs(directory: Path, columns: list[str] | None = None):
+    """All rows of a sweep as one pyarrow.Table, in the order of ROW_ID whatever the chunks were.
+
+    `columns` are read beside ROW_ID's, else all. Raises UserError where there are no rows.
+    """
+    import pyarrow as pa
+
+    batches = list(read_batches(directory, _schema().names if columns is None else columns))
+    if not batches:
         raise UserError(f"{directory} holds no finished runs")
-    columns = [*ROW_ID, *(_schema().names if columns is None else columns)]
-    tables = [pq.read_table(path, columns=list(dict.fromkeys(columns))) for path in paths]
-    table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
-    return table.sort_by([(name, "ascending") for name in ROW_ID])
+    return pa.Table.from_batches(batches).sort_by([(name, "ascending") for name in ROW_ID])
 
 
 def finished(directory: Path) -> set[tuple[str, float, int]]:

@@ -22,6 +22,7 @@ from mlp_jax.config import (
     RecipeName,
     UserError,
     parse_args,
+    recipe_in,
     run_front,
     stream_seeds,
 )
@@ -81,7 +82,9 @@ class Args:
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing from --out, chunk by chunk; raises UserError."""
-    args = parse_args(Args, argv, prog="python -m mlp_jax.sweep", description=DESCRIPTION)
+    default = Args.of(recipe_in(argv))
+    prog = "python -m mlp_jax.sweep"
+    args = parse_args(Args, argv, default=default, prog=prog, description=DESCRIPTION)
     seeds = parse_seeds(args.seeds)
     wanted = [
         (vary, rate, seed)

@@ -19,6 +19,7 @@ from mlp_jax.config import (
     RecipeName,
     UserError,
     parse_args,
+    recipe_in,
     run_front,
     stream_seeds,
 )
@@ -52,7 +53,9 @@ class Args:
 
 def main(argv: list[str] | None = None) -> None:
     """Train one run and leave FILES; raises UserError, or Diverged at a loss that is not finite."""
-    args = parse_args(Args, argv, prog="python -m mlp_jax.train", description=DESCRIPTION)
+    default = Args.of(recipe_in(argv))
+    prog = "python -m mlp_jax.train"
+    args = parse_args(Args, argv, default=default, prog=prog, description=DESCRIPTION)
     runs_seeds = [stream_seeds(args.seed)]
     out = args.out or unused(Path("runs") / f"{args.recipe}-seed{args.seed}")
     store.check_writable(out)

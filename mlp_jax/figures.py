@@ -1,0 +1,139 @@
+"""The figures of a report, drawn from its families and its summary.
+
+They are Figure objects of their own (no pyplot, so no state of a process) on white paper, in
+colours that all eyes tell apart, and are read at 900 pixels' width.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mlp_jax.config import RECIPES
+
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito's, told apart by all eyes
+
+
+def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tuple:
+    """A figure that is read at 900 pixels' width, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(GRAY)
+        ax.tick_params(color=GRAY, labelsize=9)
+    return figure, *axes.flat
+
+
+def add_legend(figure: Any, ax: Any, columns: int) -> Any:
+    handles = ax.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+    return figure
+
+
+def figures(families: list, summary: dict, images: np.ndarray) -> Iterator[tuple]:
+    """File names and figures; of the families, `all` at the recipe's rate stands for the sweep."""
+    rate = RECIPES[summary["recipe"]].learning_rate
+    both = list(zip(families, summary["families"], strict=True))
+    family, said = max(both, key=lambda two: (two[0].vary == "all", two[0].rate == rate))
+    name = f"{summary['recipe']}, {len(family.seeds)} runs"
+    if len(families) > 1 or family.vary != "all":
+        name += f" (vary {family.vary}, learning rate {family.rate:g})"
+    if said["sd"]:
+        yield "accuracy.png", draw_accuracy(family, said, name)
+        if summary["epochs"] > 1:
+            yield "epochs.png", draw_epochs(family, said, name)
+    spreads = [each for each in summary["families"] if each["sd"]]
+    if len(spreads) > 1:
+        yield "sources.png", draw_sources(spreads, summary["recipe"])
+    if family.counts.errors.any():
+        yield "hardest.png", draw_hardest(family.counts, images, name)
+
+
+def draw_accuracy(family: Any, said: dict, name: str) -> Any:
+    """Histogram of test accuracy under two normal curves: of the observed and the binomial SD."""
+    correct, n_test = family.correct[:, -1], len(family.counts.labels)
+    mean, sd, binomial = said["mean"]["estimate"], said["sd"]["estimate"], said["binomial_sd"]
+    figure, ax = new_figure(f"Test accuracy: {name}", 4)
+    # whole images a bin, and finer than Scott's rule (3.5): the curve shows the smooth shape
+    width = max(1, round(2 * sd * n_test / len(correct) ** (1 / 3)))
+    edges = np.arange(correct.min(), correct.max() + width + 1, width) - 0.5
+    bars = {"color": "#A9CDE5", "edgecolor": "white", "linewidth": 0.5}
+    ax.hist(100 * correct / n_test, 100 * edges / n_test, label="runs", **bars)
+    x = mean + np.linspace(-3.3, 3.3, 400) * max(sd, binomial)
+    curves = [(sd, BLUE, "-", "observed"), (binomial, GRAY, "--", "binomial")]
+    for spread, color, line, kind in [curve for curve in curves if curve[0]]:
+        density = np.exp(-(((x - mean) / spread) ** 2) / 2) / (spread * math.sqrt(2 * math.pi))
+        label = f"normal of the {kind} SD, {100 * spread:.3f} points"
+        ax.plot(100 * x, density * len(correct) * width / n_test, line, color=color, label=label)
+    ax.axvline(100 * mean, color="black", lw=1, label=f"mean, {100 * mean:.2f} %")
+    if reference := said["reference"]:
+        ax.axvline(100 * reference, color=ORANGE, label=f"reference, {100 * reference:.2f} %")
+    ax.locator_params("y", integer=True)
+    images = "image" if width == 1 else f"{width} images"
+    ax.set(xlabel="test accuracy (%)", ylabel=f"runs in each bin of {images}")
+    return add_legend(figure, ax, 2)
+
+
+def draw_epochs(family: Any, said: dict, name: str) -> Any:
+    """Test accuracy by epoch: of all epochs, and of the later half by itself."""
+    epochs, accuracy = family.correct.shape[1], 100 * family.correct / len(family.counts.labels)
+    low, p5, median, p95, high = np.percentile(accuracy, [0, 5, 50, 95, 100], axis=0)
+    starts = [1, epochs // 2] if epochs >= 6 else [1]
+    figure, *axes = new_figure(f"Test accuracy by epoch: {name}", 3.8, 1, len(starts))
+    for ax, start in zip(axes, starts, strict=True):
+        x, late = np.arange(start, epochs + 1), slice(start - 1, None)
+        ax.fill_between(x, low[late], high[late], color="#D5E7F2", lw=0, label="lowest to highest")
+        ax.fill_between(x, p5[late], p95[late], color="#93C1E0", lw=0, label="5 to 95 % of runs")
+        ax.plot(x, median[late], color=BLUE, label="median")
+        if reference := said["reference"]:
+            label = f"reference, {100 * reference:.2f} %"
+            ax.axhline(100 * reference, color=ORANGE, lw=1, label=label)
+        ax.locator_params("x", integer=True)
+        ax.set_xlabel("epoch")
+    axes[0].set_ylabel("test accuracy (%)")
+    return add_legend(figure, axes[0], 4)
+
+
+def draw_sources(spreads: list[dict], recipe: str) -> Any:
+    """SD of accuracy by what the seed decides, on this test set and on an endless one."""
+    title = f"Spread of test accuracy by what the seed decides: {recipe}"
+    figure, ax = new_figure(title, 1.5 + 0.6 * len(spreads))
+    style = {"capsize": 3, "elinewidth": 1.3, "ms": 5}
+    for key, color, marker, shift, label in (
+        ("sd", BLUE, "o", -0.14, "SD on this test set"),
+        ("distribution_sd", ORANGE, "D", 0.14, "distribution-wise SD (sign of its variance)"),
+    ):
+        x, low, high = 100 * np.array([list(each[key].values()) for each in spreads]).T
+        y = np.arange(len(spreads)) + shift
+        ax.errorbar(x, y, xerr=(x - low, high - x), fmt=marker, color=color, label=label, **style)
+    many = len({each["learning_rate"] for each in spreads}) > 1
+    name = "{vary}" + ", rate {learning_rate:g}" * many + "\n{runs} runs"
+    ax.set_yticks(range(len(spreads)), [name.format(**each) for each in spreads])
+    ax.set(ylim=(len(spreads) - 0.5, -0.5), xlabel="SD (percentage points), 95 % intervals")
+    ax.axvline(0, color=GRAY, lw=0.8)
+    return add_legend(figure, ax, 2)
+
+
+def draw_hardest(counts: Any, images: np.ndarray, name: str) -> Any:
+    """The 24 images that most runs get wrong: what they are, what they are taken for, how often."""
+    wrong = counts.classes.copy()
+    wrong[np.arange(len(images)), counts.labels] = 0
+    arrow, errors = "\N{RIGHTWARDS ARROW}", counts.errors
+    figure, *axes = new_figure(f"Most often wrong, label {arrow} taken for: {name}", 3.7, 3, 8)
+    hardest = np.argsort(-errors, kind="stable")[: np.count_nonzero(errors)]
+    for ax, i in itertools.zip_longest(axes, hardest[: len(axes)]):
+        if i is None:
+            ax.set_axis_off()
+            continue
+        ax.imshow(images[i].reshape(28, 28), cmap="gray_r", vmin=0, vmax=255)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=True, color="#DDDDDD")
+        share = f"{100 * errors[i] / counts.runs:.0f} %"
+        ax.set_xlabel(f"{counts.labels[i]} {arrow} {wrong[i].argmax()}  {share}", fontsize=8)
+    return figure

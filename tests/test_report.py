@@ -1,0 +1,342 @@
+import dataclasses
+import json
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from scipy import stats as scipy_stats
+
+from mlp_jax import data, figures, report, store
+from mlp_jax.config import RECIPES, UserError
+
+N_TEST = 200
+ENVIRONMENT = {
+    "backend": "cpu",
+    "device_kind": "cpu",
+    "prng": "threefry2x32",
+    "matmul_precision": "default",
+    "versions": {"jax": "0"},
+}
+
+
+@pytest.fixture(autouse=True)
+def dataset(monkeypatch):
+    """Random images, which the report takes for those that were trained on."""
+    rng = np.random.default_rng(0)
+    split = data.Split(
+        rng.integers(0, 256, (N_TEST, 784)).astype(np.uint8),
+        rng.integers(0, 10, N_TEST).astype(np.int32),
+    )
+    found = data.Dataset(split, split, 10, "f" * 64)
+    monkeypatch.setattr(data, "load_dataset", lambda name, data_dir: found)
+    return found
+
+
+def make_row(labels, seed, wrong, *, vary="all", rate=0.01, loss=0.1, epochs=2):
+    """A run that takes each of the images `wrong` for the next class."""
+    predictions = labels.astype(np.uint8)
+    predictions[wrong] = (predictions[wrong] + 1) % 10
+    correct = len(labels) - len(wrong)
+    return {
+        "recipe": "keras-sgd",
+        "vary": vary,
+        "seed": seed,
+        "learning_rate": rate,
+        "test_correct": correct,
+        "test_loss": loss,
+        "train_loss": loss,
+        "test_correct_by_epoch": [correct - 10] * (epochs - 1) + [correct],
+        "test_loss_by_epoch": [0.1] * (epochs - 1) + [loss],
+        "train_loss_by_epoch": [0.1] * epochs,
+        "predictions": predictions.tobytes(),
+        "seconds": 2.0 + seed,
+    }
+
+
+def random_rows(dataset, n, vary="all", rate=0.01, share=0.05):
+    rng = np.random.default_rng([n, len(vary), int(rate * 1000)])
+    chances = rng.random(N_TEST) * 2 * share
+    wrong = [np.flatnonzero(rng.random(N_TEST) < chances) for _ in range(n)]
+    labels = dataset.test.labels
+    return [make_row(labels, seed, w, vary=vary, rate=rate) for seed, w in enumerate(wrong)]
+
+
+def write_sweep(directory, rows, per_file=4, **settings):
+    config = dataclasses.asdict(RECIPES["keras-sgd"]) | {"learning_rate": [0.01]} | settings
+    about = {"recipe": "keras-sgd", "config": config, "fingerprint": "f" * 64}
+    store.open_sweep(directory, about | {"environment": ENVIRONMENT})
+    for start in range(0, len(rows), per_file):
+        store.write_chunk(directory, rows[start : start + per_file], ENVIRONMENT)
+    return directory
+
+
+def summary_of(directory):
+    report.main([str(directory)])
+    return json.loads((directory / "summary.json").read_text())
+
+
+def family_of(directory, dataset):
+    """A sweep's summary without its figures."""
+    families = report.read_families(directory, dataset.test.labels, 10)
+    config = store.read_config(directory)["config"]
+    return report.summarize(families, "keras-sgd", config)
+
+
+def errors_of(rows, labels):
+    predictions = np.stack([np.frombuffer(row["predictions"], np.uint8) for row in rows])
+    return predictions != labels
+
+
+def test_summary_holds_the_statistics_of_the_rows(tmp_path, dataset):
+    rows = random_rows(dataset, 12)
+    said = family_of(write_sweep(tmp_path / "s", rows), dataset)
+    (family,) = said["families"]
+    errors = errors_of(rows, dataset.test.labels)
+    accuracy = 1 - errors.mean(axis=1)
+    sd = accuracy.std(ddof=1)
+    assert (said["n_test"], said["epochs"], family["runs"]) == (N_TEST, 50, 12)
+    assert family["mean"]["estimate"] == pytest.approx(accuracy.mean())
+    half = scipy_stats.t.ppf(0.975, 11) * sd / np.sqrt(12)
+    assert family["mean"]["high"] == pytest.approx(accuracy.mean() + half)
+    assert family["sd"]["estimate"] == pytest.approx(sd)
+    assert family["sd"]["low"] == pytest.approx(sd * np.sqrt(11 / scipy_stats.chi2.ppf(0.975, 11)))
+    assert (family["min"], family["max"]) == (accuracy.min(), accuracy.max())
+    assert family["interquartile_mean"]["estimate"] == pytest.approx(np.sort(accuracy)[3:9].mean())
+    p = accuracy.mean()
+    assert family["binomial_sd"] == pytest.approx(np.sqrt(p * (1 - p) / N_TEST))
+    covariance = np.cov(errors.T.astype(float))
+    assert family["v_test"] == pytest.approx(covariance.sum() / N_TEST**2)
+    assert family["v_ind"] == pytest.approx(np.trace(covariance) / N_TEST**2)
+    off = (covariance.sum() - np.trace(covariance)) / (N_TEST * (N_TEST - 1))
+    distribution = family["distribution_sd"]
+    assert np.sign(distribution["estimate"]) * distribution["estimate"] ** 2 == pytest.approx(off)
+    assert distribution["low"] < distribution["estimate"] < distribution["high"]
+    halves = np.cov(errors[:, ::2].mean(axis=1), errors[:, 1::2].mean(axis=1))[0, 1]
+    assert np.sign(family["halves_sd"]) * family["halves_sd"] ** 2 == pytest.approx(halves)
+    assert family["binary_sd"] == pytest.approx(np.sqrt((1 - p) / (2 * N_TEST)))
+    assert family["k_class_sd"] == pytest.approx(np.sqrt((1 - p) / (10 * N_TEST)))
+    # a wrong run always says the next class, so that two runs differ where one of them errs
+    pairs = [(a != b).mean() for i, a in enumerate(errors) for b in errors[:i]]
+    assert family["disagreement"] == pytest.approx(np.mean(pairs))
+    assert family["error"] == pytest.approx(errors.mean())
+    assert family["seconds_a_run"] == np.mean([2.0 + seed for seed in range(12)])
+    assert family["runs_for_sd"] == 770
+    assert family["runs_for_mean"] == np.ceil((scipy_stats.norm.ppf(0.975) * sd / 1e-4) ** 2)
+
+
+def test_the_vote_of_all_runs_counts_as_the_ensemble(tmp_path, dataset):
+    labels = dataset.test.labels
+    rows = [make_row(labels, 0, [0, 1]), make_row(labels, 1, [0, 2]), make_row(labels, 2, [0, 3])]
+    (family,) = family_of(write_sweep(tmp_path / "s", rows), dataset)["families"]
+    assert family["vote_accuracy"] == (N_TEST - 1) / N_TEST
+    assert family["max"] == (N_TEST - 2) / N_TEST
+
+
+@pytest.mark.parametrize(("changed", "kept"), [({}, True), ({"dropout": 0.5}, False)])
+def test_the_reference_is_given_only_for_its_own_settings(tmp_path, dataset, changed, kept):
+    labels = dataset.test.labels
+    # 97.26 % of 200 images are 194.52: two runs of five lie below
+    rows = [make_row(labels, seed, range(wrong)) for seed, wrong in enumerate([7, 6, 5, 5, 4])]
+    rows += [row | {"vary": "init"} for row in rows]
+    sweep = write_sweep(tmp_path / "s", rows, **changed)
+    whole, init = family_of(sweep, dataset)["families"]
+    assert init["reference"] is None
+    if not kept:
+        assert whole["reference"] is whole["share_below"] is whole["z"] is None
+        return
+    right = N_TEST - np.array([7, 6, 5, 5, 4])
+    assert whole["reference"] == 0.9726
+    assert whole["share_below"]["estimate"] == 2 / 5
+    assert whole["z"] == pytest.approx((194.52 - right.mean()) / right.std(ddof=1))
+
+
+def test_families_are_set_beside_all_and_rates_beside_each_other(tmp_path, dataset, capsys):
+    rows = random_rows(dataset, 9, "init") + random_rows(dataset, 8)
+    rows += random_rows(dataset, 7, rate=0.03, share=0.15)
+    sweep = write_sweep(tmp_path / "s", rows, learning_rate=[0.01, 0.03])
+    said = family_of(sweep, dataset)
+    families = {(each["vary"], each["learning_rate"]): each for each in said["families"]}
+    assert list(families) == [("all", 0.01), ("all", 0.03), ("init", 0.01)]
+    whole, init = families["all", 0.01], families["init", 0.01]
+    ratio = init["sd_over_all"]
+    assert ratio["estimate"] == pytest.approx(init["sd"]["estimate"] / whole["sd"]["estimate"])
+    assert ratio["low"] < ratio["estimate"] < ratio["high"]
+    assert whole["sd_over_all"] is families["all", 0.03]["sd_over_all"] is None
+    (pair,) = said["learning_rates"]
+    better = {row["seed"]: row["test_correct"] for row in rows[9:17]}
+    worse = {row["seed"]: row["test_correct"] for row in rows[17:]}
+    wins = np.mean([(np.sign(better[s] - worse[s]) + 1) / 2 for s in range(7)])
+    assert (pair["a"], pair["b"], pair["pairs"]) == (0.01, 0.03, 7)
+    assert pair["probability"]["estimate"] == pytest.approx(wins)
+    assert "P(learning rate 0.01 beats 0.03)" in report.table(said)
+
+
+def test_equal_rows_give_equal_bytes_in_whichever_files_they_lie(tmp_path, dataset):
+    rows = random_rows(dataset, 10) + random_rows(dataset, 6, "order")
+    mixed = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    sweeps = [write_sweep(tmp_path / "a", rows, 4), write_sweep(tmp_path / "b", mixed, 3)]
+    texts = [json.dumps(family_of(sweep, dataset)) for sweep in (*sweeps, sweeps[0])]
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_diverged_runs_are_listed_and_in_no_statistic(tmp_path, dataset, loss):
+    rows = random_rows(dataset, 6)
+    broken = [make_row(dataset.test.labels, seed, range(150), loss=loss) for seed in (77, 78)]
+    sweep, clean = write_sweep(tmp_path / "a", rows + broken), write_sweep(tmp_path / "b", rows)
+    said = family_of(sweep, dataset)
+    (family,) = said["families"]
+    assert family["diverged"] == [77, 78]
+    assert "2 that diverged, in no statistic: seeds [77, 78]" in report.table(said)
+    (expected,) = family_of(clean, dataset)["families"]
+    assert family | {"diverged": []} == expected
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2])
+def test_few_runs_print_dashes(tmp_path, dataset, capsys, runs):
+    rows = [make_row(dataset.test.labels, seed, [seed], loss=np.inf) for seed in (8, 9)]
+    sweep = write_sweep(tmp_path / "s", rows[runs > 0 :] + random_rows(dataset, runs))
+    (family,) = summary_of(sweep)["families"]
+    assert family["runs"] == runs
+    assert (family["max"] is None) == (runs < 1)
+    assert (family["mean"] is None) == (family["sd"] is None) == (runs < 2)
+    assert family["label_free_sd"] is None
+    lines = capsys.readouterr().out.splitlines()
+    (label_free,) = [line for line in lines if "label-free" in line]
+    assert label_free.split()[1] == "-"
+    assert (sweep / "figures" / "accuracy.png").exists() == (runs == 2)
+
+
+@pytest.mark.parametrize("wrong", [[3, 4], []])
+def test_equal_runs_have_no_spread(tmp_path, dataset, wrong):
+    rows = [make_row(dataset.test.labels, seed, wrong) for seed in range(3)]
+    (family,) = summary_of(write_sweep(tmp_path / "s", rows))["families"]
+    nothing = {"estimate": 0, "low": 0, "high": 0}
+    assert family["sd"] == family["distribution_sd"] == nothing
+    assert family["disagreement"] == family["label_free_sd"] == 0
+    assert family["z"] is None
+    assert (tmp_path / "s" / "figures" / "hardest.png").exists() == bool(wrong)
+
+
+def test_figures_show_something(tmp_path, dataset):
+    rows = random_rows(dataset, 9) + random_rows(dataset, 9, "dropout")
+    sweep = write_sweep(tmp_path / "s", rows)
+    report.main([str(sweep), "--out", str(tmp_path / "elsewhere")])
+    assert not (sweep / "summary.json").exists()
+    drawn = tmp_path / "elsewhere" / "figures"
+    names = ["accuracy.png", "epochs.png", "hardest.png", "sources.png"]
+    assert sorted(path.name for path in drawn.iterdir()) == names
+    for name in names:
+        pixels = np.asarray(Image.open(drawn / name).convert("L"))
+        assert pixels.shape[1] == 1080, name
+        assert 400 <= pixels.shape[0] <= 700, name
+        assert pixels[0, 0] == 255, name
+        assert 0.01 < (pixels < 250).mean() < 0.7, name
+    # the paper is white at the left and right edge of every figure: nothing is cut off
+    assert (pixels[:, [0, -1]] == 255).all()
+
+
+def test_one_epoch_has_no_figure_by_epoch(tmp_path, dataset):
+    rows = [
+        row | {"test_correct_by_epoch": [row["test_correct"]]} for row in random_rows(dataset, 3)
+    ]
+    for row in rows:
+        row["test_loss_by_epoch"] = row["train_loss_by_epoch"] = [0.1]
+    sweep = write_sweep(tmp_path / "s", rows, epochs=1)
+    assert summary_of(sweep)["epochs"] == 1
+    names = {path.name for path in (sweep / "figures").iterdir()}
+    assert names == {"accuracy.png", "hardest.png"}
+
+
+def test_the_hardest_images_come_first_with_their_captions(tmp_path, dataset):
+    labels = dataset.test.labels
+    rows = [make_row(labels, 0, [5, 9]), make_row(labels, 1, [9]), make_row(labels, 2, [9])]
+    (family,) = report.read_families(write_sweep(tmp_path / "s", rows), labels, 10)
+    figure = figures.draw_hardest(family.counts, dataset.test.images, "x")
+    captions = [ax.get_xlabel() for ax in figure.axes if ax.axison]
+    assert captions == [
+        f"{labels[9]} → {(labels[9] + 1) % 10}  100 %",
+        f"{labels[5]} → {(labels[5] + 1) % 10}  33 %",
+    ]
+    drawn = figure.axes[0].images[0].get_array()
+    assert (drawn == dataset.test.images[9].reshape(28, 28)).all()
+
+
+def test_predictions_are_read_as_a_stream(tmp_path, dataset, monkeypatch):
+    rows = random_rows(dataset, 1100)
+    sweep = write_sweep(tmp_path / "s", rows, per_file=1100)
+    read, blocks, alive = store.predictions, [], []
+
+    def watched(column):
+        alive.append(sum(block() is not None for block in blocks))
+        block = read(column)
+        blocks.append(weakref.ref(block))
+        assert block.nbytes <= store.READ_ROWS * N_TEST
+        return block
+
+    monkeypatch.setattr(store, "predictions", watched)
+    (family,) = report.read_families(sweep, dataset.test.labels, 10)
+    assert len(family.seeds) == 1100
+    assert len(blocks) >= 2 * 1100 / store.READ_ROWS
+    # the block that is counted, while the next is read
+    assert max(alive) <= 1
+    assert pa.total_allocated_bytes() < 1100 * N_TEST
+
+
+def one_line(argv):
+    with pytest.raises(UserError) as caught:
+        report.main([str(word) for word in argv])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_no_sweep_is_refused_in_one_line(tmp_path, dataset):
+    assert "no config.json" in one_line([tmp_path / "missing"])
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert "is another's" in one_line([tmp_path])
+    (tmp_path / "config.json").write_text("[1]")
+    assert "is another's" in one_line([tmp_path])
+    assert "no finished runs" in one_line([write_sweep(tmp_path / "s", [])])
+    assert "--foo" in one_line([tmp_path, "--foo"])
+
+
+def test_other_images_are_refused(tmp_path, dataset, monkeypatch):
+    sweep = write_sweep(tmp_path / "s", random_rows(dataset, 3))
+    other = dataset._replace(fingerprint="0" * 64)
+    monkeypatch.setattr(data, "load_dataset", lambda name, data_dir: other)
+    assert "other images" in one_line([sweep])
+    assert not (sweep / "summary.json").exists()
+
+
+def test_rows_that_cannot_be_true_are_refused(tmp_path, dataset):
+    rows = random_rows(dataset, 4)
+    twice = write_sweep(tmp_path / "a", [*rows, rows[0] | {"seed": 9}, rows[1]])
+    assert "a run twice" in one_line([twice])
+    wrong = rows[0] | {"test_correct_by_epoch": [3, rows[0]["test_correct"] - 1]}
+    assert "do not give" in one_line([write_sweep(tmp_path / "b", [wrong, *rows[1:]])])
+
+
+def test_a_damaged_file_is_named(tmp_path, dataset):
+    sweep = write_sweep(tmp_path / "s", random_rows(dataset, 3))
+    (path,) = store.chunk_paths(sweep)
+    blocks = report.prediction_blocks(sweep, "all", 0.01, np.arange(3))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=f"{path.name} cannot be read"):
+        next(blocks)
+
+
+def test_help_imports_no_jax_and_nothing_slow():
+    code = (
+        "import sys\nfrom mlp_jax import report\n"
+        "try:\n    report.main(['--help'])\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "slow = {'jax', 'scipy', 'matplotlib', 'pyarrow', 'tensorflow'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--data-dir" in done.stdout

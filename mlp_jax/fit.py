@@ -11,13 +11,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mlp_jax.config import STREAMS, Config, UserError
 from mlp_jax.data import Dataset, Split
 from mlp_jax.model import N_PIXELS
 from mlp_jax.parallel import Placement, from_groups, map_runs, replicate, to_groups
-from mlp_jax.step import EVAL_BATCH, evaluate, init_state, run_keys, train_epoch
+from mlp_jax.step import (
+    EVAL_BATCH,
+    TrainState,
+    evaluate,
+    init_state,
+    run_keys,
+    train_epoch,
+)
 
 
 class Runs(NamedTuple):
@@ -36,9 +44,10 @@ class EpochMetrics(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """Leading axis of runs everywhere; the history's arrays are [runs, epochs]."""
+    """History [runs, epochs] each, uint8 predictions [runs, n_test] and, still on the devices, the
+    state: see `parallel.from_groups`."""
 
-    params: dict
+    state: TrainState
     history: EpochMetrics
     predictions: np.ndarray
     train_seconds: float
@@ -46,6 +55,7 @@ class FitResult(NamedTuple):
 
 
 class Programs(NamedTuple):
+    zeros: Callable
     init: Callable
     epoch: Callable
     seconds: float
@@ -77,19 +87,20 @@ def fit(
     data = replicate((dataset.train, dataset.test), placement)
     programs = compile_programs(static(config), placement, abstract(fleet), abstract(data))
 
-    state = programs.init(np.int32(n_groups), fleet, ())
+    n_groups = np.int32(n_groups)
+    state, _ = programs.init(n_groups, programs.zeros(), fleet, ())
     history, train_seconds = [], 0.0
     for epoch in range(config.epochs):
         start = time.perf_counter()
         shared = (*data, np.int32(epoch))
-        state, metrics, predictions = programs.epoch(np.int32(n_groups), state, fleet, shared)
+        state, (metrics, predictions) = programs.epoch(n_groups, state, fleet, shared)
         metrics = from_groups(metrics, n_runs)  # waits for the epoch
         seconds = time.perf_counter() - start
         train_seconds += seconds
         history.append(metrics)
         on_epoch(epoch + 1, metrics, seconds)
     return FitResult(
-        params=from_groups(state.params, n_runs),
+        state=state,
         history=EpochMetrics(*(np.stack(leaves, axis=1) for leaves in zip(*history, strict=True))),
         predictions=from_groups(predictions, n_runs),
         train_seconds=train_seconds,
@@ -115,33 +126,44 @@ def abstract(tree):
 def compile_programs(
     config: Config, placement: Placement, fleet: Runs, data: tuple[Split, Split]
 ) -> Programs:
-    """Compile ahead of time for arguments of these shapes; the state is donated."""
+    """Compile ahead of time for arguments of these shapes; states are donated."""
 
-    def init(run: Runs, _):
-        return init_state(run_keys(run.seeds), run.learning_rate, config=config)
+    def init(_, run: Runs, shared):
+        return init_state(run_keys(run.seeds), run.learning_rate, config=config), ()
 
     def epoch(state, run: Runs, shared):
         train, test, epoch = shared
         state, metrics = train_epoch(state, train, run_keys(run.seeds), epoch, config=config)
         result = evaluate(state.params, test, config=config)
         means = EpochMetrics(metrics.loss, result.loss, result.correct)
-        return state, means, result.predictions
+        return state, (means, result.predictions)
 
-    count = jax.ShapeDtypeStruct((), np.int32)
+    def zeros():
+        state = abstract_state(config)
+        shape = fleet.learning_rate.shape
+        return jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape), leaf.dtype), state)
+
     start = time.perf_counter()
-    compiled_init = jax.jit(map_runs(init, placement)).lower(count, fleet, ()).compile()
-    mapped = jax.jit(map_runs(epoch, placement), donate_argnums=1)
-    compiled_epoch = mapped.lower(count, compiled_init.out_info, fleet, (*data, count)).compile()
-    return Programs(compiled_init, compiled_epoch, time.perf_counter() - start)
+    count = jax.ShapeDtypeStruct((), np.int32)
+    make_zeros = jax.jit(zeros, out_shardings=fleet.learning_rate.sharding).lower().compile()
+    states = make_zeros.out_info
+    init, epoch = (jax.jit(map_runs(fn, placement), donate_argnums=1) for fn in (init, epoch))
+    init = init.lower(count, states, fleet, ()).compile()
+    epoch = epoch.lower(count, states, fleet, (*data, count)).compile()
+    return Programs(make_zeros, init, epoch, time.perf_counter() - start)
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Shapes and dtypes of a run's state."""
+    seeds = jax.ShapeDtypeStruct((len(STREAMS),), np.uint32)
+    return jax.eval_shape(
+        lambda seeds: init_state(run_keys(seeds), jnp.float32(0), config=config), seeds
+    )
 
 
 def run_bytes(config: Config) -> int:
     """Device memory that a run takes while it trains, roughly: what a lane costs."""
-    state = jax.eval_shape(
-        lambda seeds: init_state(run_keys(seeds), 1.0, config=config),
-        jax.ShapeDtypeStruct((len(STREAMS),), np.uint32),
-    )
-    n_state = sum(leaf.size for leaf in jax.tree.leaves(state))
+    n_state = sum(leaf.size for leaf in jax.tree.leaves(abstract_state(config)))
     # donated state, gradients and updates; hidden activations of the test batch and their ReLU
     n_activations = 2 * EVAL_BATCH * (N_PIXELS + sum(config.hidden))
     return 4 * (3 * n_state + n_activations)

@@ -66,4 +66,5 @@ def describe(config: Config) -> str:
 
 
 def count_parameters(params) -> int:
+    """Of one run's `params`, arrays or their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

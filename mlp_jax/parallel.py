@@ -74,41 +74,44 @@ def place(n_runs: int, run_bytes: int, *, devices: int | None, lanes: int | None
 
 
 def map_runs(fn: Callable, placement: Placement) -> Callable:
-    """Lift `fn(*run, shared)` to a fleet: `lifted(n_groups, *runs, shared)`.
+    """Lift `fn(state, run, shared) -> (state, result)` of one run to a fleet of them:
+    `lifted(n_groups, states, runs, shared) -> (states, results)`.
 
-    The leaves of `runs`, and of the results, are [groups, width, ...]: a group trains at the same
-    time, and group follows group. Only the first `n_groups` are trained, the rest of the results
-    is 0. `shared` is the same for all runs and held once a device. Pure: the caller jits.
+    The leaves of `states`, `runs` and `results` are [groups, width, ...]: a group trains at the
+    same time, and group follows group. Only the first `n_groups` are trained; the other states
+    stay, and their results are 0. `shared` is the same for all runs and held once a device. Pure:
+    the caller jits.
     """
 
-    def one_device(n_groups, runs, shared):
-        def train_group(i, results):
-            group = jax.tree.map(lambda leaf: leaf[i], runs)
-            return jax.tree.map(lambda all, one: all.at[i].set(one), results, lane(*group))
+    def train_lanes(states, runs, shared):
+        if placement.lanes > 1:
+            return jax.vmap(lambda state, run: fn(state, run, shared))(states, runs)
+        # not a vmap over one: that would be another program, with other roundings
+        one = fn(*jax.tree.map(lambda leaf: leaf[0], (states, runs)), shared)
+        return jax.tree.map(lambda leaf: leaf[None], one)
 
-        def lane(*run):
-            if placement.lanes > 1:
-                return jax.vmap(lambda *run: fn(*run, shared))(*run)
-            # not a vmap over one: that would be another program, with other roundings
-            result = fn(*jax.tree.map(lambda leaf: leaf[0], run), shared)
-            return jax.tree.map(lambda leaf: leaf[None], result)
+    def one_device(n_groups, states, runs, shared):
+        def train_group(i, fleet):
+            group, run = jax.tree.map(lambda leaf: leaf[i], (fleet[0], runs))
+            trained = train_lanes(group, run, shared)
+            return jax.tree.map(lambda all, one: all.at[i].set(one), fleet, trained)
 
-        shapes = jax.eval_shape(lane, *jax.tree.map(lambda leaf: leaf[0], runs))
-        n_rows = jax.tree.leaves(runs)[0].shape[0]
-        results = jax.tree.map(lambda leaf: jnp.zeros((n_rows, *leaf.shape), leaf.dtype), shapes)
+        first = jax.tree.map(lambda leaf: leaf[0], (states, runs))
+        _, result = jax.eval_shape(train_lanes, *first, shared)
+        room = jax.tree.leaves(runs)[0].shape[0]
+        results = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape), leaf.dtype), result)
         # A count that is known only when it runs (and MIN_GROUPS): XLA would inline a loop of one,
         # fuse it differently, and a run alone would differ from the same run in a sweep.
-        return lax.fori_loop(0, n_groups, train_group, results)
+        return lax.fori_loop(0, n_groups, train_group, (states, results))
 
-    sharded = jax.shard_map(
+    return jax.shard_map(
         one_device,
         mesh=placement.mesh,
-        in_specs=(P(), P(None, RUNS), P()),
+        in_specs=(P(), P(None, RUNS), P(None, RUNS), P()),
         out_specs=P(None, RUNS),
         # the scans inside start from constants, which the check takes for replicated values
         check_vma=False,
     )
-    return lambda n_groups, *args: sharded(n_groups, args[:-1], args[-1])
 
 
 def replicate(tree, placement: Placement):

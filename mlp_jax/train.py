@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     import jax
 
     from mlp_jax.data import load_dataset
-    from mlp_jax.fit import EpochMetrics, check_fits, fit, make_runs
+    from mlp_jax.fit import EpochMetrics, abstract_state, check_fits, fit, make_runs
     from mlp_jax.model import count_parameters, describe
     from mlp_jax.parallel import Placement
 
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             "test_accuracy": last["test_accuracy"],
             "train_seconds": result.train_seconds,
             "compile_seconds": result.compile_seconds,
-            "parameters": count_parameters(result.params),
+            "parameters": count_parameters(abstract_state(config).params),
         },
     )
     say()

@@ -10,7 +10,7 @@ from mlp_jax import fit as fit_module
 from mlp_jax import step
 from mlp_jax.config import RECIPES, UserError, stream_seeds
 from mlp_jax.fit import check_fits, fit, make_runs
-from mlp_jax.parallel import Placement, place
+from mlp_jax.parallel import Placement, from_groups, place
 
 
 def one_device():
@@ -29,7 +29,8 @@ def train(config, dataset, seeds, *, placement=None, rates=None, **options):
 
 def rows(result):
     """What a run leaves, as bytes, one tuple a run."""
-    leaves = [*result.history, result.predictions, *jax.tree.leaves(result.params)]
+    params = jax.tree.leaves(from_groups(result.state.params, len(result.predictions)))
+    leaves = [*result.history, result.predictions, *params]
     leaves = [np.asarray(leaf) for leaf in leaves]
     return [tuple(leaf[i].tobytes() for leaf in leaves) for i in range(len(leaves[0]))]
 

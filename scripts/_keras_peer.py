@@ -1,0 +1,61 @@
+"""The recipe keras-sgd in Keras 3, set up as it runs fastest there; scripts/benchmark.py's peer."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from mlp_jax.config import RECIPES
+from mlp_jax.data import load_dataset
+
+FOREVER = 2**31
+"""Epochs: the benchmark ends the process when it has had enough turns."""
+
+# 7 x 67 steps are an epoch. On TensorFlow many steps an execution, not compiled, looked fastest in
+# short trials on a busy machine; on JAX, which compiles by default, they gained nothing.
+SETTINGS = {"jax": {}, "tensorflow": {"jit_compile": False, "steps_per_execution": 67}}
+
+
+def missing(backend: str) -> str | None:
+    """The first package that is not installed of those that Keras on `backend` needs."""
+    names = ("keras", backend)
+    return next((name for name in names if importlib.util.find_spec(name) is None), None)
+
+
+def train_keras(turn: Callable, seed: int, data_dir: Path | None, backend: str) -> None:
+    """Train from float32 arrays in memory; `turn` gets the test accuracy after every epoch."""
+    os.environ["KERAS_BACKEND"] = backend
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    import keras
+
+    config = RECIPES["keras-sgd"]
+    train, test = (
+        (split.images.astype("float32") / 255, split.labels)
+        for split in load_dataset("mnist", data_dir)[:2]
+    )
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([keras.Input(train[0].shape[1:])])
+    for width in config.hidden:
+        model.add(keras.layers.Dense(width, activation="relu"))
+        model.add(keras.layers.Dropout(config.dropout))
+    model.add(keras.layers.Dense(config.n_classes))
+    model.compile(
+        optimizer=keras.optimizers.SGD(config.learning_rate),
+        # on logits: faster than a softmax layer and the same loss
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        **SETTINGS[backend],
+    )
+    model.fit(
+        *train,
+        batch_size=config.batch_size,
+        epochs=FOREVER,
+        validation_data=test,
+        validation_batch_size=len(test[1]),
+        callbacks=[
+            keras.callbacks.LambdaCallback(
+                on_epoch_end=lambda epoch, logs: turn([float(logs["val_accuracy"])])
+            )
+        ],
+        verbose=0,
+    )

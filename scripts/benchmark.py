@@ -1,0 +1,316 @@
+"""Speed as ratios from interleaved runs, beside Keras 3, each with the accuracy that it reached.
+
+    pip install -e ".[bench]"
+    python scripts/benchmark.py epoch       an epoch of one run, beside Keras on JAX
+    python scripts/benchmark.py sweep       seeds an hour, beside single runs and Keras on JAX, TF
+    python scripts/benchmark.py scaling     cost a seed, and memory, by the number of seeds
+    python scripts/benchmark.py process     whole processes, from start to end
+    python scripts/benchmark.py epoch sweep scaling process --out benchmark.json
+
+Each peer lives in processes of its own, which compile and warm up before anything is timed, then
+train and score one epoch whenever it is their turn: A B C A B C ... A ratio compares the turns of
+one round, so that what else the machine does hits both. Keep the machine idle otherwise.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+from typing import Literal
+
+import tyro
+from _keras_peer import FOREVER, missing, train_keras
+
+from mlp_jax import store
+from mlp_jax.config import RECIPES, stream_seeds
+from mlp_jax.data import load_dataset
+
+RECIPE = "keras-sgd"
+ROUNDS = {"epoch": 25, "sweep": 8, "process": 5}  # a few minutes a part on two cores
+# The part `sweep` compares whole processes too.
+WHOLE_ROUNDS, WHOLE_SEEDS, WHOLE_EPOCHS = 2, 4, 5
+SIZES = (2, 4, 8, 16, 32, 64)
+SEED_EPOCHS = 16  # what a size trains at least, so that small ones are timed as long as larger ones
+# Test accuracies after equally many epochs; the first epoch reaches about 0.87.
+MAX_APART, MIN_ACCURACY = 0.015, 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    parts: tyro.conf.Positional[tuple[Literal["epoch", "sweep", "scaling", "process"], ...]]
+    """What to measure."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data; else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    rounds: int | None = None
+    """Turns of each peer; else what takes a few minutes on two cores."""
+    out: Path | None = None
+    """File for the numbers, as JSON."""
+
+
+class Peer:
+    """A way to train, in one process or in several at once; `seconds`: a seed, turn by turn."""
+
+    def __init__(self, name: str, train: Callable, *args, cores: list[set[int]] | None = None):
+        self.name, self.seconds, self.pipes = name, [], []
+        context = multiprocessing.get_context("spawn")
+        for seed, pinned in enumerate(cores or [None]):
+            pipe, end = context.Pipe()
+            serve_args = (end, pinned, train, seed, *args)
+            context.Process(target=serve, args=serve_args, daemon=True).start()
+            end.close()
+            self.pipes.append(pipe)
+        self.accuracies = self.results()
+
+    def results(self) -> list[float]:
+        """Wait for the test accuracies of the seeds of all processes."""
+        try:
+            return [accuracy for pipe in self.pipes for accuracy in pipe.recv()]
+        except EOFError:
+            sys.exit(f"error: {self.name} ended early, as said above")
+
+    def turn(self) -> None:
+        start = time.perf_counter()
+        for pipe in self.pipes:
+            pipe.send("go")
+        self.accuracies = self.results()
+        self.seconds.append((time.perf_counter() - start) / len(self.accuracies))
+
+
+def serve(pipe, pinned: set[int] | None, train: Callable, *args) -> None:
+    """A peer's process: `train` tells its accuracies after every epoch, and waits for its turn."""
+    if pinned:
+        os.sched_setaffinity(0, pinned)  # XLA counts its threads by it
+        os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
+
+    def turn(accuracies: list[float]) -> None:
+        pipe.send(accuracies)
+        try:
+            pipe.recv()
+        except EOFError:  # the benchmark has had enough turns
+            sys.exit()
+
+    train(turn, *args)
+
+
+def train_mlp_jax(turn: Callable, seed: int, data_dir: Path | None, layout: str) -> None:
+    data = load_dataset("mnist", data_dir)
+    n_test = len(data.test.labels)
+    fit_as(layout, None, data, FOREVER, lambda epoch, m, s: turn(list(m.test_correct / n_test)))
+
+
+def fit_as(layout: str, n_runs: int | None, dataset, epochs: int, on_epoch: Callable):
+    """`fit`, placed as mlp_jax.train ("single") or mlp_jax.sweep ("sweep"; a run a core) does."""
+    import jax
+
+    from mlp_jax.fit import fit, make_runs, run_bytes
+    from mlp_jax.parallel import Placement, n_cores, place, use_cores
+
+    config = dataclasses.replace(RECIPES[RECIPE], epochs=epochs)
+    if layout == "single":
+        n_runs, placement = 1, Placement(tuple(jax.local_devices()[:1]), lanes=1)
+    else:
+        use_cores()
+        n_runs = n_runs or n_cores()
+        placement = place(n_runs, run_bytes(config), devices=None, lanes=None)
+    runs = make_runs([stream_seeds(i) for i in range(n_runs)], [config.learning_rate] * n_runs)
+    return fit(config, dataset, runs, placement=placement, on_epoch=on_epoch)
+
+
+def add_keras(peers: list[Peer], name: str, backend: str, args: Args, cores=None) -> None:
+    if package := missing(backend):
+        print(f'without {name}: {package} is not installed (pip install -e ".[bench]")')
+    else:
+        peers.append(Peer(name, train_keras, args.data_dir, backend, cores=cores))
+
+
+def interleave(peers: list[Peer], rounds: int) -> list[dict]:
+    """`rounds` turns of each peer; rows with ratios to the first. Exits where accuracies differ."""
+    for _ in range(rounds):
+        for peer in peers:
+            peer.turn()
+    for pipe in (pipe for peer in peers for pipe in peer.pipes):
+        pipe.close()
+    rows = timed({peer.name: peer.seconds for peer in peers})
+    for row, peer in zip(rows, peers, strict=True):
+        row |= {"test accuracy": mean(peer.accuracies), "after epochs": rounds + 1}
+        row["seeds an hour"] = 3600 / (row["seconds"] * RECIPES[RECIPE].epochs)
+    accuracies = [row["test accuracy"] for row in rows]
+    if not (max(accuracies) - min(accuracies) <= MAX_APART and min(accuracies) >= MIN_ACCURACY):
+        show("FAILED: these accuracies are not those of one and the same training", rows)
+        sys.exit(1)
+    return rows
+
+
+def timed(seconds: dict[str, list[float]]) -> list[dict]:
+    """Rows of medians and ranges; the ratios are to the first, round by round."""
+    first = next(iter(seconds.values()))
+    rows = []
+    for name, own in seconds.items():
+        rows.append({"what": name})
+        ratios = [a / b for a, b in zip(own, first, strict=True)]
+        for column, values in (("seconds", own), ("ratio", ratios)):
+            limits = {f"{column} min": min(values), f"{column} max": max(values)}
+            rows[-1] |= {column: median(values)} | limits
+    return rows
+
+
+def measure_epoch(args: Args) -> dict:
+    peers = [Peer("mlp_jax, one run", train_mlp_jax, args.data_dir, "single")]
+    add_keras(peers, "Keras on JAX", "jax", args)
+    rows = interleave(peers, args.rounds or ROUNDS["epoch"])
+    show("one epoch and its evaluation, seconds; ratios to the first line", rows)
+    for row in rows[1:]:
+        print(f"mlp_jax takes {1 / row['ratio']:.2f} of the time of {row['what']}")
+    return {"epoch": rows}
+
+
+def measure_sweep(args: Args) -> dict:
+    cores = [{core} for core in sorted(os.sched_getaffinity(0))]
+    peers = [
+        Peer("mlp_jax, a sweep", train_mlp_jax, args.data_dir, "sweep"),
+        Peer("mlp_jax, single runs", train_mlp_jax, args.data_dir, "single"),
+    ]
+    for name, backend in (("JAX", "jax"), ("TF", "tensorflow")):
+        add_keras(peers, f"Keras on {name}, one process", backend, args)
+        add_keras(peers, f"Keras on {name}, one a core", backend, args, cores=cores)
+    rows = interleave(peers, args.rounds or ROUNDS["sweep"])
+    show("a seed and epoch with its evaluation, seconds; ratios to the first line", rows)
+    for name in ("single runs", "Keras on JAX", "Keras on TF"):
+        if ways := [row for row in rows if name in row["what"]]:
+            best = min(ways, key=lambda row: row["ratio"])
+            print(f"a sweep trains {best['ratio']:.2f} times as many seeds as {best['what']}")
+    whole = measure_whole(args)
+    show(f"whole processes, {WHOLE_SEEDS} seeds of {WHOLE_EPOCHS} epochs: seconds a seed", whole)
+    return {"sweep": rows, "whole sweep": whole}
+
+
+def measure_whole(args: Args) -> list[dict]:
+    """`mlp_jax.sweep` and then as many `mlp_jax.train`; exits where a seed's results differ."""
+    epochs = ["--epochs", str(WHOLE_EPOCHS)]
+    sweeps, singles = [], []
+    for _ in range(WHOLE_ROUNDS):
+        with tempfile.TemporaryDirectory() as out:
+            seeds = ["--seeds", f"0:{WHOLE_SEEDS}"]
+            sweeps.append(run("sweep", args, *seeds, *epochs, "--out", f"{out}/sweep")[0])
+            alone = [
+                run("train", args, "--seed", str(seed), *epochs, "--out", f"{out}/{seed}")[0]
+                for seed in range(WHOLE_SEEDS)
+            ]
+            singles.append(sum(alone))
+            table = store.read_runs(Path(out, "sweep"), ["test_correct"]).to_pydict()
+            for seed, correct in zip(table["seed"], table["test_correct"], strict=True):
+                summary = json.loads(Path(out, str(seed), "summary.json").read_text())
+                if summary["test_correct"] != correct:
+                    sys.exit(f"FAILED: seed {seed}: {correct} right in the sweep, alone {summary}")
+    totals = {"mlp_jax.sweep": sweeps, "mlp_jax.train, one after another": singles}
+    return timed({name: [s / WHOLE_SEEDS for s in total] for name, total in totals.items()})
+
+
+def run(front: str, args: Args, *flags: str) -> tuple[float, float]:
+    """Wall seconds and peak memory in MB of `python -m mlp_jax.<front>`, from start to end."""
+    data = ["--data-dir", str(args.data_dir)] if args.data_dir else []
+    command = [sys.executable, "-m", f"mlp_jax.{front}", *flags, "--quiet", *data]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"error: {' '.join(command)} ended with status {process.returncode}")
+    return seconds, peak_mb(usage)
+
+
+def peak_mb(usage: resource.struct_rusage) -> float:
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def measure_process(args: Args) -> dict:
+    helps, runs = [], []
+    for _ in range(args.rounds or ROUNDS["process"]):
+        helps.append(run("train", args, "--help"))
+        with tempfile.TemporaryDirectory() as out:
+            runs.append(run("train", args, "--epochs", "1", "--out", out))
+    rows = []
+    for name, processes in (("train --help", helps), ("train --epochs 1", runs)):
+        seconds, peaks = zip(*processes, strict=True)
+        rows.append(timed({name: seconds})[0] | {"peak MB": max(peaks)})
+    show("whole processes of mlp_jax.train", rows)
+    return {"process": rows}
+
+
+def measure_scaling(args: Args) -> dict:
+    rows = []
+    for size in SIZES:
+        rows.append(fresh(train_size, args.data_dir, size))
+    show("sweeps by their seeds: seconds a seed and epoch, peak memory, the runs' state", rows)
+    grown, state = (rows[-1][name] - rows[0][name] for name in ("peak MB", "state MB"))
+    print(f"from {SIZES[0]} to {SIZES[-1]} seeds memory grows by {grown / state:.2f} of the state")
+    return {"scaling": rows}
+
+
+def fresh(function: Callable, *args):
+    """The result of `function` in a process of its own, whose peak memory is its alone."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def train_size(data_dir: Path | None, size: int) -> dict:
+    import jax
+
+    data = load_dataset("mnist", data_dir)
+    epochs = -(-SEED_EPOCHS // size)
+    result = fit_as("sweep", size, data, epochs, lambda *_: None)
+    peak = peak_mb(resource.getrusage(resource.RUSAGE_SELF))
+    return {
+        "seeds": size,
+        "epochs": epochs,
+        "seconds": result.train_seconds / size / epochs,
+        "peak MB": peak,
+        # plain SGD: a run's state is its parameters
+        "state MB": sum(leaf.nbytes for leaf in jax.tree.leaves(result.state.params)) / 1e6,
+        "test accuracy": float(result.history.test_correct[:, -1].mean() / len(data.test.labels)),
+    }
+
+
+def show(title: str, rows: list[dict]) -> None:
+    lines = [list(rows[0])]
+    lines += [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for line in lines:
+        print(*(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), sep="  ")
+    sys.stdout.flush()
+
+
+def describe() -> dict:
+    """Processor, cores and versions, printed and kept beside the numbers."""
+    import jax
+
+    environment = store.describe_environment(jax.devices())
+    for name in ("keras", "tensorflow-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            environment["versions"][name] = importlib.metadata.version(name)
+    print(f"{environment['processor']}, {environment['cores']} cores")
+    versions = environment["versions"].items()
+    print(", ".join(f"{name} {version}" for name, version in versions), flush=True)
+    return environment
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    # not here: a process begins with the peak memory of its parent, which must stay small
+    record = {"environment": fresh(describe)}
+    for part in args.parts:
+        record |= globals()[f"measure_{part}"](args)
+        if args.out:
+            store.write_json(args.out, record)

@@ -109,7 +109,7 @@ def draw_sources(spreads: list[dict], recipe: str) -> Any:
         ("sd", BLUE, "o", -0.14, "SD on this test set"),
         ("distribution_sd", ORANGE, "D", 0.14, "distribution-wise SD (sign of its variance)"),
     ):
-        x, low, high = 100 * np.array([list(each[key].values()) for each in spreads]).T
+        x, low, high = 100 * np.array([list(each[key].values()) for each in spreads], float).T
         y = np.arange(len(spreads)) + shift
         ax.errorbar(x, y, xerr=(x - low, high - x), fmt=marker, color=color, label=label, **style)
     many = len({each["learning_rate"] for each in spreads}) > 1

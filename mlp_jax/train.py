@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
             "environment": environment,
         },
     )
-    say(describe(config))
+    params = abstract_state(config).params
+    say(describe(config, params))
     say(
         f"\n{config.dataset}: {len(dataset.train.labels):,} training and {n_test:,} test images;"
         f" training on {environment['device_kind']}, results in {out}\n"
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             "test_accuracy": last["test_accuracy"],
             "train_seconds": result.train_seconds,
             "compile_seconds": result.compile_seconds,
-            "parameters": count_parameters(abstract_state(config).params),
+            "parameters": count_parameters(params),
         },
     )
     say()

@@ -67,8 +67,8 @@ def test_seed_decides_the_weights(params):
         np.testing.assert_allclose(params[layer]["kernel"][0, :3], first, rtol=1e-6)
 
 
-def test_table():
-    assert describe(Config()) == TABLE
+def test_table(params):
+    assert describe(Config(), params) == TABLE
 
 
 def test_dropout_off_is_deterministic_and_on_keeps_the_mean(params):

@@ -143,10 +143,13 @@ def compile_programs(
     init, epoch = (jax.jit(map_runs(fn, placement), donate_argnums=1) for fn in (init, epoch))
     init = init.lower(count, (), fleet, ())
     epoch = epoch.lower(count, init.out_info[1], fleet, (*data, count))
+    # without it XLA's CPU backend copies two of the kernels in every step
+    in_place = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    options = in_place if placement.devices[0].platform == "cpu" else {}
     with ThreadPoolExecutor(max_workers=1) as beside:
         # it runs once, for milliseconds, and would take a second to optimise
         quick = beside.submit(init.compile, {"xla_backend_optimization_level": 0})
-        return Programs(epoch=epoch.compile(), init=quick.result(), seconds=clock() - start)
+        return Programs(epoch=epoch.compile(options), init=quick.result(), seconds=clock() - start)
 
 
 def abstract_state(config: Config) -> TrainState:

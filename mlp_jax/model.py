@@ -6,6 +6,7 @@ given here are part of every recorded number.
 
 import flax.linen as nn
 import jax
+from jax import lax
 
 from mlp_jax.config import Config
 
@@ -25,16 +26,41 @@ class MLP(nn.Module):
         for i, width in enumerate(self.hidden):
             x = nn.relu(dense(width, f"hidden_{i}")(x))
             x = nn.Dropout(self.dropout, name=f"dropout_{i}")(x, deterministic=not train)
-        return dense(self.n_classes, "output")(x)
+        return dense(self.n_classes, "output", dot_general=narrow_product)(x)
 
 
-def dense(features: int, name: str) -> nn.Dense:
+def dense(features: int, name: str, **options) -> nn.Dense:
     return nn.Dense(
         features,
         kernel_init=nn.initializers.glorot_uniform(),
         bias_init=nn.initializers.zeros_init(),
         name=name,
+        **options,
     )
+
+
+def narrow_product(x: jax.Array, w: jax.Array, dimensions, precision=None) -> jax.Array:
+    """The `dot_general` of a Dense layer with few outputs: `x @ w`."""
+    return _narrow_product(x, w)
+
+
+@jax.custom_vjp
+def _narrow_product(x, w):
+    return x @ w
+
+
+def _narrow_product_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _narrow_product_backward(residuals, d):
+    x, w = residuals
+    # On CPU XLA takes 10 times longer for x.T @ d, a [512, 10] product, than for its transpose,
+    # and the barrier keeps it from turning one into the other. The sums are the same.
+    return d @ w.T, lax.optimization_barrier(d.T @ x).T
+
+
+_narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 
 def make_model(config: Config) -> MLP:

@@ -1,6 +1,6 @@
 """Lifts a function of one run to many runs: devices x lanes.
 
-On CPU a device trains one run after another (`lax.map`), so that a row of many runs is the single
+On CPU a device trains one run after another, in a loop, so that a row of many runs is the single
 run bit for bit; on GPU and TPU the lanes of a device are vmapped.
 """
 

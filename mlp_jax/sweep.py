@@ -198,13 +198,15 @@ def parse_seeds(text: str) -> Sequence[int]:
     """The seeds of `first:end` or of a comma-separated list; UserError for anything else."""
     if span := re.fullmatch(r"(\d+):(\d+)", text):
         seeds = range(int(span[1]), int(span[2]))
+        largest = seeds.stop - 1  # max() would count up to it
     elif re.fullmatch(r"\d+(,\d+)*", text):
         seeds = list(dict.fromkeys(int(seed) for seed in text.split(",")))
+        largest = max(seeds)
     else:
         raise UserError(f"--seeds takes first:end or a list such as 3,5,8, not {text!r}")
     if not seeds:
         raise UserError(f"--seeds {text} names no seed")
-    stream_seeds(max(seeds))
+    stream_seeds(largest)
     return seeds
 
 

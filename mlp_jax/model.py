@@ -40,7 +40,10 @@ def dense(features: int, name: str, **options) -> nn.Dense:
 
 
 def narrow_product(x: jax.Array, w: jax.Array, dimensions, precision=None) -> jax.Array:
-    """The `dot_general` of a Dense layer with few outputs: `x @ w`."""
+    """`x @ w`, as the `dot_general` of a Dense layer with few outputs.
+
+    `dimensions` and `precision` are the defaults there: last axis with first, JAX's own setting.
+    """
     return _narrow_product(x, w)
 
 

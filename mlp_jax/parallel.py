@@ -25,7 +25,8 @@ MIN_GROUPS = 2
 it; see `map_runs`."""
 
 MAX_AUTO_LANES = 256
-"""Past some hundred lanes the traffic of the weights sets the speed: more gain nothing."""
+"""By arithmetic, not by measurement: past some hundred lanes the traffic of the weights sets the
+speed, and more lanes gain nothing."""
 
 
 class Placement(NamedTuple):

@@ -1,22 +1,16 @@
-"""Settings of a run, the named recipes, and how a command line becomes them.
+"""Settings of a run and the named recipes.
 
 Imports no jax, so that `--help` and every bad flag are answered at once.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import difflib
-import io
 import math
-import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Literal, NoReturn, TypeVar
+from collections.abc import Iterable
+from typing import Annotated, Literal
 
 import tyro
 
-Args = TypeVar("Args")
 OptimizerName = Literal["sgd", "momentum", "rmsprop", "adam"]
 RecipeName = Literal["keras-sgd", "keras-rmsprop", "short"]
 
@@ -97,53 +91,12 @@ def stream_seeds(seed: int, vary: str = "all") -> tuple[int, ...]:
     return tuple(seed if vary in ("all", stream) else HELD_SEED for stream in STREAMS)
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception of another library has to say, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known word spelt most like `word`, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def recipe_in(argv: Sequence[str] | None) -> str:
-    """The recipe that a command line names, whose values are the defaults of its other flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", nargs="?", default=DEFAULT_RECIPE)
-    # a flag without its value is for `parse_args` to tell
-    recipe = first.parse_known_args(argv)[0].recipe or DEFAULT_RECIPE
-    if recipe not in RECIPES:
-        names = ", ".join(RECIPES)
-        raise UserError(f"unknown recipe {recipe}{nearest(recipe, RECIPES)} (there are {names})")
-    return recipe
-
-
-def parse_args(
-    args_type: type[Args],
-    argv: Sequence[str] | None,
-    *,
-    default: Args | None = None,
-    prog: str,
-    description: str,
-) -> Args:
-    """Read a command line into a dataclass; UserError, in one line, for whatever cannot be read."""
-    options = {} if default is None else {"default": default}
-    said = io.StringIO()
-    try:
-        # tyro draws its errors as a box of many lines; a user, or a log, wants one
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(args_type, prog=prog, description=description, args=argv, **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = " ".join(re.sub("[╭╮╰╯│─]+", " ", said.getvalue()).split())
-        text = re.sub(r" (Argument helptext|For full helptext).*", "", text)
-        text = re.sub(r" Perhaps you meant: (--\S+).*", r"; did you mean \1?", text)
-        raise UserError(text.replace("Unrecognized options Unrecognized", "unrecognized")) from None
-
-
-def run_front(main: Callable[[], None]) -> NoReturn:
-    """Run a front's `main` as a process: what goes wrong ends in one line and its status."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    sys.exit(0)

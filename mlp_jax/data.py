@@ -8,15 +8,14 @@ import hashlib
 import io
 import os
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mlp_jax import sources
-from mlp_jax.config import UserError
-from mlp_jax.store import replacing
+from mlp_jax.config import UserError, one_line
+from mlp_jax.store import replacing, set_aside
 
 # SHA-256 of MNIST's 60,000 training images, uint8, C order, in the order of TFDS's records.
 MNIST_FINGERPRINT = "59edd5ea35c0062957306cacba8ae47e71e2c56261f4ca10230aacc14943dd3b"
@@ -82,7 +81,7 @@ def _decode(directory: Path, quiet: bool) -> Dataset:
                 images, labels = zip(*((e["image"].ravel(), e["label"]) for e in bar), strict=True)
                 splits.append(Split(np.stack(images), np.array(labels, np.int32)))
     except Exception as error:  # array_record, protobuf and Pillow each raise their own
-        reason = sources.one_line(error)
+        reason = one_line(error)
         raise UserError(f"{directory} cannot be read ({reason}): remove it") from error
     fingerprint = hashlib.sha256(splits[0].images).hexdigest()
     return Dataset(*splits, builder.info.features["label"].num_classes, fingerprint)
@@ -97,10 +96,7 @@ def _read_cache(directory: Path) -> Dataset | None:
         return None
     digest, npz = content[:32], content[32:]
     if hashlib.sha256(npz).digest() != digest:
-        aside = path.with_name(f"{CACHE}.corrupt")
-        print(f"{path} is damaged: set aside as {aside.name}, made anew", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            path.replace(aside)
+        set_aside(path, "its SHA-256 is another")
         return None
     *arrays, n_classes = np.load(io.BytesIO(npz)).values()
     fingerprint = hashlib.sha256(arrays[0]).hexdigest()

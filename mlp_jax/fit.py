@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlp_jax.checkpoint import Checkpoints
 from mlp_jax.config import STREAMS, Config, UserError
 from mlp_jax.data import Dataset, Split
 from mlp_jax.model import N_PIXELS
@@ -44,15 +45,36 @@ class EpochMetrics(NamedTuple):
     test_correct: np.ndarray
 
 
-class FitResult(NamedTuple):
-    """History [runs, epochs] each, uint8 predictions [runs, n_test] and, still on the devices, the
-    state: see `parallel.from_groups`."""
+class Progress(NamedTuple):
+    """All that a training leaves, and goes on from: NumPy arrays, whatever devices it ran on.
+
+    State [runs, ...], history [runs, epochs] each, uint8 predictions [runs, n_test] after the last
+    trained epoch, and the wall time of each epoch [epochs].
+    """
 
     state: TrainState
     history: EpochMetrics
     predictions: np.ndarray
-    train_seconds: float
+    seconds: np.ndarray
+
+
+class FitResult(NamedTuple):
+    """As Progress, but for the state, which is still on the devices.
+
+    `epochs` is less than the Config's where the training was stopped.
+    """
+
+    epochs: int
+    state: TrainState
+    history: EpochMetrics
+    predictions: np.ndarray
+    seconds: np.ndarray
     compile_seconds: float
+
+    @property
+    def progress(self) -> Progress:
+        state = from_groups(self.state, len(self.predictions))
+        return Progress(state, self.history, self.predictions, self.seconds)
 
 
 class Programs(NamedTuple):
@@ -74,37 +96,66 @@ def fit(
     placement: Placement,
     size: int | None = None,
     on_epoch: Callable[[int, EpochMetrics, float], None] = lambda epoch, metrics, seconds: None,
+    checkpoints: Checkpoints | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> FitResult:
     """Train `runs` for `config.epochs` epochs, scoring the test set after each.
 
     `size` is the number of runs to compile for, where fleets of several sizes share a program.
     The learning rate is taken from `runs`, not from `config`. `on_epoch(epoch, metrics, seconds)`
-    is called after each epoch, counted from 1; what it raises ends the training.
+    is called after each epoch, counted from 1; what it raises ends the training, and so does
+    `stop()`, asked before each. With `checkpoints` it goes on from the newest, calling `on_epoch`
+    for the epochs before too, and saves as it goes, but not at its end.
     """
     n_runs = len(runs.learning_rate)
     n_groups = -(-n_runs // placement.width)
-    fleet = to_groups(runs, max(n_groups, -(-(size or 0) // placement.width)), placement)
+    room = max(n_groups, -(-(size or 0) // placement.width))
+    fleet = to_groups(runs, room, placement)
     data = replicate((dataset.train, dataset.test), placement)
     programs = compile_programs(static(config), placement, abstract(fleet), abstract(data))
 
     n_groups = np.int32(n_groups)
-    _, state = programs.init(n_groups, (), fleet, ())
-    history, train_seconds = [], 0.0
-    for epoch in range(config.epochs):
+    done, progress = 0, empty_progress(config, n_runs, len(dataset.test.labels))
+    if checkpoints and (restored := checkpoints.restore(progress)):
+        done, progress = restored
+        state, predictions = to_groups((progress.state, progress.predictions), room, placement)
+        for epoch, seconds in enumerate(progress.seconds[:done]):
+            on_epoch(epoch + 1, EpochMetrics(*(m[:, epoch] for m in progress.history)), seconds)
+    else:
+        _, state = programs.init(n_groups, (), fleet, ())
+        predictions = to_groups(progress.predictions, room, placement)
+
+    def result() -> FitResult:
+        scored = from_groups(predictions, n_runs)
+        return FitResult(done, state, progress.history, scored, progress.seconds, programs.seconds)
+
+    while done < config.epochs and not stop():
+        if checkpoints and done and checkpoints.due(done):
+            checkpoints.save(done, result().progress)
         start = clock()
-        shared = (*data, np.int32(epoch))
+        shared = (*data, np.int32(done))
         state, (metrics, predictions) = programs.epoch(n_groups, state, fleet, shared)
         metrics = from_groups(metrics, n_runs)  # waits for the epoch
-        seconds = clock() - start
-        train_seconds += seconds
-        history.append(metrics)
-        on_epoch(epoch + 1, metrics, seconds)
-    return FitResult(
-        state=state,
-        history=EpochMetrics(*(np.stack(leaves, axis=1) for leaves in zip(*history, strict=True))),
-        predictions=from_groups(predictions, n_runs),
-        train_seconds=train_seconds,
-        compile_seconds=programs.seconds,
+        progress.seconds[done] = clock() - start
+        for history, now in zip(progress.history, metrics, strict=True):
+            history[:, done] = now
+        done += 1
+        on_epoch(done, metrics, progress.seconds[done - 1])
+    return result()
+
+
+def empty_progress(config: Config, n_runs: int, n_test: int) -> Progress:
+    """The arrays that `fit` fills."""
+    room = (n_runs, config.epochs)
+    return Progress(
+        state=jax.tree.map(
+            lambda leaf: np.zeros((n_runs, *leaf.shape), leaf.dtype), abstract_state(config)
+        ),
+        history=EpochMetrics(
+            *(np.zeros(room, dtype) for dtype in (np.float32, np.float32, np.int32))
+        ),
+        predictions=np.zeros((n_runs, n_test), np.uint8),
+        seconds=np.zeros(config.epochs),
     )
 
 

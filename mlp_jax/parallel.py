@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlp_jax.config import UserError
+from mlp_jax.config import UserError, one_line
 
 RUNS = "runs"
 
@@ -48,6 +48,27 @@ class Placement(NamedTuple):
 def use_cores() -> None:
     """Split JAX's CPU backend into one device a core; call it before anything else asks JAX."""
     jax.config.update("jax_num_cpu_devices", n_cores())
+
+
+def join_processes(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> tuple[int, int]:
+    """Index of this process, and how many there are; call it before anything else asks JAX.
+
+    Where nothing is given, JAX finds it: on a Cloud TPU pod, under SLURM, Open MPI or Kubernetes,
+    each with the GPUs that are this process's own. The processes meet once and part: none waits
+    for another afterwards, and one that is lost takes no other with it, as `jax.distributed`
+    would have it. UserError where they do not meet.
+    """
+    from jax._src.distributed import global_state  # jax.process_index() would set up the devices
+
+    try:
+        jax.distributed.initialize(coordinator, count, index)
+        here = global_state.process_id, global_state.num_processes
+        jax.distributed.shutdown()
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"the processes did not meet: {one_line(error)}") from error
+    return here
 
 
 def n_cores() -> int:

@@ -16,7 +16,8 @@ import numpy as np
 import tyro
 
 from mlp_jax import store
-from mlp_jax.config import RECIPES, REFERENCES, STREAMS, UserError, parse_args, run_front
+from mlp_jax.cli import parse_args, run_front
+from mlp_jax.config import RECIPES, REFERENCES, STREAMS, UserError
 
 DESCRIPTION = "Say how much the test accuracy of a sweep varies and why, in a table and figures."
 
@@ -48,19 +49,19 @@ def main(argv: list[str] | None = None) -> None:
     """Report on one sweep; raises UserError."""
     args = parse_args(Args, argv, prog="python -m mlp_jax.report", description=DESCRIPTION)
     about = store.read_config(args.directory)
-    try:
-        recipe, config, fingerprint = about["recipe"], about["config"], about["fingerprint"]
-        name, _ = config["dataset"], RECIPES[recipe]
-    except (KeyError, TypeError):
-        raise UserError(f"{args.directory} holds no sweep: its config.json is another's") from None
+    if "seed" in about:
+        raise UserError(f"{args.directory} holds a single run, which has no spread")
+    recipe, config, fingerprint = about["recipe"], about["config"], about["fingerprint"]
     out = args.out or args.directory
-    store.check_writable(out)
-    store.read_runs(args.directory, [])  # that there are no rows is said before data is prepared
+    store.check_out(out)
+    if not store.finished(args.directory, about, damaged="raise"):
+        raise UserError(f"{args.directory} holds no finished runs")
 
     # --help does without
     from mlp_jax.data import load_dataset
     from mlp_jax.figures import figures
 
+    name = config["dataset"]
     dataset = load_dataset(name, args.data_dir)
     if dataset.fingerprint != fingerprint:
         raise UserError(
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             f" {fingerprint[:12]}..., not {dataset.fingerprint[:12]}...)"
         )
     families = read_families(args.directory, dataset.test.labels, dataset.n_classes)
-    summary = summarize(families, recipe, config)
+    summary = summarize(families, recipe, config, store.processors(args.directory))
     store.make_directory(out / "figures")
     store.write_json(out / "summary.json", summary)
     print(table(summary), f"\n\n{out / 'summary.json'}", sep="")
@@ -131,7 +132,9 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def summarize(families: list[Family], recipe: str, config: dict) -> dict:
+def summarize(
+    families: list[Family], recipe: str, config: dict, processors: dict[str, int]
+) -> dict:
     """summary.json: the families and, where learning rates share seeds, these in pairs."""
     from mlp_jax import stats
 
@@ -148,6 +151,7 @@ def summarize(families: list[Family], recipe: str, config: dict) -> dict:
     return {
         "recipe": recipe,
         **{name: config[name] for name in ("dataset", "epochs")},
+        "processors": processors,
         "n_test": len(families[0].counts.labels),
         "units": "shares of 1; intervals at 95 %; diverged runs (seeds) are in no statistic",
         "families": [describe(family, families, recipe, config) for family in families],

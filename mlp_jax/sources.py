@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mlp_jax.config import UserError, nearest
+from mlp_jax.config import UserError, nearest, one_line
 
 # SHA-256 of the IDX contents, not of the .gz: whoever compressed them, the digits are the same.
 MNIST_SHA256 = {
@@ -101,11 +101,6 @@ def hushed(quiet: bool) -> Iterator[Any]:
             yield tfds
     finally:
         logging.set_verbosity(verbosity)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception of another library has to say, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
 
 
 class ArraysOnly(pickle.Unpickler):

@@ -1,22 +1,28 @@
 """What a run leaves behind: JSON files, and Parquet rows of many runs, with where they came from.
 
-Files appear by atomic rename, so whatever exists is whole. pyarrow is imported by the functions
-that need it: a single run does without.
+Files appear by atomic rename, so whatever exists was whole; config.json and the rows carry their
+SHA-256, so whatever is read still is. pyarrow is imported by the functions that need it: a single
+run does without.
 """
 
+import collections
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from mlp_jax.config import UserError
+from mlp_jax.config import UserError, one_line
 
 ROW_ID = ("vary", "learning_rate", "seed")
 """The columns that tell the rows of one sweep apart."""
@@ -25,10 +31,20 @@ READ_ROWS = 255
 """Runs whose predictions are in memory at a time: as many as stats.py counts at once."""
 
 
+class Damaged(UserError):
+    """A file does not hold what was written into it."""
+
+    def __init__(self, path: Path, reason: Exception | str):
+        self.reason = one_line(reason) if isinstance(reason, Exception) else reason
+        super().__init__(
+            f"{path} is damaged ({self.reason}): the command that made it makes it anew"
+        )
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -58,8 +74,8 @@ def write_json_lines(path: Path, values: Iterable[dict]) -> None:
         temporary.write_text("".join(json.dumps(value) + "\n" for value in values))
 
 
-def check_writable(directory: Path) -> None:
-    """UserError unless files can be made in `directory`, which need not exist; creates nothing."""
+def check_out(directory: Path) -> None:
+    """UserError unless results can be made in `directory`, or gone on with; creates nothing."""
     existing = directory
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -69,11 +85,55 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: no permission in {existing}")
 
 
+def holds(directory: Path) -> Literal["nothing", "results", "something else"]:
+    """What is in a directory, which need not exist; hidden files, such as locks, do not count."""
+    names = {path.name for path in directory.glob("[!.]*")}
+    if names & {"config.json", "config.json.corrupt"}:
+        return "results"
+    return "something else" if names else "nothing"
+
+
 def make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def sole_use(directory: Path, process: int = 0, processes: int = 1) -> Iterator[None]:
+    """Hold `directory` for the command that `processes` run, of which this is one; made if need be.
+
+    UserError where another command holds it. The locks are the kernel's: they end with their
+    process, and a file that is left means nothing.
+    """
+    from filelock import FileLock, Timeout
+
+    make_directory(directory)
+    own = directory / f".lock-{process}-of-{processes}"
+    others = set(directory.glob(".lock-*")) - set(directory.glob(f".lock-*-of-{processes}"))
+    try:
+        with FileLock(own, timeout=0):
+            for path in others:
+                with FileLock(path, timeout=0):
+                    pass
+            if processes == 1:  # else they may be another's, at work
+                for path in directory.rglob(".*.tmp"):
+                    path.unlink(missing_ok=True)
+            yield
+    except Timeout:
+        raise UserError(f"{directory} is in use by another process: let it end") from None
+
+
+def set_aside(path: Path, reason: Exception | str) -> None:
+    """Rename what is damaged, so that it is made anew and can still be looked at."""
+    aside = path.with_name(f"{path.name}.corrupt")
+    reason = one_line(reason) if isinstance(reason, Exception) else reason
+    print(f"{path} is damaged ({reason}): set aside as {aside.name}, made anew", file=sys.stderr)
+    with contextlib.suppress(OSError):  # read-only, or another process was first
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        path.replace(aside)
 
 
 def describe_environment(devices: Iterable) -> dict:
@@ -146,44 +206,50 @@ def _schema():
     )
 
 
-def open_sweep(directory: Path, about: dict) -> None:
-    """Begin a sweep in `directory`, or go on with one that is the same in all that must be.
+def open_directory(directory: Path, about: dict) -> None:
+    """Begin in `directory`, or go on where it agrees in all that must: UserError names what not.
 
-    `about` is written to config.json. UserError names what differs from what is there.
+    `about` is written to config.json where that is missing or damaged; rows and checkpoints have
+    what binds them in themselves.
     """
     path = directory / "config.json"
-    if not path.exists():
-        if directory.exists() and any(directory.iterdir()):
-            raise UserError(f"{directory} is not empty, and no sweep: name another --out")
-        make_directory(directory / "runs")
-        write_json(path, about)
-        return
-    there = _binding(read_config(directory))
-    here = _binding(json.loads(json.dumps(about)))
-    for name in there | here:
-        old, new = there.get(name), here.get(name)
-        if old != new:
-            raise UserError(
-                f"{directory} holds a sweep with {name.replace('_', ' ')} {old}, not {new};"
-                " name another --out"
-            )
+    try:
+        there = read_config(directory) if path.exists() else None
+    except Damaged as error:
+        set_aside(path, error.reason)
+        there = None
+    if there is None:
+        write_json(path, about | {"sha256": _json_digest(about)})
+    elif differs := difference(binding(there), binding(about)):
+        raise UserError(f"{directory} holds results of {differs}; name another --out")
 
 
 def read_config(directory: Path) -> dict:
+    """A directory's config.json; raises UserError where there is none of ours, and Damaged."""
+    path = directory / "config.json"
     try:
-        return json.loads((directory / "config.json").read_text())
+        about = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{directory} holds no sweep: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / 'config.json'} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(path, error) from None
+    if not isinstance(about, dict) or "sha256" not in about:
+        raise UserError(f"{directory} holds no run or sweep: its config.json is another's")
+    if about.pop("sha256") != _json_digest(about):
+        raise Damaged(path, "its SHA-256 is another")
+    return about
 
 
-def _binding(about: dict) -> dict:
-    """What all rows of a directory share: rows that differ in it are never pooled."""
+def _json_digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def binding(about: dict) -> dict:
+    """What all numbers of a directory share: those that differ in it are never pooled."""
     environment = about["environment"]
     shared = ("backend", "device_kind", "prng", "matmul_precision")
     return (
-        {"recipe": about["recipe"]}
+        {name: about[name] for name in ("recipe", "seed") if name in about}
         | about["config"]
         | {"data fingerprint": about["fingerprint"]}
         | {name: environment[name] for name in shared}
@@ -191,52 +257,87 @@ def _binding(about: dict) -> dict:
     )
 
 
-def write_chunk(directory: Path, rows: list[dict], environment: dict) -> Path:
-    """One Parquet file of whole rows, named after its first; `environment` goes into its schema."""
+def difference(old: dict, new: dict) -> str:
+    """The first entry in which two dicts differ, in words; empty where none does."""
+    old, new = (json.loads(json.dumps(each)) for each in (old, new))  # tuples become lists
+    for name in old | new:
+        if old.get(name) != new.get(name):
+            return f"{name.replace('_', ' ')} {old.get(name)}, not {new.get(name)}"
+    return ""
+
+
+def write_chunk(directory: Path, rows: list[dict], about: dict) -> Path:
+    """One Parquet file of whole rows, named after its first and its SHA-256.
+
+    Its schema holds `about`, as config.json does, of the process that trained the rows.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = _schema().with_metadata({"environment": json.dumps(environment)})
-    first = rows[0]
-    name = f"{first['vary']}-lr{first['learning_rate']:g}-seed{first['seed']}.parquet"
-    path = directory / "runs" / name
+    schema = _schema().with_metadata({"about": json.dumps(about)})
+    content = pa.BufferOutputStream()
+    # neighbouring rows predict nearly the same bytes, which zstd's window sees and a dictionary
+    # of whole values does not
+    options = {"compression": "zstd", "compression_level": 9, "use_dictionary": ["recipe", "vary"]}
+    pq.write_table(pa.Table.from_pylist(rows, schema), content, **options)
+    content = content.getvalue()
+    vary, rate, seed = (rows[0][name] for name in ROW_ID)
+    path = directory / "runs" / f"{vary}-lr{rate:g}-seed{seed}-{_name_digest(content)}.parquet"
+    path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
-        # neighbouring rows predict nearly the same bytes, which zstd's window sees and a
-        # dictionary of whole values does not
-        pq.write_table(
-            pa.Table.from_pylist(rows, schema),
-            temporary,
-            compression="zstd",
-            compression_level=9,
-            use_dictionary=["recipe", "vary"],
-            write_page_checksum=True,
-        )
+        temporary.write_bytes(content)
     return path
+
+
+def _name_digest(content) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def chunk_paths(directory: Path) -> list[Path]:
     return sorted((directory / "runs").glob("*.parquet"))
 
 
-def read_batches(directory: Path, columns: list[str]) -> Iterator:
-    """ROW_ID and `columns` as pyarrow batches of READ_ROWS runs at most, file by file.
-
-    Raises UserError for a file that is damaged.
-    """
+def open_chunk(path: Path):
+    """A chunk as a pyarrow ParquetFile, read whole; raises Damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    try:
+        content = path.read_bytes()
+        if _name_digest(content) != path.stem.rpartition("-")[2]:
+            raise Damaged(path, "its SHA-256 is another")
+        return pq.ParquetFile(pa.BufferReader(content))
+    except (OSError, pa.ArrowException) as error:
+        raise Damaged(path, error) from None
+
+
+def read_about(file) -> dict:
+    """What `write_chunk` was given, of an open chunk."""
+    return json.loads(file.schema_arrow.metadata[b"about"])
+
+
+def processors(directory: Path) -> dict[str, int]:
+    """How many rows were trained on which processor."""
+    counts = collections.Counter()
+    for path in chunk_paths(directory):
+        with open_chunk(path) as file:
+            environment = read_about(file)["environment"]
+            counts["{processor}, {cores} cores, {device_kind}".format(**environment)] += (
+                file.metadata.num_rows
+            )
+    return dict(counts)
+
+
+def read_batches(directory: Path, columns: list[str]) -> Iterator:
+    """ROW_ID and `columns` as pyarrow batches of READ_ROWS runs at most, file by file.
+
+    Raises Damaged.
+    """
     names = list(dict.fromkeys([*ROW_ID, *columns]))
     for path in chunk_paths(directory):
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(READ_ROWS, columns=names, use_threads=False):
-                    yield batch.select(names).replace_schema_metadata()
-        except (OSError, pa.ArrowException, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{path} cannot be read ({reason}): remove it, and sweep again"
-            ) from None
+        with open_chunk(path) as file:
+            for batch in file.iter_batches(READ_ROWS, columns=names, use_threads=False):
+                yield batch.select(names).replace_schema_metadata()
 
 
 def read_runs(directory: Path, columns: list[str] | None = None):
@@ -252,11 +353,28 @@ def read_runs(directory: Path, columns: list[str] | None = None):
     return pa.Table.from_batches(batches).sort_by([(name, "ascending") for name in ROW_ID])
 
 
-def finished(directory: Path) -> set[tuple[str, float, int]]:
-    """ROW_ID of the runs whose rows are whole."""
-    if not chunk_paths(directory):
-        return set()
-    return {tuple(row.values()) for row in read_runs(directory, []).to_pylist()}
+def finished(
+    directory: Path, about: dict, *, damaged: Literal["raise", "set aside"]
+) -> dict[tuple[str, float, int], int]:
+    """ROW_ID and test_correct of the runs that are whole.
+
+    Raises Damaged, if so asked, and UserError where rows were made otherwise than `about` says.
+    """
+    done = {}
+    for path in chunk_paths(directory):
+        try:
+            with open_chunk(path) as file:
+                rows = file.read([*ROW_ID, "test_correct"]).to_pylist()
+                there = read_about(file)
+        except Damaged as error:
+            if damaged == "raise":
+                raise
+            set_aside(path, error.reason)
+            continue
+        if differs := difference(binding(there), binding(about)):
+            raise UserError(f"{path} holds rows of {differs}: remove it, or name another --out")
+        done |= {tuple(row[name] for name in ROW_ID): row["test_correct"] for row in rows}
+    return done
 
 
 def predictions(column) -> np.ndarray:

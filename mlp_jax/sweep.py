@@ -4,11 +4,13 @@ A row is the single run of that seed: how many train together, in which order, o
 sweep was stopped changes no number of it (bit for bit on CPU).
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import math
 import re
+import shutil
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,18 +18,14 @@ from typing import Annotated, Literal
 import tyro
 
 from mlp_jax import store
-from mlp_jax.config import (
-    RECIPES,
-    Config,
-    RecipeName,
-    UserError,
-    parse_args,
-    recipe_in,
-    run_front,
-    stream_seeds,
-)
+from mlp_jax.cli import StopSignals, command, parse_args, recipe_in, run_front
+from mlp_jax.config import RECIPES, Config, RecipeName, UserError, stream_seeds
 
+PROG = "python -m mlp_jax.sweep"
 DESCRIPTION = "Train many seeds of a recipe; run it again to go on where it stopped."
+
+
+CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +70,16 @@ class Args:
     """Runs that a device trains in one vmap; else 1 on CPU, and what fits on GPU and TPU."""
     chunk: int | None = None
     """Runs that are trained, and stored, together; else what takes minutes."""
+    checkpoint_every: int = 10
+    """Epochs from checkpoint to checkpoint of a chunk; 0: only when it is stopped."""
+    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Share the runs with the other processes of this job: a TPU pod, SLURM, Open MPI, ..."""
+    coordinator: str | None = None
+    """Where there is none of these: host:port at which the processes meet, the first one's host."""
+    num_processes: int | None = None
+    """How many processes meet at --coordinator."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print nothing."""
 
@@ -83,8 +91,7 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing from --out, chunk by chunk; raises UserError."""
     default = Args.of(recipe_in(argv))
-    prog = "python -m mlp_jax.sweep"
-    args = parse_args(Args, argv, default=default, prog=prog, description=DESCRIPTION)
+    args = parse_args(Args, argv, default=default, prog=PROG, description=DESCRIPTION)
     seeds = parse_seeds(args.seeds)
     wanted = [
         (vary, rate, seed)
@@ -92,77 +99,111 @@ def main(argv: list[str] | None = None) -> None:
         for vary in dict.fromkeys(args.vary)
         for rate in args.config.learning_rate
     ]
-    for name in ("devices", "lanes", "chunk"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}")
-    store.check_writable(args.out)
+    for name, least in {"devices": 1, "lanes": 1, "chunk": 1, "checkpoint_every": 0}.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least {least}, not {value}")
+    store.check_out(args.out)
+    if store.holds(args.out) == "something else":
+        raise UserError(f"{args.out} is not empty, and holds no sweep: name another --out")
 
     # they take a second, and bad flags are answered without them
     from tqdm import tqdm
 
+    from mlp_jax.checkpoint import Checkpoints
     from mlp_jax.data import load_dataset
     from mlp_jax.fit import EpochMetrics, check_fits, fit, make_runs, run_bytes
-    from mlp_jax.parallel import place, replicate, use_cores
+    from mlp_jax.parallel import join_processes, place, replicate, use_cores
 
     use_cores()
+    address = (args.coordinator, args.num_processes, args.process_id)
+    alone = not args.distributed and address == (None, None, None)
+    process, processes = (0, 1) if alone else join_processes(*address)
+    # by turns, so that what several have done so far is balanced too
+    wanted = wanted[process::processes]
     dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
     grid = check_fits(args.config, dataset)
     config = grid.at(grid.learning_rate[0])
     placement = place(len(wanted), run_bytes(config), devices=args.devices, lanes=args.lanes)
     size = chunk_size(args.chunk, config.epochs, placement.width)
-    environment = store.describe_environment(placement.devices)
-    store.open_sweep(
-        args.out,
-        {
-            "recipe": args.recipe,
-            "config": dataclasses.asdict(grid),
-            "fingerprint": dataset.fingerprint,
-            "environment": environment,
-        },
-    )
-    done = store.finished(args.out)
-    missing = [run for run in wanted if run not in done]
+    about = {
+        "recipe": args.recipe,
+        "config": dataclasses.asdict(grid),
+        "fingerprint": dataset.fingerprint,
+        "environment": store.describe_environment(placement.devices),
+    }
+    binding = store.binding(about)
     dataset = dataset._replace(
         train=replicate(dataset.train, placement), test=replicate(dataset.test, placement)
     )
-    bar = tqdm(
-        total=len(missing) * config.epochs,
-        bar_format="{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]",
-        disable=args.quiet,
-    )
-    begun = time.perf_counter()
+    seconds_trained = 0.0
 
     def on_epoch(epoch: int, metrics: EpochMetrics, seconds: float) -> None:
+        nonlocal seconds_trained
+        seconds_trained += seconds
         bar.update(len(metrics.test_correct))
-        rate = bar.n / config.epochs / (time.perf_counter() - begun) * 3600
+        rate = bar.n / config.epochs / seconds_trained * 3600
         bar.set_description_str(
             f"{len(wanted) - len(missing) + bar.n // config.epochs} of {len(wanted)} runs,"
             f" {rate:.0f} runs an hour"
         )
 
-    with bar:
+    with contextlib.ExitStack() as held:
+        held.enter_context(store.sole_use(args.out, process, processes))
+        store.open_directory(args.out, about)
+        done = store.finished(args.out, about, damaged="set aside")
+        missing = [run for run in wanted if run not in done]
+        bar = tqdm(
+            total=len(missing) * config.epochs,
+            bar_format="{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]",
+            disable=args.quiet,
+        )
+        held.enter_context(bar)
+        stop = held.enter_context(StopSignals())
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
-            result = fit(
-                config,
-                dataset,
-                make_runs(
-                    [stream_seeds(seed, vary) for vary, _, seed in chunk],
-                    [rate for _, rate, _ in chunk],
-                ),
-                placement=placement,
-                size=size,
-                on_epoch=on_epoch,
-            )
+            # a directory for these very runs: another --chunk begins them anew
+            name = hashlib.sha256(repr(chunk).encode()).hexdigest()[:16]
+            directory = args.out / CHECKPOINTS / name
+            with contextlib.closing(
+                Checkpoints(directory, binding, args.checkpoint_every)
+            ) as checkpoints:
+                result = fit(
+                    config,
+                    dataset,
+                    make_runs(
+                        [stream_seeds(seed, vary) for vary, _, seed in chunk],
+                        [rate for _, rate, _ in chunk],
+                    ),
+                    placement=placement,
+                    size=size,
+                    on_epoch=on_epoch,
+                    checkpoints=checkpoints,
+                    stop=lambda: stop.requested,
+                )
+                if 0 < result.epochs < config.epochs:
+                    checkpoints.save(result.epochs, result.progress)
+            if result.epochs < config.epochs:
+                whole = len(wanted) - len(missing) + start
+                part = f", {len(chunk)} after epoch {result.epochs}" if result.epochs else ""
+                bar.close()
+                stop.leave(
+                    f"{whole} of {len(wanted)} runs are whole{part}, all saved;"
+                    f" go on with: {command(PROG, argv)}"
+                )
             rows = make_rows(args.recipe, chunk, result)
-            store.write_chunk(args.out, rows, environment)
+            store.write_chunk(args.out, rows, about)
+            shutil.rmtree(directory, ignore_errors=True)
+            done |= {run: row["test_correct"] for run, row in zip(chunk, rows, strict=True)}
             if not args.quiet:
-                tqdm.write(progress(rows, store.read_runs(args.out, ["test_correct"])))
+                tqdm.write(progress(rows, list(done.values())))
+        if processes == 1:  # of chunks that were divided otherwise
+            shutil.rmtree(args.out / CHECKPOINTS, ignore_errors=True)
 
 
 def make_rows(recipe: str, chunk: list[tuple[str, float, int]], result) -> list[dict]:
     """A row a run, as store.py's schema has them."""
-    history = result.history
+    history, seconds = result.history, float(result.seconds.sum()) / len(chunk)
     return [
         {
             "recipe": recipe,
@@ -176,16 +217,16 @@ def make_rows(recipe: str, chunk: list[tuple[str, float, int]], result) -> list[
             "test_loss_by_epoch": history.test_loss[i],
             "train_loss_by_epoch": history.train_loss[i],
             "predictions": result.predictions[i].tobytes(),
-            "seconds": result.train_seconds / len(chunk),
+            "seconds": seconds,
         }
         for i, (vary, rate, seed) in enumerate(chunk)
     ]
 
 
-def progress(rows: list[dict], stored) -> str:
+def progress(rows: list[dict], correct: list[int]) -> str:
     """A line on the newest chunk and on all rows so far, in images right."""
     newest = [int(row["test_correct"]) for row in rows]
-    correct = stored["test_correct"].to_pylist()
+    correct = [int(count) for count in correct]
     spread = f", SD {statistics.stdev(correct):.1f}" if len(correct) > 1 else ""
     return (
         f"{rows[0]['vary']} seed {rows[0]['seed']} ... {rows[-1]['vary']} seed {rows[-1]['seed']}:"

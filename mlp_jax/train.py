@@ -1,9 +1,11 @@
 """`python -m mlp_jax.train`: one run, seen epoch by epoch, and what it leaves behind."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from mlp_jax import store
+from mlp_jax.cli import StopSignals, command, parse_args, recipe_in, run_front
 from mlp_jax.config import (
     RECIPES,
     REFERENCES,
@@ -18,14 +21,13 @@ from mlp_jax.config import (
     Diverged,
     RecipeName,
     UserError,
-    parse_args,
-    recipe_in,
-    run_front,
     stream_seeds,
 )
 
+PROG = "python -m mlp_jax.train"
 DESCRIPTION = "Train an MLP on MNIST, or on another TFDS data set of 28x28x1 images."
 FILES = ("config.json", "metrics.jsonl", "summary.json")
+CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Args:
     """Directory for the results; else a new one under runs/."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace the results in --out."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the run in --out, if there is one: it ends as if it had never stopped."""
+    checkpoint_every: int = 10
+    """Epochs from checkpoint to checkpoint; 0: only when the run ends or is stopped."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print nothing but the last line."""
 
@@ -54,17 +60,23 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     """Train one run and leave FILES; raises UserError, or Diverged at a loss that is not finite."""
     default = Args.of(recipe_in(argv))
-    prog = "python -m mlp_jax.train"
-    args = parse_args(Args, argv, default=default, prog=prog, description=DESCRIPTION)
+    args = parse_args(Args, argv, default=default, prog=PROG, description=DESCRIPTION)
     runs_seeds = [stream_seeds(args.seed)]
     out = args.out or unused(Path("runs") / f"{args.recipe}-seed{args.seed}")
-    store.check_writable(out)
-    if out.exists() and any(out.iterdir()) and not args.overwrite:
-        raise UserError(f"{out} is not empty: name another --out, or add --overwrite")
+    if args.resume and (args.overwrite or not args.out):
+        raise UserError("--resume needs --out, and no --overwrite")
+    check_every(args.checkpoint_every)
+    store.check_out(out)
+    found = store.holds(out)
+    if found == "results" and not (args.resume or args.overwrite):
+        raise UserError(f"{out} holds results: add --resume or --overwrite, or name another --out")
+    if found == "something else":
+        raise UserError(f"{out} is not empty, and holds no run: name another --out")
 
     # they take a second, and bad flags are answered without them
     import jax
 
+    from mlp_jax.checkpoint import Checkpoints
     from mlp_jax.data import load_dataset
     from mlp_jax.fit import EpochMetrics, abstract_state, check_fits, fit, make_runs
     from mlp_jax.model import count_parameters, describe
@@ -74,27 +86,19 @@ def main(argv: list[str] | None = None) -> None:
     dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
     config = check_fits(args.config, dataset)
     placement = Placement(tuple(jax.local_devices()[:1]), lanes=1)
-    environment = store.describe_environment(placement.devices)
     n_test = len(dataset.test.labels)
-
-    store.make_directory(out)
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
-    store.write_json(
-        out / "config.json",
-        {
-            "recipe": args.recipe,
-            "seed": args.seed,
-            "config": dataclasses.asdict(config),
-            "fingerprint": dataset.fingerprint,
-            "environment": environment,
-        },
-    )
+    about = {
+        "recipe": args.recipe,
+        "seed": args.seed,
+        "config": dataclasses.asdict(config),
+        "fingerprint": dataset.fingerprint,
+        "environment": store.describe_environment(placement.devices),
+    }
     params = abstract_state(config).params
     say(describe(config, params))
     say(
         f"\n{config.dataset}: {len(dataset.train.labels):,} training and {n_test:,} test images;"
-        f" training on {environment['device_kind']}, results in {out}\n"
+        f" training on {placement.devices[0].device_kind}, results in {out}\n"
     )
     say(" ".join(f"{name:>13}" for name in COLUMNS))
     rows = []
@@ -117,13 +121,30 @@ def main(argv: list[str] | None = None) -> None:
                 f" test {row['test_loss']}); the epochs so far stay in {out}"
             )
 
-    result = fit(
-        config,
-        dataset,
-        make_runs(runs_seeds, [config.learning_rate]),
-        placement=placement,
-        on_epoch=on_epoch,
-    )
+    with contextlib.ExitStack() as held:
+        held.enter_context(store.sole_use(out))
+        if args.overwrite:
+            for name in FILES:
+                (out / name).unlink(missing_ok=True)
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        store.open_directory(out, about)
+        checkpoints = Checkpoints(out / CHECKPOINTS, store.binding(about), args.checkpoint_every)
+        held.enter_context(contextlib.closing(checkpoints))
+        stop = held.enter_context(StopSignals())
+        result = fit(
+            config,
+            dataset,
+            make_runs(runs_seeds, [config.learning_rate]),
+            placement=placement,
+            on_epoch=on_epoch,
+            checkpoints=checkpoints,
+            stop=lambda: stop.requested,
+        )
+        if result.epochs:
+            checkpoints.save(result.epochs, result.progress)
+    if result.epochs < config.epochs:
+        again = command(PROG, argv, *(() if args.out else ("--out", str(out))), "--resume")
+        stop.leave(f"epoch {result.epochs} of {config.epochs} is saved; go on with: {again}")
     last = rows[-1]
     store.write_json(
         out / "summary.json",
@@ -134,13 +155,18 @@ def main(argv: list[str] | None = None) -> None:
             "n_test": n_test,
             "test_correct": last["test_correct"],
             "test_accuracy": last["test_accuracy"],
-            "train_seconds": result.train_seconds,
+            "train_seconds": float(result.seconds.sum()),
             "compile_seconds": result.compile_seconds,
             "parameters": count_parameters(params),
         },
     )
     say()
     print(verdict(args.recipe, config, last["test_correct"], n_test))
+
+
+def check_every(epochs: int) -> None:
+    if epochs < 0:
+        raise UserError(f"--checkpoint-every must be at least 0, not {epochs}")
 
 
 def unused(directory: Path) -> Path:

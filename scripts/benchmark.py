@@ -274,7 +274,7 @@ def train_size(data_dir: Path | None, size: int) -> dict:
     return {
         "seeds": size,
         "epochs": epochs,
-        "seconds": result.train_seconds / size / epochs,
+        "seconds": result.seconds.sum() / size / epochs,
         "peak MB": peak,
         # plain SGD: a run's state is its parameters
         "state MB": sum(leaf.nbytes for leaf in jax.tree.leaves(result.state.params)) / 1e6,

@@ -115,7 +115,10 @@ def test_a_damaged_cache_is_set_aside_and_redone(kmnist, capsys):
     assert_same(load_dataset("kmnist", kmnist.data_dir, quiet=True), kmnist.dataset)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"{kmnist.cache} is damaged: set aside as mlp_jax.cache.corrupt, made anew\n"
+    assert err == (
+        f"{kmnist.cache} is damaged (its SHA-256 is another): set aside as mlp_jax.cache.corrupt,"
+        " made anew\n"
+    )
     assert kmnist.cache.with_name("mlp_jax.cache.corrupt").read_bytes() == damaged
     assert_same(load_dataset("kmnist", kmnist.data_dir, quiet=True), kmnist.dataset)
     assert capsys.readouterr() == ("", "")

@@ -17,6 +17,8 @@ N_TEST = 200
 ENVIRONMENT = {
     "backend": "cpu",
     "device_kind": "cpu",
+    "processor": "abacus",
+    "cores": 2,
     "prng": "threefry2x32",
     "matmul_precision": "default",
     "versions": {"jax": "0"},
@@ -68,9 +70,11 @@ def random_rows(dataset, n, vary="all", rate=0.01, share=0.05):
 def write_sweep(directory, rows, per_file=4, **settings):
     config = dataclasses.asdict(RECIPES["keras-sgd"]) | {"learning_rate": [0.01]} | settings
     about = {"recipe": "keras-sgd", "config": config, "fingerprint": "f" * 64}
-    store.open_sweep(directory, about | {"environment": ENVIRONMENT})
+    about |= {"environment": ENVIRONMENT}
+    store.make_directory(directory)
+    store.open_directory(directory, about)
     for start in range(0, len(rows), per_file):
-        store.write_chunk(directory, rows[start : start + per_file], ENVIRONMENT)
+        store.write_chunk(directory, rows[start : start + per_file], about)
     return directory
 
 
@@ -83,7 +87,7 @@ def family_of(directory, dataset):
     """A sweep's summary without its figures."""
     families = report.read_families(directory, dataset.test.labels, 10)
     config = store.read_config(directory)["config"]
-    return report.summarize(families, "keras-sgd", config)
+    return report.summarize(families, "keras-sgd", config, store.processors(directory))
 
 
 def errors_of(rows, labels):
@@ -328,7 +332,7 @@ def test_a_damaged_file_is_named(tmp_path, dataset):
     (path,) = store.chunk_paths(sweep)
     blocks = report.prediction_blocks(sweep, "all", 0.01, np.arange(3))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=f"{path.name} cannot be read"):
+    with pytest.raises(UserError, match=f"{path.name} is damaged"):
         next(blocks)
 
 

@@ -133,7 +133,7 @@ def test_summaries_are_what_the_report_makes(directory, mnist):
     about = store.read_config(directory)
     assert about["fingerprint"] == mnist.fingerprint
     families = report.read_families(directory, mnist.test.labels, mnist.n_classes)
-    made = report.summarize(families, about["recipe"], about["config"])
+    made = report.summarize(families, about["recipe"], about["config"], store.processors(directory))
     assert close(json.loads(json.dumps(made)), json.loads((directory / "summary.json").read_text()))
 
 

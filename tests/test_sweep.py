@@ -122,7 +122,7 @@ def test_what_is_stored_reads_as_it_is(small_dir, here, small):
     correct = (predictions == small.test.labels).sum(1)
     np.testing.assert_array_equal(correct, table["test_correct"].to_numpy())
     (path,) = store.chunk_paths(Path("s"))
-    about = json.loads(pq.read_schema(path).metadata[b"environment"])
+    about = json.loads(pq.read_schema(path).metadata[b"about"])["environment"]
     assert about["backend"] == "cpu"
     assert about["cores"] == os.cpu_count()
     assert table["recipe"].to_pylist() == ["keras-sgd"] * 3
@@ -132,9 +132,9 @@ def test_what_is_stored_reads_as_it_is(small_dir, here, small):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--epochs 2", "s holds a sweep with epochs 3, not 2; name another --out"),
-        ("--hidden 16", r"s holds a sweep with hidden \[16, 8\], not \[16\]"),
-        ("--recipe short", "s holds a sweep with recipe keras-sgd, not short"),
+        ("--epochs 2", "s holds results of epochs 3, not 2; name another --out"),
+        ("--hidden 16", r"s holds results of hidden \[16, 8\], not \[16\]"),
+        ("--recipe short", "s holds results of recipe keras-sgd, not short"),
         ("--learning-rate 0.1 0.2", r"learning rate \[0.1\], not \[0.1, 0.2\]"),
     ],
 )
@@ -159,9 +159,10 @@ def test_another_config_is_refused(flags, message, small_dir, here):
         ("--devices 0 --out s", "--devices must be at least 1"),
         ("--devices 3 --out s", "--devices 3: there are 2"),
         ("--chunk 0 --out s", "--chunk must be at least 1"),
+        ("--checkpoint-every -1 --out s", "--checkpoint-every must be at least 0"),
         ("--seed 0:3 --out s", "did you mean --seeds"),
         ("--seeds 0:3", "--out"),
-        ("--out full", "full is not empty, and no sweep"),
+        ("--out full", "full is not empty, and holds no sweep"),
         ("--out full/mine.txt", "mine.txt is not a directory"),
     ],
 )
@@ -186,7 +187,7 @@ def test_killed_anywhere_and_rerun_gives_the_same_rows(small_dir, here):
     time.sleep(rng.uniform(0, 0.2))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 0 < len(store.finished(Path("killed"))) < 40
+    assert 0 < len(rows("killed")) < 40
     subprocess.run([*command, "killed"], check=True)
     assert rows("whole") == rows("killed")
 
@@ -209,13 +210,8 @@ def test_a_row_of_mnist_is_the_run_of_the_train_command(mnist, here):
 
 def test_progress_line():
     chunk = [{"vary": "all", "seed": seed, "test_correct": 90 + seed} for seed in (1, 3)]
-    stored = {"test_correct": _Column([91, 93, 95])}
-    line = sweep.progress(chunk, stored)
+    line = sweep.progress(chunk, [91, 93, 95])
     assert line == "all seed 1 ... all seed 3: mean 92.0 right; all 3 runs: mean 93.0, SD 2.0"
-
-
-class _Column(list):
-    to_pylist = list.copy
 
 
 @pytest.mark.parametrize(

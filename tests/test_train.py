@@ -42,7 +42,9 @@ def python(*args, cwd=None, **env):
 
 def test_what_is_left(small_dir, here, capsys):
     run(small_dir, "--out", "a", "--seed", "3")
-    assert sorted(path.name for path in Path("a").iterdir()) == sorted(train.FILES)
+    assert sorted(path.name for path in Path("a").glob("[!.]*")) == sorted(
+        [*train.FILES, train.CHECKPOINTS]
+    )
     rows = [json.loads(line) for line in Path("a/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     for row in rows:
@@ -92,7 +94,7 @@ def test_a_used_directory_is_kept_unless_told(small_dir, here):
     run(small_dir, "--out", "a", "--quiet")
     Path("a/mine.txt").write_text("not ours")
     before = Path("a/config.json").read_text()
-    with pytest.raises(UserError, match="a is not empty: name another --out, or add --overwrite"):
+    with pytest.raises(UserError, match="a holds results: add --resume or --overwrite, or name"):
         run(small_dir, "--out", "a", "--seed", "1")
     assert Path("a/config.json").read_text() == before
     run(small_dir, "--out", "a", "--seed", "1", "--overwrite", "--quiet")
@@ -127,6 +129,11 @@ def test_a_used_directory_is_kept_unless_told(small_dir, here):
         ("--out file/below", "cannot write to file/below: file is not a directory"),
         ("--out file", "cannot write to file: file is not a directory"),
         ("--manual-dir nowhere", "nowhere"),
+        ("--resume", "--resume needs --out"),
+        ("--resume --overwrite --out a", "--resume needs --out, and no --overwrite"),
+        ("--checkpoint-every -1", "--checkpoint-every must be at least 0, not -1"),
+        ("--out .", "is not empty, and holds no run"),
+        ("--out . --overwrite", "is not empty, and holds no run"),
     ],
 )
 def test_bad_input_is_one_line_and_creates_nothing(flags, message, small_dir, here):

@@ -1,0 +1,130 @@
+"""The newest state of a fleet on disk, by orbax: what a stopped training goes on from.
+
+A checkpoint appears whole or not at all, and what is restored has the bytes that were saved: they
+are hashed, since neither orbax nor the format below it checks an array.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from mlp_jax import store
+from mlp_jax.config import UserError, one_line
+
+Tree = TypeVar("Tree")
+
+
+class Checkpoints:
+    """Checkpoints of one training in `directory`, every `every` epochs (0: never).
+
+    `about` is what a training must share with a checkpoint to go on from it. Saving is
+    asynchronous; `close` waits for it.
+    """
+
+    def __init__(self, directory: Path, about: dict, every: int):
+        self.directory, self.about, self.every = directory, about, every
+        self._manager = None
+
+    def due(self, epoch: int) -> bool:
+        return self.every > 0 and epoch % self.every == 0
+
+    def save(self, epoch: int, tree) -> None:
+        """Save a tree of arrays as the state after `epoch`, in place of any older one."""
+        import jax
+        import orbax.checkpoint as ocp
+
+        tree = jax.tree.map(np.array, tree)  # copies: the caller goes on writing into its arrays
+        about = self.about | {"sha256": _digest(tree, epoch)}
+        item = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(about)
+        )
+        try:
+            self._open().save(epoch, args=item)
+        except Exception as error:  # tensorstore tells a full disk in its own way
+            raise _unwritten(self.directory, error) from error
+
+    def restore(self, like: Tree) -> tuple[int, Tree] | None:
+        """Epoch and arrays of the newest checkpoint, with the shapes and types of `like`.
+
+        None where there is none; a damaged one is set aside, with a line that says so. Raises
+        UserError where the checkpoint is another training's.
+        """
+        if not self.directory.exists():
+            return None
+        import orbax.checkpoint as ocp
+
+        try:
+            manager = self._open()
+            epoch = manager.latest_step()
+            if epoch is None:
+                return None
+            about = manager.restore(epoch, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+            saved = dict(about["about"])
+            digest = saved.pop("sha256")
+        except Exception as error:  # whatever a parser of damaged bytes raises
+            return self._set_aside(error)
+        if difference := store.difference(saved, self.about):
+            raise UserError(f"{self.directory} holds a checkpoint with {difference}")
+        try:
+            item = ocp.args.Composite(arrays=ocp.args.StandardRestore(like))
+            tree = manager.restore(epoch, args=item)["arrays"]
+            if _digest(tree, epoch) != digest:
+                raise ValueError("its SHA-256 is another")
+        except Exception as error:
+            return self._set_aside(error)
+        return epoch, tree
+
+    def close(self) -> None:
+        """Wait for what is being saved; UserError where it could not be."""
+        manager, self._manager = self._manager, None
+        if manager:
+            try:
+                manager.wait_until_finished()
+                manager.close()
+            except Exception as error:
+                raise _unwritten(self.directory, error) from error
+
+    def remove(self) -> None:
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _set_aside(self, error: Exception) -> None:
+        self.close()
+        store.set_aside(self.directory, error)
+
+    def _open(self):
+        if self._manager is None:
+            import jax
+            import orbax.checkpoint as ocp
+
+            # every process saves for itself: orbax would wait for all of a pod at each save
+            me = jax.process_index()
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+            )
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.directory.absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=1, create=False, multiprocessing_options=alone
+                ),
+            )
+        return self._manager
+
+
+def _unwritten(directory: Path, error: Exception) -> OSError:
+    return OSError(f"{directory} cannot be written: {one_line(error)}")
+
+
+def _digest(tree, epoch: int) -> str:
+    """SHA-256 (hex) of all arrays of a tree, their types and shapes, and the epoch."""
+    import jax
+
+    digest = hashlib.sha256(str(epoch).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()

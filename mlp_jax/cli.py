@@ -1,0 +1,126 @@
+"""What the command lines share: flags into a dataclass, errors in one line, and signals.
+
+Imports no jax, so that `--help` and every bad flag are answered at once.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from mlp_jax.config import DEFAULT_RECIPE, RECIPES, UserError, nearest
+
+Args = TypeVar("Args")
+
+
+def recipe_in(argv: Sequence[str] | None) -> str:
+    """The recipe that a command line names, whose values are the defaults of its other flags."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", nargs="?", default=DEFAULT_RECIPE)
+    # a flag without its value is for `parse_args` to tell
+    recipe = first.parse_known_args(argv)[0].recipe or DEFAULT_RECIPE
+    if recipe not in RECIPES:
+        names = ", ".join(RECIPES)
+        raise UserError(f"unknown recipe {recipe}{nearest(recipe, RECIPES)} (there are {names})")
+    return recipe
+
+
+def parse_args(
+    args_type: type[Args],
+    argv: Sequence[str] | None,
+    *,
+    default: Args | None = None,
+    prog: str,
+    description: str,
+) -> Args:
+    """Read a command line into a dataclass; UserError, in one line, for whatever cannot be read."""
+    options = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        # tyro draws its errors as a box of many lines; a user, or a log, wants one
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(args_type, prog=prog, description=description, args=argv, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = " ".join(re.sub("[╭╮╰╯│─]+", " ", said.getvalue()).split())
+        text = re.sub(r" (Argument helptext|For full helptext).*", "", text)
+        text = re.sub(r" Perhaps you meant: (--\S+).*", r"; did you mean \1?", text)
+        raise UserError(text.replace("Unrecognized options Unrecognized", "unrecognized")) from None
+
+
+class StopSignals:
+    """Within the block, the first SIGINT or SIGTERM is a request, the second ends the process.
+
+    `requested` is the signal's number, or 0. Python runs its handlers between two bytecodes of the
+    main thread, which may wait for minutes inside a compiled program; the wakeup socket is written
+    at once, and a thread of its own listens. To be used in the main thread.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self):
+        self.requested = 0
+        self._listener, self._writer = socket.socketpair()
+        self._writer.setblocking(False)  # as set_wakeup_fd demands
+        # Python's own handlers would raise KeyboardInterrupt, or end the process
+        self._handlers = [signal.signal(number, lambda *_: None) for number in self.NUMBERS]
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        return self
+
+    def _listen(self) -> None:
+        while heard := self._listener.recv(1):
+            if heard[0] not in self.NUMBERS:
+                continue
+            if self.requested:
+                os._exit(128 + heard[0])
+            self.requested = heard[0]
+            name = signal.Signals(self.requested).name
+            print(f"\n{name}: stopping after this epoch; once more to leave now", file=sys.stderr)
+
+    def __exit__(self, *_):
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in zip(self.NUMBERS, self._handlers, strict=True):
+            signal.signal(number, handler)
+        self._writer.close()  # which ends the thread
+        self._thread.join()
+        self._listener.close()
+
+    def leave(self, line: str) -> NoReturn:
+        """End the process by the requested signal's exit status, with a line that says more."""
+        print(f"{signal.Signals(self.requested).name}: {line}", file=sys.stderr)
+        sys.exit(128 + self.requested)
+
+
+def command(prog: str, argv: Sequence[str] | None, *more: str) -> str:
+    """A command line as it would be typed, with `more` flags where they are missing."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return shlex.join([*prog.split(), *words, *(word for word in more if word not in words)])
+
+
+def run_front(main: Callable[[], None]) -> NoReturn:
+    """Run a front's `main` as a process: what goes wrong ends in one line and its status."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except OSError as error:  # a full disk, a lost mount; what was written before is whole
+        place = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{place}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(0)

@@ -4,8 +4,10 @@ A checkpoint appears whole or not at all, and what is restored has the bytes tha
 are hashed, since neither orbax nor the format below it checks an array.
 """
 
+import functools
 import hashlib
-import shutil
+import re
+import sys
 from pathlib import Path
 from typing import TypeVar
 
@@ -87,19 +89,16 @@ class Checkpoints:
             except Exception as error:
                 raise _unwritten(self.directory, error) from error
 
-    def remove(self) -> None:
-        self.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
     def _set_aside(self, error: Exception) -> None:
         self.close()
-        store.set_aside(self.directory, error)
+        store.set_aside(self.directory, _reason(error))
 
     def _open(self):
         if self._manager is None:
             import jax
             import orbax.checkpoint as ocp
 
+            _hush()
             # every process saves for itself: orbax would wait for all of a pod at each save
             me = jax.process_index()
             alone = ocp.options.MultiprocessingOptions(
@@ -116,7 +115,32 @@ class Checkpoints:
 
 
 def _unwritten(directory: Path, error: Exception) -> OSError:
-    return OSError(f"{directory} cannot be written: {one_line(error)}")
+    return OSError(f"{directory} cannot be written: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """The cause, which tensorstore says last before a page of JSON."""
+    said = re.sub(r" \[(os_error_code|source locations|tensorstore_spec)=?.*", "", one_line(error))
+    return said.rpartition(": ")[2]
+
+
+@functools.cache
+def _hush() -> None:
+    """Let each error of orbax reach us once, as the exception that it raises.
+
+    It logs them from several threads too; and at the first error of many reads or writes its event
+    loop closes, which the others find out later, one traceback each.
+    """
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _digest(tree, epoch: int) -> str:

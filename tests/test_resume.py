@@ -109,8 +109,6 @@ def test_a_checkpoint_of_other_settings_is_refused(saved):
     checkpoints.close()
 
 
-# orbax's event loop ends with the error, and some of its tasks are told so when they are collected
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("seed", range(12))
 def test_a_damaged_checkpoint_is_set_aside(seed, saved, capsys):
     """Each array is hashed; of the rest orbax finds what it needs, and needs not all it writes."""
@@ -198,7 +196,6 @@ def test_train_resumes_what_is_not_there_yet(small_dir, here):
     assert len(metrics("a")) == 1
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_train_starts_over_from_a_damaged_checkpoint(small_dir, here, monkeypatch, capsys):
     flags = [*TINY, "--data-dir", str(small_dir), "--epochs", "4"]
     train.main([*flags, "--out", "whole"])

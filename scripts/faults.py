@@ -1,0 +1,294 @@
+"""Kills, full disks and flipped bits: what a run and a sweep lose by them, counted.
+
+    python scripts/faults.py --out results/faults.json     25 kills of each: half an hour, two cores
+    python scripts/faults.py --kills 2 --others 1          a short form
+
+A trial harms a command, or what it left, runs the same command again, and compares every number
+with those of the command left alone. Lost is a trial that ends in other numbers, or does not end
+well. Moments, files and bits are drawn from --seed. Disks are mounted, which needs root on Linux.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from mlp_jax import store
+from mlp_jax.config import UserError
+from mlp_jax.data import CACHE, load_dataset
+
+# a net that trains in seconds: what is at stake here are files and moments
+SETTINGS = ["--hidden", "32", "--epochs", "10", "--checkpoint-every", "3", "--quiet"]
+COMMANDS = {
+    "train": [*SETTINGS, "--resume"],
+    "sweep": [*SETTINGS, "--seeds", "0:6", "--chunk", "2"],
+}
+ROOM = "200M"  # of a mounted disk that is not full
+TIMEOUT = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    kills: int = 25
+    """Trials of kill -9, of each command."""
+    others: int = 5
+    """Trials of each other fault."""
+    seed: int = 0
+    """Of the moments, files and bits."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data; else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    out: Path | None = None
+    """File for the table, as JSON."""
+
+
+class Lost(Exception):
+    """Numbers, or a good end."""
+
+
+@dataclasses.dataclass
+class Job:
+    """A command whose results go to `out`, and what it leaves when it is left alone."""
+
+    front: str
+    out: Path
+    data_dir: Path
+    numbers: list | None = None
+    seconds: float = 0.0
+
+    def start(self, *flags: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", f"mlp_jax.{self.front}", *COMMANDS[self.front], *flags]
+        command += ["--data-dir", str(self.data_dir), "--out", str(self.out)]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, **pipes, text=True)
+
+    def results(self) -> list:
+        """All numbers that are left, but for the clock."""
+        if self.front == "sweep":
+            return store.read_runs(self.out).drop_columns("seconds").to_pylist()
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) | {"seconds": None} for line in lines]
+
+    def check(self) -> list[str]:
+        """Run it to its end; the lines that it says."""
+        status, said = ended(self.start())
+        if status:
+            raise Lost(f"status {status}: {said[-1:]}")
+        if self.results() != self.numbers:
+            raise Lost("other numbers")
+        return said
+
+
+def ended(process: subprocess.Popen) -> tuple[int, list[str]]:
+    """Exit status and the lines to stderr, which are never a traceback."""
+    said = process.communicate(timeout=TIMEOUT)[1].strip().splitlines()
+    if any(line.startswith("Traceback") for line in said):
+        raise Lost(f"a traceback: {said[-1]}")
+    return process.returncode, said
+
+
+def stop(job: Job, rng, number: signal.Signals, after: Callable[[], bool] = lambda: True) -> int:
+    """Send a signal at a random moment of a run, once `after()`; the exit status."""
+    process = job.start()
+    while not after() and process.poll() is None:
+        time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(rng.uniform(0, job.seconds))
+    process.send_signal(number)
+    status, said = ended(process)
+    if number != signal.SIGKILL and status not in (0, -number, 128 + number):
+        raise Lost(f"status {status} after {number.name}: {said[-1:]}")
+    if status == 128 + number and said and "go on with: python -m" not in said[-1]:
+        raise Lost(f"no word on how to go on: {said[-1]}")
+    return status
+
+
+def killed(job: Job, rng) -> None:
+    stop(job, rng, signal.SIGKILL)
+
+
+def asked_to_stop(job: Job, rng) -> None:
+    stop(job, rng, rng.choice([signal.SIGINT, signal.SIGTERM]))
+
+
+def damaged(job: Job, rng, pattern: str) -> None:
+    """A bit flipped, or the end cut off, of a file that a killed command left."""
+
+    def files() -> list[Path]:
+        return sorted(path for path in job.out.glob(pattern) if path.is_file())
+
+    stop(job, rng, signal.SIGKILL, after=lambda: bool(files()))
+    if found := files():
+        spoil(found[rng.integers(len(found))], rng)
+
+
+def spoil(path: Path, rng) -> None:
+    content = bytearray(path.read_bytes())
+    if content and rng.random() < 0.5:
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    else:
+        content = content[: rng.integers(len(content) + 1)]
+    path.write_bytes(content)
+
+
+def damaged_cache(job: Job, rng) -> None:
+    (cache,) = job.data_dir.rglob(CACHE)
+    spoil(cache, rng)
+
+
+def full_disk(job: Job, rng) -> None:
+    """A disk on which half of the results would fit; then there is room."""
+    whole = sum(path.stat().st_size for path in job.out.with_name("alone").rglob("*"))
+    with mounted(job.out, f"size={int(rng.uniform(4096, whole / 2))}"):
+        status, said = ended(job.start())
+        if status not in (1, 2) or len(said) != 1:
+            raise Lost(f"status {status} on a full disk: {said}")
+        remount(job.out, f"size={ROOM}")
+        job.check()
+
+
+def read_only_disk(job: Job, rng) -> None:
+    with mounted(job.out, f"size={ROOM}"):
+        stop(job, rng, signal.SIGKILL)
+        remount(job.out, "ro")
+        status, said = ended(job.start())
+        remount(job.out, "rw")
+        if status != 2 or len(said) != 1:
+            raise Lost(f"status {status} on a read-only disk: {said}")
+        job.check()
+
+
+@contextlib.contextmanager
+def mounted(directory: Path, options: str):
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)]
+    subprocess.run(command, check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def remount(directory: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(directory)], check=True)
+
+
+def two_at_once(job: Job, rng) -> None:
+    """The second command is refused, and harms nothing."""
+    first = job.start()
+    while not (job.out / "config.json").exists() and first.poll() is None:
+        time.sleep(0.01)
+    second = job.start()
+    refused, (status, said) = ended(second), ended(first)
+    # a second one that comes late finds the work done
+    if status or refused[0] not in (0, 2) or (refused[0] == 2 and "in use" not in refused[1][-1]):
+        raise Lost(f"first {status} {said}, second {refused}")
+
+
+def one_of_three_killed(job: Job, rng) -> None:
+    """Three processes share the seeds; the others end well, and any number of them goes on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--num-processes", "3"]
+    processes = [job.start(*address, "--process-id", str(i)) for i in range(3)]
+    lost = processes.pop(rng.integers(3))
+    while not (job.out / "config.json").exists() and lost.poll() is None:
+        time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        lost.wait(rng.uniform(0, job.seconds))
+    lost.kill()
+    lost.communicate()
+    for process in processes:
+        status, said = ended(process)
+        if status:
+            raise Lost(f"status {status} beside a lost process: {said[-1:]}")
+
+
+FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    "kill -9 at a random moment": (killed, ("train", "sweep")),
+    "SIGINT or SIGTERM at a random moment": (asked_to_stop, ("train", "sweep")),
+    "a damaged checkpoint": (
+        functools.partial(damaged, pattern="checkpoints/**/*"),
+        ("train", "sweep"),
+    ),
+    "a damaged config.json": (
+        functools.partial(damaged, pattern="config.json"),
+        ("train", "sweep"),
+    ),
+    "a damaged Parquet file": (functools.partial(damaged, pattern="runs/*.parquet"), ("sweep",)),
+    "a damaged data cache": (damaged_cache, ("train",)),
+    "a full disk": (full_disk, ("train", "sweep")),
+    "a read-only disk": (read_only_disk, ("train", "sweep")),
+    "two commands at once": (two_at_once, ("train", "sweep")),
+    "one process of three killed": (one_of_three_killed, ("sweep",)),
+}
+
+
+def count(fault: str, alone: Job, trials: int, seed: int) -> dict:
+    """A row of the table; what was lost is told at once."""
+    harm, lost = FAULTS[fault][0], []
+    for trial in range(trials):
+        job = dataclasses.replace(alone, out=alone.out.with_name("trial"))
+        try:
+            harm(job, np.random.default_rng([seed, trial]))
+            job.check()
+        except subprocess.CalledProcessError:
+            trials = 0  # no disk can be mounted here
+            break
+        except (Lost, subprocess.TimeoutExpired, UserError) as error:
+            lost.append(f"trial {trial}: {error}")
+        finally:
+            shutil.rmtree(job.out, ignore_errors=True)
+    row = {"fault": fault, "command": alone.front, "tried": trials}
+    row |= {"survived": trials - len(lost), "lost": len(lost)}
+    print("{fault:<38}{command:<8}{tried:>6}{survived:>10}{lost:>6}".format(**row), flush=True)
+    for line in lost:
+        print(f"    {line}", flush=True)
+    return row
+
+
+def main(args: Args) -> None:
+    load_dataset("mnist", args.data_dir)  # prepared where it is missing
+    data_dir = args.data_dir or Path(os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    print(f"{'fault':<38}{'command':<8}{'tried':>6}{'survived':>10}{'lost':>6}")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch, "data")  # whose cache is to be damaged
+        shutil.copytree(data_dir.expanduser() / "mnist", copy / "mnist")
+        for front in COMMANDS:
+            alone = Job(front, Path(scratch, front, "alone"), copy)
+            start = time.perf_counter()
+            ended(alone.start())
+            alone.seconds, alone.numbers = time.perf_counter() - start, alone.results()
+            for fault, (harm, fronts) in FAULTS.items():
+                if front in fronts:
+                    trials = args.kills if harm is killed else args.others
+                    rows.append(count(fault, alone, trials, args.seed))
+    if args.out:
+        command = f"python scripts/faults.py --kills {args.kills} --others {args.others}"
+        about = {"command": f"{command} --seed {args.seed}", "environment": environment()}
+        store.write_json(args.out, about | {"faults": rows})
+    if lost := sum(row["lost"] for row in rows):
+        sys.exit(f"error: {lost} trials lost something")
+
+
+def environment() -> dict:
+    import jax
+
+    return store.describe_environment(jax.devices())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

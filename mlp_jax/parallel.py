@@ -4,6 +4,7 @@ On CPU a device trains one run after another, in a loop, so that a row of many r
 run bit for bit; on GPU and TPU the lanes of a device are vmapped.
 """
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -27,6 +28,9 @@ it; see `map_runs`."""
 MAX_AUTO_LANES = 256
 """By arithmetic, not by measurement: past some hundred lanes the traffic of the weights sets the
 speed, and more lanes gain nothing."""
+
+
+DAY = 86_400  # seconds: on a TPU pod, the first process that ends waits so long for the last
 
 
 class Placement(NamedTuple):
@@ -56,19 +60,22 @@ def join_processes(
     """Index of this process, and how many there are; call it before anything else asks JAX.
 
     Where nothing is given, JAX finds it: on a Cloud TPU pod, under SLURM, Open MPI or Kubernetes,
-    each with the GPUs that are this process's own. The processes meet once and part: none waits
-    for another afterwards, and one that is lost takes no other with it, as `jax.distributed`
-    would have it. UserError where they do not meet.
+    each with the GPUs that are this process's own. The processes meet once and part: left to
+    itself, `jax.distributed` would end them all with the first that is lost. On a TPU pod they stay
+    together, for it is one machine to its driver. UserError where they do not meet.
     """
     from jax._src.distributed import global_state  # jax.process_index() would set up the devices
 
     try:
-        jax.distributed.initialize(coordinator, count, index)
-        here = global_state.process_id, global_state.num_processes
-        jax.distributed.shutdown()
+        jax.distributed.initialize(coordinator, count, index, shutdown_timeout_seconds=DAY)
+        index, count = global_state.process_id, global_state.num_processes
+        if importlib.util.find_spec("libtpu") is None:
+            jax.distributed.shutdown()
+            # else the devices would still be numbered as those of one process of several
+            global_state.process_id, global_state.num_processes = 0, 1
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"the processes did not meet: {one_line(error)}") from error
-    return here
+    return index, count
 
 
 def n_cores() -> int:

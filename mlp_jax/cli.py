@@ -59,6 +59,13 @@ def parse_args(
         raise UserError(text.replace("Unrecognized options Unrecognized", "unrecognized")) from None
 
 
+def check_at_least(args, least: dict[str, int]) -> None:
+    """UserError for a field of `args` that is less than it must be; None will do."""
+    for name, bound in least.items():
+        if (value := getattr(args, name)) is not None and value < bound:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+
+
 class StopSignals:
     """Within the block, the first SIGINT or SIGTERM is a request, the second ends the process.
 

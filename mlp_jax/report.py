@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.directory} holds a single run, which has no spread")
     recipe, config, fingerprint = about["recipe"], about["config"], about["fingerprint"]
     out = args.out or args.directory
-    store.check_out(out)
-    if not store.finished(args.directory, about, damaged="raise"):
+    store.check_writable(out)
+    processors = store.processors(args.directory, about)
+    if not processors:
         raise UserError(f"{args.directory} holds no finished runs")
 
     # --help does without
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             f" {fingerprint[:12]}..., not {dataset.fingerprint[:12]}...)"
         )
     families = read_families(args.directory, dataset.test.labels, dataset.n_classes)
-    summary = summarize(families, recipe, config, store.processors(args.directory))
+    summary = summarize(families, recipe, config, processors)
     store.make_directory(out / "figures")
     store.write_json(out / "summary.json", summary)
     print(table(summary), f"\n\n{out / 'summary.json'}", sep="")

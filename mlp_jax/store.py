@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -74,8 +73,8 @@ def write_json_lines(path: Path, values: Iterable[dict]) -> None:
         temporary.write_text("".join(json.dumps(value) + "\n" for value in values))
 
 
-def check_out(directory: Path) -> None:
-    """UserError unless results can be made in `directory`, or gone on with; creates nothing."""
+def check_writable(directory: Path) -> None:
+    """UserError unless files can be made in `directory`, which need not exist; creates nothing."""
     existing = directory
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -85,12 +84,14 @@ def check_out(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: no permission in {existing}")
 
 
-def holds(directory: Path) -> Literal["nothing", "results", "something else"]:
-    """What is in a directory, which need not exist; hidden files, such as locks, do not count."""
-    names = {path.name for path in directory.glob("[!.]*")}
-    if names & {"config.json", "config.json.corrupt"}:
-        return "results"
-    return "something else" if names else "nothing"
+def check_out(directory: Path) -> bool:
+    """Whether `directory` holds results; UserError where none can be made, or something else is."""
+    check_writable(directory)
+    names = {path.name for path in directory.glob("[!.]*")}  # locks are hidden
+    results = bool(names & {"config.json", "config.json.corrupt"})
+    if names and not results:
+        raise UserError(f"{directory} is not empty, and holds no results: name another --out")
+    return results
 
 
 def make_directory(directory: Path) -> None:
@@ -311,20 +312,22 @@ def open_chunk(path: Path):
         raise Damaged(path, error) from None
 
 
-def read_about(file) -> dict:
-    """What `write_chunk` was given, of an open chunk."""
-    return json.loads(file.schema_arrow.metadata[b"about"])
+def checked_about(path: Path, file, about: dict) -> dict:
+    """What an open chunk's `write_chunk` was given; UserError if it does not go with `about`."""
+    there = json.loads(file.schema_arrow.metadata[b"about"])
+    if differs := difference(binding(there), binding(about)):
+        raise UserError(f"{path} holds rows of {differs}: remove it, or name another --out")
+    return there
 
 
-def processors(directory: Path) -> dict[str, int]:
-    """How many rows were trained on which processor."""
+def processors(directory: Path, about: dict) -> dict[str, int]:
+    """How many rows were trained on which processor; raises Damaged, and as `checked_about`."""
     counts = collections.Counter()
     for path in chunk_paths(directory):
         with open_chunk(path) as file:
-            environment = read_about(file)["environment"]
-            counts["{processor}, {cores} cores, {device_kind}".format(**environment)] += (
-                file.metadata.num_rows
-            )
+            environment = checked_about(path, file, about)["environment"]
+            name = "{processor}, {cores} cores, {device_kind}".format(**environment)
+            counts[name] += file.metadata.num_rows
     return dict(counts)
 
 
@@ -353,26 +356,21 @@ def read_runs(directory: Path, columns: list[str] | None = None):
     return pa.Table.from_batches(batches).sort_by([(name, "ascending") for name in ROW_ID])
 
 
-def finished(
-    directory: Path, about: dict, *, damaged: Literal["raise", "set aside"]
-) -> dict[tuple[str, float, int], int]:
-    """ROW_ID and test_correct of the runs that are whole.
+def finished(directory: Path, about: dict) -> dict[tuple[str, float, int], int]:
+    """ROW_ID and test_correct of the runs that are whole; a damaged file is set aside.
 
-    Raises Damaged, if so asked, and UserError where rows were made otherwise than `about` says.
+    Raises as `checked_about`.
     """
     done = {}
     for path in chunk_paths(directory):
         try:
-            with open_chunk(path) as file:
-                rows = file.read([*ROW_ID, "test_correct"]).to_pylist()
-                there = read_about(file)
+            file = open_chunk(path)
         except Damaged as error:
-            if damaged == "raise":
-                raise
             set_aside(path, error.reason)
             continue
-        if differs := difference(binding(there), binding(about)):
-            raise UserError(f"{path} holds rows of {differs}: remove it, or name another --out")
+        with file:
+            checked_about(path, file, about)
+            rows = file.read([*ROW_ID, "test_correct"]).to_pylist()
         done |= {tuple(row[name] for name in ROW_ID): row["test_correct"] for row in rows}
     return done
 

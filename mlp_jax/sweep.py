@@ -18,14 +18,18 @@ from typing import Annotated, Literal
 import tyro
 
 from mlp_jax import store
-from mlp_jax.cli import StopSignals, command, parse_args, recipe_in, run_front
+from mlp_jax.cli import (
+    StopSignals,
+    check_at_least,
+    command,
+    parse_args,
+    recipe_in,
+    run_front,
+)
 from mlp_jax.config import RECIPES, Config, RecipeName, UserError, stream_seeds
 
 PROG = "python -m mlp_jax.sweep"
 DESCRIPTION = "Train many seeds of a recipe; run it again to go on where it stopped."
-
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +103,13 @@ def main(argv: list[str] | None = None) -> None:
         for vary in dict.fromkeys(args.vary)
         for rate in args.config.learning_rate
     ]
-    for name, least in {"devices": 1, "lanes": 1, "chunk": 1, "checkpoint_every": 0}.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be at least {least}, not {value}")
+    check_at_least(args, {"devices": 1, "lanes": 1, "chunk": 1, "checkpoint_every": 0})
     store.check_out(args.out)
-    if store.holds(args.out) == "something else":
-        raise UserError(f"{args.out} is not empty, and holds no sweep: name another --out")
 
     # they take a second, and bad flags are answered without them
-    from tqdm import tqdm
-
     from mlp_jax.checkpoint import Checkpoints
     from mlp_jax.data import load_dataset
-    from mlp_jax.fit import EpochMetrics, check_fits, fit, make_runs, run_bytes
+    from mlp_jax.fit import check_fits, fit, make_runs, run_bytes
     from mlp_jax.parallel import join_processes, place, replicate, use_cores
 
     use_cores()
@@ -121,6 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     process, processes = (0, 1) if alone else join_processes(*address)
     # by turns, so that what several have done so far is balanced too
     wanted = wanted[process::processes]
+    if not wanted:  # more processes than runs
+        return
     dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
     grid = check_fits(args.config, dataset)
     config = grid.at(grid.learning_rate[0])
@@ -132,42 +131,24 @@ def main(argv: list[str] | None = None) -> None:
         "fingerprint": dataset.fingerprint,
         "environment": store.describe_environment(placement.devices),
     }
-    binding = store.binding(about)
-    dataset = dataset._replace(
-        train=replicate(dataset.train, placement), test=replicate(dataset.test, placement)
-    )
-    seconds_trained = 0.0
-
-    def on_epoch(epoch: int, metrics: EpochMetrics, seconds: float) -> None:
-        nonlocal seconds_trained
-        seconds_trained += seconds
-        bar.update(len(metrics.test_correct))
-        rate = bar.n / config.epochs / seconds_trained * 3600
-        bar.set_description_str(
-            f"{len(wanted) - len(missing) + bar.n // config.epochs} of {len(wanted)} runs,"
-            f" {rate:.0f} runs an hour"
-        )
+    train, test = (replicate(split, placement) for split in (dataset.train, dataset.test))
+    dataset = dataset._replace(train=train, test=test)
 
     with contextlib.ExitStack() as held:
         held.enter_context(store.sole_use(args.out, process, processes))
         store.open_directory(args.out, about)
-        done = store.finished(args.out, about, damaged="set aside")
+        done = store.finished(args.out, about)
         missing = [run for run in wanted if run not in done]
-        bar = tqdm(
-            total=len(missing) * config.epochs,
-            bar_format="{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]",
-            disable=args.quiet,
-        )
-        held.enter_context(bar)
+        bar = Bar(len(wanted), len(missing), config.epochs, args.quiet)
+        held.callback(bar.close)
         stop = held.enter_context(StopSignals())
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
             # a directory for these very runs: another --chunk begins them anew
             name = hashlib.sha256(repr(chunk).encode()).hexdigest()[:16]
-            directory = args.out / CHECKPOINTS / name
-            with contextlib.closing(
-                Checkpoints(directory, binding, args.checkpoint_every)
-            ) as checkpoints:
+            directory = args.out / "checkpoints" / name
+            checkpoints = Checkpoints(directory, store.binding(about), args.checkpoint_every)
+            with contextlib.closing(checkpoints):
                 result = fit(
                     config,
                     dataset,
@@ -177,28 +158,53 @@ def main(argv: list[str] | None = None) -> None:
                     ),
                     placement=placement,
                     size=size,
-                    on_epoch=on_epoch,
+                    on_epoch=bar.on_epoch,
                     checkpoints=checkpoints,
                     stop=lambda: stop.requested,
                 )
                 if 0 < result.epochs < config.epochs:
                     checkpoints.save(result.epochs, result.progress)
             if result.epochs < config.epochs:
+                bar.close()
                 whole = len(wanted) - len(missing) + start
                 part = f", {len(chunk)} after epoch {result.epochs}" if result.epochs else ""
-                bar.close()
-                stop.leave(
-                    f"{whole} of {len(wanted)} runs are whole{part}, all saved;"
-                    f" go on with: {command(PROG, argv)}"
-                )
+                said = f"{whole} of {len(wanted)} runs are whole{part}, all saved"
+                stop.leave(f"{said}; go on with: {command(PROG, argv)}")
             rows = make_rows(args.recipe, chunk, result)
             store.write_chunk(args.out, rows, about)
             shutil.rmtree(directory, ignore_errors=True)
             done |= {run: row["test_correct"] for run, row in zip(chunk, rows, strict=True)}
-            if not args.quiet:
-                tqdm.write(progress(rows, list(done.values())))
+            bar.say(progress(rows, list(done.values())))
         if processes == 1:  # of chunks that were divided otherwise
-            shutil.rmtree(args.out / CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
+
+
+class Bar:
+    """Runs done, runs an hour while epochs are trained, and the time left."""
+
+    def __init__(self, n_wanted: int, n_missing: int, epochs: int, quiet: bool):
+        from tqdm import tqdm
+
+        shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
+        self._bar = tqdm(total=n_missing * epochs, bar_format=shape, disable=quiet)
+        self._n_wanted, self._epochs, self._quiet = n_wanted, epochs, quiet
+        self._n_before, self._trained, self._seconds = n_wanted - n_missing, 0, 0.0
+
+    def on_epoch(self, epoch: int, metrics, seconds: float) -> None:
+        self._trained += len(metrics.test_correct)
+        self._seconds += seconds
+        whole = self._n_before + self._trained // self._epochs
+        rate = self._trained / self._epochs / self._seconds * 3600
+        said = f"{whole} of {self._n_wanted} runs, {rate:.0f} runs an hour"
+        self._bar.set_description_str(said, refresh=False)
+        self._bar.update(len(metrics.test_correct))
+
+    def say(self, line: str) -> None:
+        if not self._quiet:
+            self._bar.write(line)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def make_rows(recipe: str, chunk: list[tuple[str, float, int]], result) -> list[dict]:

@@ -13,7 +13,14 @@ from typing import Annotated
 import tyro
 
 from mlp_jax import store
-from mlp_jax.cli import StopSignals, command, parse_args, recipe_in, run_front
+from mlp_jax.cli import (
+    StopSignals,
+    check_at_least,
+    command,
+    parse_args,
+    recipe_in,
+    run_front,
+)
 from mlp_jax.config import (
     RECIPES,
     REFERENCES,
@@ -65,13 +72,9 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or unused(Path("runs") / f"{args.recipe}-seed{args.seed}")
     if args.resume and (args.overwrite or not args.out):
         raise UserError("--resume needs --out, and no --overwrite")
-    check_every(args.checkpoint_every)
-    store.check_out(out)
-    found = store.holds(out)
-    if found == "results" and not (args.resume or args.overwrite):
+    check_at_least(args, {"checkpoint_every": 0})
+    if store.check_out(out) and not (args.resume or args.overwrite):
         raise UserError(f"{out} holds results: add --resume or --overwrite, or name another --out")
-    if found == "something else":
-        raise UserError(f"{out} is not empty, and holds no run: name another --out")
 
     # they take a second, and bad flags are answered without them
     import jax
@@ -162,11 +165,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     say()
     print(verdict(args.recipe, config, last["test_correct"], n_test))
-
-
-def check_every(epochs: int) -> None:
-    if epochs < 0:
-        raise UserError(f"--checkpoint-every must be at least 0, not {epochs}")
 
 
 def unused(directory: Path) -> Path:

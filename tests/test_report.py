@@ -86,8 +86,9 @@ def summary_of(directory):
 def family_of(directory, dataset):
     """A sweep's summary without its figures."""
     families = report.read_families(directory, dataset.test.labels, 10)
-    config = store.read_config(directory)["config"]
-    return report.summarize(families, "keras-sgd", config, store.processors(directory))
+    about = store.read_config(directory)
+    processors = store.processors(directory, about)
+    return report.summarize(families, "keras-sgd", about["config"], processors)
 
 
 def errors_of(rows, labels):

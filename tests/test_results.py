@@ -41,15 +41,60 @@ def record_line(directory):
     """The row of README's table on a sweep's runs at the recipe's own settings."""
     summary = json.loads((directory / "summary.json").read_text())
     family = summary["families"][0]
-    cells = [
-        f"[`{directory.name}`](results/{directory.name}), {summary['epochs']} epochs",
+    epochs = "1 epoch" if summary["epochs"] == 1 else f"{summary['epochs']} epochs"
+    reference = below = "-"
+    if family["reference"]:
+        reference = f"{100 * family['reference']:.2f}"
+        below = "{:.0f} % ({:.0f} to {:.0f})".format(
+            *(100 * end for end in family["share_below"].values())
+        )
+    return row(
+        f"[`{directory.name}`](results/{directory.name}), {epochs}",
         f"{family['runs']:,}",
         points(family["mean"]),
         points(family["sd"]),
         f"{100 * family['min']:.2f} to {100 * family['max']:.2f}",
         f"{100 * family['vote_accuracy']:.2f}",
-    ]
+        reference,
+        below,
+    )
+
+
+def row(*cells):
     return "| " + " | ".join(cells) + " |"
+
+
+def source_lines():
+    """README's table on which randomness makes the spread."""
+    for family in read("results/short/summary.json")["families"]:
+        ratio = family["sd_over_all"]
+        yield row(
+            f"`{family['vary']}`",
+            f"{family['runs']:,}",
+            points(family["sd"]),
+            "{:.2f} ({:.2f} to {:.2f})".format(*ratio.values()) if ratio else "1",
+            points(family["distribution_sd"]),
+        )
+
+
+def hardware_line():
+    """README's words on where the rows come from."""
+    said = []
+    for directory in SWEEPS:
+        summary = json.loads((directory / "summary.json").read_text())
+        where = (f"{n:,} on {name}" for name, n in sorted(summary["processors"].items()))
+        said.append(f"`{directory.name}`: {' and '.join(where)}")
+    return f"Rows of {'; '.join(said)}."
+
+
+def fault_lines():
+    """README's table on what was lost."""
+    faults = {}
+    for trial in read("results/faults.json")["faults"]:
+        faults.setdefault(trial["fault"], []).append(trial)
+    for fault, both in faults.items():
+        tried = " and ".join(f"{trial['tried']} of {trial['command']}" for trial in both)
+        yield row(fault, tried, str(sum(trial["lost"] for trial in both)))
 
 
 def headline():
@@ -133,7 +178,9 @@ def test_summaries_are_what_the_report_makes(directory, mnist):
     about = store.read_config(directory)
     assert about["fingerprint"] == mnist.fingerprint
     families = report.read_families(directory, mnist.test.labels, mnist.n_classes)
-    made = report.summarize(families, about["recipe"], about["config"], store.processors(directory))
+    made = report.summarize(
+        families, about["recipe"], about["config"], store.processors(directory, about)
+    )
     assert close(json.loads(json.dumps(made)), json.loads((directory / "summary.json").read_text()))
 
 
@@ -144,7 +191,8 @@ def test_the_readme_quotes_the_records(directory):
 
 def test_the_readme_quotes_its_headline_and_speed():
     assert headline() in README.replace("\n", " ")
-    for line in [time_line(), *speed_lines()]:
+    assert hardware_line() in README.replace("\n", " ")
+    for line in [time_line(), *source_lines(), *speed_lines()]:
         assert line in README
 
 
@@ -158,4 +206,15 @@ def test_ratios_of_speed_have_their_accuracy_beside_them():
 
 
 def test_there_are_records():
-    assert {"keras-sgd"} <= {directory.name for directory in SWEEPS}
+    assert {"keras-sgd", "keras-rmsprop", "short"} <= {directory.name for directory in SWEEPS}
+
+
+def test_nothing_was_lost():
+    faults = read("results/faults.json")["faults"]
+    kills = [trial for trial in faults if trial["fault"].startswith("kill -9")]
+    assert [(trial["command"], trial["tried"]) for trial in kills] == [("train", 25), ("sweep", 25)]
+    for trial in faults:
+        assert trial["tried"] == trial["survived"] > 0
+        assert trial["lost"] == 0
+    for line in fault_lines():
+        assert line in README

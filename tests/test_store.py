@@ -77,7 +77,7 @@ def test_rows_come_back_in_order_whatever_the_chunks(tmp_path):
     table = store.read_runs(tmp_path / "s")
     ids = [("all", 0.003, 7), ("all", 0.01, 2), ("all", 0.01, 10), ("init", 0.01, 1)]
     assert [tuple(r[name] for name in store.ROW_ID) for r in table.to_pylist()] == ids
-    done = store.finished(tmp_path / "s", about(), damaged="raise")
+    done = store.finished(tmp_path / "s", about())
     assert done == dict.fromkeys(ids, 17)
     wanted = row(seed=2)
     for name, value in table.to_pylist()[1].items():
@@ -92,7 +92,7 @@ def test_rows_come_back_in_order_whatever_the_chunks(tmp_path):
 
 
 def test_an_empty_sweep_has_no_rows(tmp_path):
-    assert store.finished(tmp_path, about(), damaged="raise") == {}
+    assert store.finished(tmp_path, about()) == {}
     with pytest.raises(UserError, match="holds no finished runs"):
         store.read_runs(tmp_path)
     with pytest.raises(UserError, match=r"holds no sweep: it has no config\.json"):
@@ -139,12 +139,12 @@ def test_other_cores_are_recorded_not_refused(tmp_path):
     store.open_directory(tmp_path / "s", other)
 
 
-def test_check_out_creates_nothing(tmp_path):
-    store.check_out(tmp_path / "a" / "b")
+def test_check_writable_creates_nothing(tmp_path):
+    store.check_writable(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not a directory"):
-        store.check_out(tmp_path / "file" / "b")
+        store.check_writable(tmp_path / "file" / "b")
     with pytest.raises(UserError, match="cannot write to"):
         store.make_directory(Path("/proc/no/such"))
 
@@ -153,7 +153,7 @@ def test_an_unwritable_directory(tmp_path, monkeypatch):
     # a superuser, as in many containers, may write anywhere: what os.access says is set here
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match="no permission in"):
-        store.check_out(tmp_path / "a")
+        store.check_writable(tmp_path / "a")
 
 
 def test_the_environment_says_what_numbers_depend_on():
@@ -186,8 +186,8 @@ def test_a_damaged_chunk_is_found_wherever_it_is_damaged(seed, tmp_path, capsys)
     with pytest.raises(store.Damaged, match=f"{path.name} is damaged"):
         store.read_runs(directory)
     with pytest.raises(store.Damaged, match=f"{path.name} is damaged"):
-        store.finished(directory, about(), damaged="raise")
-    assert len(store.finished(directory, about(), damaged="set aside")) == 2
+        store.processors(directory, about())
+    assert len(store.finished(directory, about())) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"set aside as {path.name}.corrupt, made anew" in said
@@ -198,8 +198,9 @@ def test_a_damaged_chunk_is_found_wherever_it_is_damaged(seed, tmp_path, capsys)
 def test_rows_made_otherwise_are_refused_wherever_they_come_from(tmp_path):
     directory, other = opened(tmp_path / "s"), about(fingerprint="g")
     store.write_chunk(directory, [row()], other)
-    with pytest.raises(UserError, match="holds rows of data fingerprint g, not f: remove it"):
-        store.finished(directory, about(), damaged="set aside")
+    for read in (store.finished, store.processors):
+        with pytest.raises(UserError, match="holds rows of data fingerprint g, not f: remove it"):
+            read(directory, about())
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -162,7 +162,7 @@ def test_another_config_is_refused(flags, message, small_dir, here):
         ("--checkpoint-every -1 --out s", "--checkpoint-every must be at least 0"),
         ("--seed 0:3 --out s", "did you mean --seeds"),
         ("--seeds 0:3", "--out"),
-        ("--out full", "full is not empty, and holds no sweep"),
+        ("--out full", "full is not empty, and holds no results"),
         ("--out full/mine.txt", "mine.txt is not a directory"),
     ],
 )

@@ -132,8 +132,8 @@ def test_a_used_directory_is_kept_unless_told(small_dir, here):
         ("--resume", "--resume needs --out"),
         ("--resume --overwrite --out a", "--resume needs --out, and no --overwrite"),
         ("--checkpoint-every -1", "--checkpoint-every must be at least 0, not -1"),
-        ("--out .", "is not empty, and holds no run"),
-        ("--out . --overwrite", "is not empty, and holds no run"),
+        ("--out .", "is not empty, and holds no results"),
+        ("--out . --overwrite", "is not empty, and holds no results"),
     ],
 )
 def test_bad_input_is_one_line_and_creates_nothing(flags, message, small_dir, here):

@@ -1,0 +1,173 @@
+"""Memory, time and disk of a report by the number of its runs, on sweeps of made-up rows.
+
+    python scripts/report_scale.py
+    python scripts/report_scale.py --runs 1000 10000 100000 1000000 10000 \
+        --chunk 256 256 256 256 2 --out results/scaling.json
+
+The rows are those of keras-sgd as the package itself stores them, with 10,000 predictions each;
+`python -m mlp_jax.report` then reads them as a process of its own. A sweep at a time, in a
+temporary directory (TMPDIR). Ends with status 1 where a report took more memory than --limit-mb.
+"""
+
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import tyro
+from benchmark import fresh, peak_mb
+
+from mlp_jax import store
+from mlp_jax.config import RECIPES
+
+RECIPE = "keras-sgd"
+# An image's chance of error. A beta distribution with the mean error (2.7 %), the disagreement of
+# two runs (1.0 %) and the images that no run gets right (1.4 %) of the 30 runs in results/.
+CHANCES = (0.006, 0.22)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    runs: tuple[int, ...] = (100_000,)
+    """Rows of each sweep."""
+    chunk: tuple[int, ...] = (256,)
+    """Rows of a file: of all sweeps, or of each."""
+    limit_mb: float = 2000
+    """Peak memory that a report may take, in 10^6 bytes."""
+    seed: int = 0
+    """Of the made-up rows."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data; else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    out: Path | None = None
+    """File for the numbers, as JSON."""
+
+
+def describe() -> dict:
+    import jax
+
+    return store.describe_environment(jax.devices())
+
+
+def write_sweep(directory: Path, runs: int, chunk: int, args: Args, environment: dict) -> dict:
+    """A sweep of made-up rows; what it takes on disk, and how long to write and to check."""
+    from mlp_jax.data import load_dataset
+    from mlp_jax.sweep import Grid
+
+    dataset = load_dataset("mnist", args.data_dir)
+    about = {
+        "recipe": RECIPE,
+        "config": dataclasses.asdict(Grid.of(RECIPES[RECIPE])),
+        "fingerprint": dataset.fingerprint,
+        "environment": environment,
+    }
+    rng = np.random.default_rng(args.seed)
+    labels = dataset.test.labels.astype(np.uint8)
+    chances = rng.beta(*CHANCES, len(labels)).astype(np.float32)
+    # runs that err on an image nearly always take it for the same class
+    taken_for = ((labels + rng.integers(1, 10, len(labels))) % 10).astype(np.uint8)
+    store.open_directory(directory, about)
+    seconds = 0.0
+    for start in range(0, runs, chunk):
+        rows = make_rows(start, min(chunk, runs - start), labels, taken_for, chances, rng)
+        clock = time.perf_counter()
+        store.write_chunk(directory, rows, about)
+        seconds += time.perf_counter() - clock
+    clock = time.perf_counter()
+    assert len(store.finished(directory, about)) == runs
+    checked = time.perf_counter() - clock
+    sizes = [path.stat().st_size for path in store.chunk_paths(directory)]
+    return {
+        "runs": runs,
+        "chunk": chunk,
+        "files": len(sizes),
+        "bytes a row": sum(sizes) / runs,
+        "write seconds": seconds,
+        # what `sweep` does before it goes on
+        "check seconds": checked,
+    }
+
+
+def make_rows(first: int, n: int, labels, taken_for, chances, rng: np.random.Generator) -> list:
+    """Rows of `n` seeds from `first` on, whose losses fall, and accuracies rise, by the epoch."""
+    config = RECIPES[RECIPE]
+    wrong = rng.random((n, len(labels)), dtype=np.float32) < chances
+    predictions = np.where(wrong, taken_for, labels)
+    right = np.count_nonzero(predictions == labels, axis=1)
+    epochs = np.arange(1, config.epochs + 1)
+    noise = rng.standard_normal((3, n, config.epochs)).astype(np.float32)
+    behind = 1000 * (1 / epochs - 1 / config.epochs) + 5 * np.abs(noise[0]) * (epochs < epochs[-1])
+    correct = (right[:, None] - behind).astype(np.int32)
+    test_loss = ((0.1 + 0.5 / epochs) * (1 + 0.01 * noise[1])).astype(np.float32)
+    train_loss = ((0.1 + 1.2 / epochs) * (1 + 0.01 * noise[2])).astype(np.float32)
+    return [
+        {
+            "recipe": RECIPE,
+            "vary": "all",
+            "seed": first + i,
+            "learning_rate": config.learning_rate,
+            "test_correct": correct[i, -1],
+            "test_loss": test_loss[i, -1],
+            "train_loss": train_loss[i, -1],
+            "test_correct_by_epoch": correct[i],
+            "test_loss_by_epoch": test_loss[i],
+            "train_loss_by_epoch": train_loss[i],
+            "predictions": predictions[i].tobytes(),
+            "seconds": 72.0,
+        }
+        for i in range(n)
+    ]
+
+
+def report(directory: Path, args: Args) -> dict:
+    """What `mlp_jax.report` takes from start to end: peak memory, and wall and CPU seconds."""
+    data = ["--data-dir", str(args.data_dir)] if args.data_dir else []
+    command = [sys.executable, "-m", "mlp_jax.report", str(directory), *data]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "--out", f"{directory}.report"], stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"error: {shlex.join(command)} ended with status {process.returncode}")
+    return {
+        "report peak MB": peak_mb(usage),
+        "report seconds": seconds,
+        "report CPU seconds": usage.ru_utime + usage.ru_stime,
+    }
+
+
+def main(args: Args) -> None:
+    chunks = args.chunk * len(args.runs) if len(args.chunk) == 1 else args.chunk
+    if len(chunks) != len(args.runs) or min(*chunks, *args.runs) < 1:
+        sys.exit("error: --chunk takes one number from 1 on, or as many as --runs")
+    # not here: a process begins with the peak memory of its parent, which must stay small
+    environment = fresh(describe)
+    sweeps = []
+    for runs, chunk in zip(args.runs, chunks, strict=True):
+        with tempfile.TemporaryDirectory() as place:
+            directory = Path(place, "sweep")
+            store.make_directory(directory)
+            written = fresh(write_sweep, directory, runs, chunk, args, environment)
+            sweeps.append(written | report(directory, args))
+        cells = {name: round(value, 2) for name, value in sweeps[-1].items()}
+        print(", ".join(f"{name} {value:,}" for name, value in cells.items()), flush=True)
+        if args.out:
+            about = {"command": shlex.join(["python", *sys.argv]), "environment": environment}
+            store.write_json(args.out, about | {"limit MB": args.limit_mb, "sweeps": sweeps})
+    most = max(sweeps, key=lambda sweep: sweep["report peak MB"])
+    if most["report peak MB"] > args.limit_mb:
+        sys.exit(
+            f"FAILED: the report on {most['runs']} runs took {most['report peak MB']:.0f} MB, more"
+            f" than {args.limit_mb:.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

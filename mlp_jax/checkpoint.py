@@ -1,7 +1,7 @@
 """The newest state of a fleet on disk, by orbax: what a stopped training goes on from.
 
 A checkpoint appears whole or not at all, and what is restored has the bytes that were saved: they
-are hashed, since neither orbax nor the format below it checks an array.
+are hashed, since orbax and the format below it do not.
 """
 
 import functools
@@ -20,7 +20,7 @@ Tree = TypeVar("Tree")
 
 
 class Checkpoints:
-    """Checkpoints of one training in `directory`, every `every` epochs (0: never).
+    """Checkpoints of one training in `directory`, due every `every` epochs (0: never).
 
     `about` is what a training must share with a checkpoint to go on from it. Saving is
     asynchronous; `close` waits for it.
@@ -39,7 +39,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         tree = jax.tree.map(np.array, tree)  # copies: the caller goes on writing into its arrays
-        about = self.about | {"sha256": _digest(tree, epoch)}
+        about = store.sign(self.about | {"arrays": _digest(tree, epoch)})
         item = ocp.args.Composite(
             arrays=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(about)
         )
@@ -64,8 +64,8 @@ class Checkpoints:
             if epoch is None:
                 return None
             about = manager.restore(epoch, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-            saved = dict(about["about"])
-            digest = saved.pop("sha256")
+            saved = store.unsign(about["about"])
+            digest = saved.pop("arrays")
         except Exception as error:  # whatever a parser of damaged bytes raises
             return self._set_aside(error)
         if difference := store.difference(saved, self.about):
@@ -80,7 +80,7 @@ class Checkpoints:
         return epoch, tree
 
     def close(self) -> None:
-        """Wait for what is being saved; UserError where it could not be."""
+        """Wait for what is being saved; OSError where it cannot be."""
         manager, self._manager = self._manager, None
         if manager:
             try:

@@ -129,8 +129,9 @@ def fit(
         scored = from_groups(predictions, n_runs)
         return FitResult(done, state, progress.history, scored, progress.seconds, programs.seconds)
 
+    begun = done
     while done < config.epochs and not stop():
-        if checkpoints and done and checkpoints.due(done):
+        if checkpoints and done > begun and checkpoints.due(done):
             checkpoints.save(done, result().progress)
         start = clock()
         shared = (*data, np.int32(done))

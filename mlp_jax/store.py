@@ -220,7 +220,7 @@ def open_directory(directory: Path, about: dict) -> None:
         set_aside(path, error.reason)
         there = None
     if there is None:
-        write_json(path, about | {"sha256": _json_digest(about)})
+        write_json(path, sign(about))
     elif differs := difference(binding(there), binding(about)):
         raise UserError(f"{directory} holds results of {differs}; name another --out")
 
@@ -236,13 +236,24 @@ def read_config(directory: Path) -> dict:
         raise Damaged(path, error) from None
     if not isinstance(about, dict) or "sha256" not in about:
         raise UserError(f"{directory} holds no run or sweep: its config.json is another's")
-    if about.pop("sha256") != _json_digest(about):
-        raise Damaged(path, "its SHA-256 is another")
-    return about
+    try:
+        return unsign(about)
+    except ValueError as error:
+        raise Damaged(path, error) from None
 
 
-def _json_digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def sign(about: dict) -> dict:
+    """`about` and its SHA-256."""
+    content = json.dumps(about, sort_keys=True).encode()
+    return about | {"sha256": hashlib.sha256(content).hexdigest()}
+
+
+def unsign(about: dict) -> dict:
+    """The inverse of `sign`; ValueError for what was changed since."""
+    content = {name: value for name, value in about.items() if name != "sha256"}
+    if sign(content) != about:
+        raise ValueError("its SHA-256 is another")
+    return content
 
 
 def binding(about: dict) -> dict:

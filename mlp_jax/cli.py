@@ -53,7 +53,7 @@ def parse_args(
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = " ".join(re.sub("[╭╮╰╯│─]+", " ", said.getvalue()).split())
+        text = " ".join(re.sub("[╭╮╰╯│─]+|-{3,}", " ", said.getvalue()).split())
         text = re.sub(r" (Argument helptext|For full helptext).*", "", text)
         text = re.sub(r" Perhaps you meant: (--\S+).*", r"; did you mean \1?", text)
         raise UserError(text.replace("Unrecognized options Unrecognized", "unrecognized")) from None

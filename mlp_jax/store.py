@@ -76,8 +76,11 @@ def write_json_lines(path: Path, values: Iterable[dict]) -> None:
 def check_writable(directory: Path) -> None:
     """UserError unless files can be made in `directory`, which need not exist; creates nothing."""
     existing = directory
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    try:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+    except OSError as error:  # a name that is too long
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from None
     if not existing.is_dir():
         raise UserError(f"cannot write to {directory}: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -237,9 +240,13 @@ def read_config(directory: Path) -> dict:
     if not isinstance(about, dict) or "sha256" not in about:
         raise UserError(f"{directory} holds no run or sweep: its config.json is another's")
     try:
-        return unsign(about)
+        about = unsign(about)
+        binding(about)
     except ValueError as error:
         raise Damaged(path, error) from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{directory} holds results of another version of mlp_jax") from None
+    return about
 
 
 def sign(about: dict) -> dict:

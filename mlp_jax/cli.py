@@ -80,9 +80,11 @@ class StopSignals:
         self.requested = 0
         self._listener, self._writer = socket.socketpair()
         self._writer.setblocking(False)  # as set_wakeup_fd demands
-        # Python's own handlers would raise KeyboardInterrupt, or end the process
-        self._handlers = [signal.signal(number, lambda *_: None) for number in self.NUMBERS]
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        # Python's own handlers would raise KeyboardInterrupt, or end the process; what the parent
+        # lets its children ignore, as nohup does, stays ignored
+        numbers = [n for n in self.NUMBERS if signal.getsignal(n) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         return self
@@ -98,9 +100,9 @@ class StopSignals:
             print(f"\n{name}: stopping after this epoch; once more to leave now", file=sys.stderr)
 
     def __exit__(self, *_):
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in zip(self.NUMBERS, self._handlers, strict=True):
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
         self._writer.close()  # which ends the thread
         self._thread.join()
         self._listener.close()
@@ -112,9 +114,9 @@ class StopSignals:
 
 
 def command(prog: str, argv: Sequence[str] | None, *more: str) -> str:
-    """A command line as it would be typed, with `more` flags where they are missing."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return shlex.join([*prog.split(), *words, *(word for word in more if word not in words)])
+    """The command line `argv` as it would be typed, with `more`, and overwriting nothing."""
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join([*prog.split(), *(word for word in words if word != "--overwrite"), *more])
 
 
 def run_front(main: Callable[[], None]) -> NoReturn:
@@ -127,6 +129,11 @@ def run_front(main: Callable[[], None]) -> NoReturn:
     except OSError as error:  # a full disk, a lost mount; what was written before is whole
         place = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{place}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:  # XLA's own, which cannot be imported without jax
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        print("error: the devices have too little memory: try fewer --lanes", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -4,6 +4,7 @@ On CPU a device trains one run after another, in a loop, so that a row of many r
 run bit for bit; on GPU and TPU the lanes of a device are vmapped.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -66,6 +67,9 @@ def join_processes(
     """
     from jax._src.distributed import global_state  # jax.process_index() would set up the devices
 
+    # it would take SIGTERM for itself, and keep it after the processes parted
+    with contextlib.suppress(AttributeError):  # versions of JAX without it
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator, count, index, shutdown_timeout_seconds=DAY)
         index, count = global_state.process_id, global_state.num_processes

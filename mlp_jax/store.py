@@ -7,15 +7,16 @@ run does without.
 
 import collections
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -42,25 +43,15 @@ class Damaged(UserError):
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well."""
-    handle, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary path beside `path` that takes its place when the block has written it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """mkstemp ignores the umask, and it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, value) -> None:
@@ -91,7 +82,7 @@ def check_out(directory: Path) -> bool:
     """Whether `directory` holds results; UserError where none can be made, or something else is."""
     check_writable(directory)
     names = {path.name for path in directory.glob("[!.]*")}  # locks are hidden
-    results = bool(names & {"config.json", "config.json.corrupt"})
+    results = bool(names & {"config.json", "_config.json.corrupt"})
     if names and not results:
         raise UserError(f"{directory} is not empty, and holds no results: name another --out")
     return results
@@ -111,28 +102,37 @@ def sole_use(directory: Path, process: int = 0, processes: int = 1) -> Iterator[
     UserError where another command holds it. The locks are the kernel's: they end with their
     process, and a file that is left means nothing.
     """
-    from filelock import FileLock, Timeout
-
     make_directory(directory)
-    own = directory / f".lock-{process}-of-{processes}"
-    others = set(directory.glob(".lock-*")) - set(directory.glob(f".lock-*-of-{processes}"))
-    try:
-        with FileLock(own, timeout=0):
-            for path in others:
-                with FileLock(path, timeout=0):
+    own = f"-of-{processes}"
+    with _lock(directory / f".lock-{process}{own}"):
+        # looked for with the own held: of two commands that begin at once, one sees the other
+        for path in directory.glob(".lock-*"):
+            if not path.name.endswith(own):
+                with _lock(path):
                     pass
-            if processes == 1:  # else they may be another's, at work
-                for path in directory.rglob(".*.tmp"):
-                    path.unlink(missing_ok=True)
-            yield
-    except Timeout:
-        raise UserError(f"{directory} is in use by another process: let it end") from None
+        if processes == 1:  # else they may be another's, at work
+            for path in directory.rglob(".*.tmp"):
+                path.unlink(missing_ok=True)
+        yield
 
 
-def set_aside(path: Path, reason: Exception | str) -> None:
-    """Rename what is damaged, so that it is made anew and can still be looked at."""
-    aside = path.with_name(f"{path.name}.corrupt")
-    reason = one_line(reason) if isinstance(reason, Exception) else reason
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = f"{path.parent} is in use by another process: let it end"
+            raise UserError(said) from None
+        yield
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Rename what is damaged, so that it is made anew and can still be looked at.
+
+    Readers of Parquet skip what begins with an underscore.
+    """
+    aside = path.with_name(f"_{path.name}.corrupt")
     print(f"{path} is damaged ({reason}): set aside as {aside.name}, made anew", file=sys.stderr)
     with contextlib.suppress(OSError):  # read-only, or another process was first
         if aside.is_dir():
@@ -235,7 +235,7 @@ def read_config(directory: Path) -> dict:
         about = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{directory} holds no sweep: it has no config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(path, error) from None
     if not isinstance(about, dict) or "sha256" not in about:
         raise UserError(f"{directory} holds no run or sweep: its config.json is another's")
@@ -302,7 +302,6 @@ def write_chunk(directory: Path, rows: list[dict], about: dict) -> Path:
     content = content.getvalue()
     vary, rate, seed = (rows[0][name] for name in ROW_ID)
     path = directory / "runs" / f"{vary}-lr{rate:g}-seed{seed}-{_name_digest(content)}.parquet"
-    path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
     return path
@@ -321,13 +320,10 @@ def open_chunk(path: Path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        content = path.read_bytes()
-        if _name_digest(content) != path.stem.rpartition("-")[2]:
-            raise Damaged(path, "its SHA-256 is another")
-        return pq.ParquetFile(pa.BufferReader(content))
-    except (OSError, pa.ArrowException) as error:
-        raise Damaged(path, error) from None
+    content = path.read_bytes()
+    if _name_digest(content) != path.stem.rpartition("-")[2]:
+        raise Damaged(path, "its SHA-256 is another")
+    return pq.ParquetFile(pa.BufferReader(content))
 
 
 def checked_about(path: Path, file, about: dict) -> dict:
@@ -385,6 +381,8 @@ def finished(directory: Path, about: dict) -> dict[tuple[str, float, int], int]:
             file = open_chunk(path)
         except Damaged as error:
             set_aside(path, error.reason)
+            continue
+        except FileNotFoundError:  # another process of this command set it aside
             continue
         with file:
             checked_about(path, file, about)

@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.ExitStack() as held:
         held.enter_context(store.sole_use(args.out, process, processes))
         store.open_directory(args.out, about)
+        store.make_directory(args.out / "runs")
         done = store.finished(args.out, about)
         missing = [run for run in wanted if run not in done]
         bar = Bar(len(wanted), len(missing), config.epochs, args.quiet)
@@ -165,7 +166,10 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoints=checkpoints,
                     stop=lambda: stop.requested,
                 )
-                if 0 < result.epochs < config.epochs:
+                if result.epochs == config.epochs:
+                    rows = make_rows(args.recipe, chunk, result)
+                    store.write_chunk(args.out, rows, about)
+                elif result.epochs:
                     checkpoints.save(result.epochs, result.progress)
             if result.epochs < config.epochs:
                 bar.close()
@@ -173,13 +177,11 @@ def main(argv: list[str] | None = None) -> None:
                 part = f", {len(chunk)} after epoch {result.epochs}" if result.epochs else ""
                 said = f"{whole} of {len(wanted)} runs are whole{part}, all saved"
                 stop.leave(f"{said}; go on with: {command(PROG, argv)}")
-            rows = make_rows(args.recipe, chunk, result)
-            store.write_chunk(args.out, rows, about)
             shutil.rmtree(directory, ignore_errors=True)
             done |= {run: row["test_correct"] for run, row in zip(chunk, rows, strict=True)}
             bar.say(progress(rows, list(done.values())))
-        if processes == 1:  # of chunks that were divided otherwise
-            shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process, or other seeds, may have some there
+            (args.out / "checkpoints").rmdir()
 
 
 class Bar:

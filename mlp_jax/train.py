@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     check_at_least(args, {"checkpoint_every": 0})
     if store.check_out(out) and not (args.resume or args.overwrite):
         raise UserError(f"{out} holds results: add --resume or --overwrite, or name another --out")
+    if (out / "runs").exists():
+        raise UserError(f"{out} holds a sweep: name another --out")
 
     # they take a second, and bad flags are answered without them
     import jax
@@ -127,9 +129,9 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.ExitStack() as held:
         held.enter_context(store.sole_use(out))
         if args.overwrite:
-            for name in FILES:
-                (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+            for name in reversed(FILES):  # config.json last: without it the rest is nobody's
+                (out / name).unlink(missing_ok=True)
         store.open_directory(out, about)
         checkpoints = Checkpoints(out / CHECKPOINTS, store.binding(about), args.checkpoint_every)
         held.enter_context(contextlib.closing(checkpoints))
@@ -145,24 +147,26 @@ def main(argv: list[str] | None = None) -> None:
         )
         if result.epochs:
             checkpoints.save(result.epochs, result.progress)
-    if result.epochs < config.epochs:
-        again = command(PROG, argv, *(() if args.out else ("--out", str(out))), "--resume")
-        stop.leave(f"epoch {result.epochs} of {config.epochs} is saved; go on with: {again}")
-    last = rows[-1]
-    store.write_json(
-        out / "summary.json",
-        {
-            "recipe": args.recipe,
-            "seed": args.seed,
-            "epochs": config.epochs,
-            "n_test": n_test,
-            "test_correct": last["test_correct"],
-            "test_accuracy": last["test_accuracy"],
-            "train_seconds": float(result.seconds.sum()),
-            "compile_seconds": result.compile_seconds,
-            "parameters": count_parameters(params),
-        },
-    )
+        if result.epochs < config.epochs:
+            checkpoints.close()
+            more = () if args.out else ("--out", str(out))
+            again = command(PROG, argv, *more, *(() if args.resume else ("--resume",)))
+            stop.leave(f"{result.epochs} of {config.epochs} epochs are saved; go on with: {again}")
+        last = rows[-1]
+        store.write_json(
+            out / "summary.json",
+            {
+                "recipe": args.recipe,
+                "seed": args.seed,
+                "epochs": config.epochs,
+                "n_test": n_test,
+                "test_correct": last["test_correct"],
+                "test_accuracy": last["test_accuracy"],
+                "train_seconds": float(result.seconds.sum()),
+                "compile_seconds": result.compile_seconds,
+                "parameters": count_parameters(params),
+            },
+        )
     say()
     print(verdict(args.recipe, config, last["test_correct"], n_test))
 

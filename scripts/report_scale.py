@@ -153,7 +153,7 @@ def main(args: Args) -> None:
     for runs, chunk in zip(args.runs, chunks, strict=True):
         with tempfile.TemporaryDirectory() as place:
             directory = Path(place, "sweep")
-            store.make_directory(directory)
+            store.make_directory(directory / "runs")
             written = fresh(write_sweep, directory, runs, chunk, args, environment)
             sweeps.append(written | report(directory, args))
         cells = {name: round(value, 2) for name, value in sweeps[-1].items()}

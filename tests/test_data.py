@@ -116,10 +116,10 @@ def test_a_damaged_cache_is_set_aside_and_redone(kmnist, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == (
-        f"{kmnist.cache} is damaged (its SHA-256 is another): set aside as mlp_jax.cache.corrupt,"
+        f"{kmnist.cache} is damaged (its SHA-256 is another): set aside as _mlp_jax.cache.corrupt,"
         " made anew\n"
     )
-    assert kmnist.cache.with_name("mlp_jax.cache.corrupt").read_bytes() == damaged
+    assert kmnist.cache.with_name("_mlp_jax.cache.corrupt").read_bytes() == damaged
     assert_same(load_dataset("kmnist", kmnist.data_dir, quiet=True), kmnist.dataset)
     assert capsys.readouterr() == ("", "")
 
@@ -132,7 +132,7 @@ def test_a_read_only_directory_serves_without_a_cache(kmnist, monkeypatch):
 
     kmnist.cache.unlink()
     with monkeypatch.context() as patched:
-        patched.setattr("mlp_jax.store.tempfile.mkstemp", read_only)
+        patched.setattr(Path, "write_bytes", read_only)
         assert_same(load_dataset("kmnist", kmnist.data_dir, quiet=True), kmnist.dataset)
     assert not kmnist.cache.exists()
     load_dataset("kmnist", kmnist.data_dir, quiet=True)

@@ -173,7 +173,7 @@ def test_a_config_json_is_what_was_written_or_told(small, tmp_path_factory, data
     some = [whole.replace(b"0.01", b"0.03"), signed(other), third, data.draw(st.binary())]
     content = data.draw(st.sampled_from([*some, data.draw(spliced(whole))]))
     directory = tmp_path_factory.mktemp("sweep")
-    path, aside = directory / "config.json", directory / "config.json.corrupt"
+    path, aside = directory / "config.json", directory / "_config.json.corrupt"
     path.write_bytes(content)
     read = ending(store.read_config, directory)
     assert isinstance(read, UserError) or json.loads(signed(read)) == json.loads(content)

@@ -14,7 +14,7 @@ EPOCHS = 40  # long enough to be killed in the middle, by the clock of any machi
 COMMAND = [
     *(sys.executable, "-m", "mlp_jax.sweep", "--quiet", "--dataset", "kmnist"),
     *("--hidden", "16", "8", "--batch-size", "32", "--learning-rate", "0.1"),
-    *("--epochs", str(EPOCHS), "--checkpoint-every", "10", "--chunk", "2", "--seeds", "0:18"),
+    *("--epochs", str(EPOCHS), "--checkpoint-every", "10", "--chunk", "2", "--seeds", "0:36"),
 ]
 
 
@@ -51,13 +51,13 @@ def test_a_lost_process_loses_its_unfinished_chunk_and_any_number_goes_on(small_
         said = process.communicate(timeout=300)[1]
         assert process.returncode == 0, said
     left = rows(out)
-    assert 12 <= len(left) < 18
+    assert 24 <= len(left) < 36
     for process in start(small_dir, out, 2):
         said = process.communicate(timeout=300)[1]
         assert process.returncode == 0, said
     assert rows(out) == rows(tmp_path / "whole")
     # nothing that was whole was trained again
-    assert sum(len(row) for row in map(read, store.chunk_paths(out))) == 18
+    assert sum(len(row) for row in map(read, store.chunk_paths(out))) == 36
 
 
 def read(path):

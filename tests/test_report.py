@@ -71,7 +71,7 @@ def write_sweep(directory, rows, per_file=4, **settings):
     config = dataclasses.asdict(RECIPES["keras-sgd"]) | {"learning_rate": [0.01]} | settings
     about = {"recipe": "keras-sgd", "config": config, "fingerprint": "f" * 64}
     about |= {"environment": ENVIRONMENT}
-    store.make_directory(directory)
+    store.make_directory(directory / "runs")
     store.open_directory(directory, about)
     for start in range(0, len(rows), per_file):
         store.write_chunk(directory, rows[start : start + per_file], about)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_a_damaged_checkpoint_is_set_aside(seed, saved, capsys):
             np.testing.assert_array_equal(a, b)
     else:
         assert "c is damaged (" in said
-        assert "set aside as c.corrupt, made anew" in said
+        assert "set aside as _c.corrupt, made anew" in said
         assert not checkpoints.directory.exists()
     assert found is None or path != largest
 
@@ -169,18 +170,19 @@ def test_train_is_stopped_and_resumed(small_dir, here, monkeypatch, capsys):
         train.main([*flags, "--out", "a b"])
     assert left.value.code == 128 + signal.SIGTERM
     said = capsys.readouterr().err.splitlines()
-    line = "SIGTERM: epoch 4 of 6 is saved; go on with: python -m mlp_jax.train "
+    line = "SIGTERM: 4 of 6 epochs are saved; go on with: python -m mlp_jax.train "
     assert said[-1].startswith(line)
     assert said[-1].endswith("--out 'a b' --resume")
     assert len(metrics("a b")) == 4
     assert not Path("a b/summary.json").exists()
+    again = shlex.split(said[-1].partition("mlp_jax.train ")[2])
     with pytest.raises(UserError, match="a b holds results: add --resume"):
         train.main([*flags, "--out", "a b"])
     with pytest.raises(UserError, match="a b holds results of batch size 32, not 16; name another"):
         train.main([*flags, "--out", "a b", "--resume", "--batch-size", "16"])
     with pytest.raises(UserError, match="a b holds results of seed 3, not 4"):
         train.main([*flags, "--out", "a b", "--resume", "--seed", "4"])
-    train.main([*flags, "--out", "a b", "--resume"])
+    train.main(again)
     assert metrics("a b") == metrics("whole")
     assert [row["test_correct"] for row in metrics("a b")] == GOLDEN_CORRECT
     losses = [row["train_loss"] for row in metrics("a b")]
@@ -188,6 +190,50 @@ def test_train_is_stopped_and_resumed(small_dir, here, monkeypatch, capsys):
     before = Path("a b/metrics.jsonl").read_bytes()
     train.main([*flags, "--out", "a b", "--resume"])  # trains nothing
     assert Path("a b/metrics.jsonl").read_bytes() == before
+
+
+def test_the_line_on_how_to_go_on_overwrites_nothing(small_dir, here, monkeypatch, capsys):
+    flags = [*TINY, "--data-dir", str(small_dir), "--epochs", "2", "--out", "a", "--overwrite"]
+    train.main(flags)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stopping(patch, 1)
+        train.main(flags)
+    said = capsys.readouterr().err.splitlines()[-1]
+    train.main(shlex.split(said.partition("mlp_jax.train ")[2]))
+    assert len(metrics("a")) == 2
+
+
+def test_a_killed_overwrite_can_be_repeated(small_dir, here, monkeypatch):
+    flags = [*TINY, "--data-dir", str(small_dir), "--epochs", "1", "--out", "a"]
+    train.main(flags)
+    # as if it were killed when all but the last of the old files were gone
+    monkeypatch.setattr(Path, "unlink", unlinks_all_but("config.json"))
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--overwrite"])
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert [path.name for path in Path("a").glob("[!.]*")] == ["config.json"]
+    train.main([*flags, "--overwrite"])
+    assert len(metrics("a")) == 1
+
+
+def unlinks_all_but(name, unlink=Path.unlink):
+    def killed(self, missing_ok=False):
+        if self.name == name:
+            raise KeyboardInterrupt
+        unlink(self, missing_ok=missing_ok)
+
+    return killed
+
+
+def test_a_sweep_is_no_place_for_a_run(small_dir, here):
+    flags = [*TINY, "--data-dir", str(small_dir), "--epochs", "1", "--out", "s"]
+    sweep.main([*flags, "--seeds", "0:1"])
+    before = rows("s")
+    for more in ("--overwrite", "--resume"):
+        with pytest.raises(UserError, match="s holds a sweep: name another --out"):
+            train.main([*flags, more])
+    assert rows("s") == before
 
 
 def test_train_resumes_what_is_not_there_yet(small_dir, here):
@@ -255,12 +301,12 @@ def test_a_sweep_redoes_a_damaged_chunk(small_dir, here, capsys):
 
 
 def test_the_second_signal_ends_a_process_that_cannot_listen():
-    """Its main thread sleeps in C, as it does in a compiled program, and runs no handler."""
+    """Its main thread is in C, as it is in a compiled program, and runs no handler for hours."""
     code = (
-        "import ctypes, threading\nfrom mlp_jax.cli import StopSignals\n"
+        "import hashlib\nfrom mlp_jax.cli import StopSignals\n"
         "with StopSignals():\n"
         "    print('ready', flush=True)\n"
-        "    for _ in range(100): ctypes.CDLL(None).sleep(60)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'a', b'b', 2**31 - 1)\n"
     )
     for number in StopSignals.NUMBERS:
         command = [sys.executable, "-c", code]

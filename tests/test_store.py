@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from mlp_jax import store
@@ -44,7 +45,7 @@ def about(**changes):
 
 
 def opened(directory):
-    store.make_directory(directory)
+    store.make_directory(directory / "runs")
     store.open_directory(directory, about())
     return directory
 
@@ -190,9 +191,11 @@ def test_a_damaged_chunk_is_found_wherever_it_is_damaged(seed, tmp_path, capsys)
     assert len(store.finished(directory, about())) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"set aside as {path.name}.corrupt, made anew" in said
+    assert f"set aside as _{path.name}.corrupt, made anew" in said
     assert store.chunk_paths(directory) == [whole]
-    assert path.with_name(f"{path.name}.corrupt").exists()
+    assert path.with_name(f"_{path.name}.corrupt").exists()
+    # nor do other readers average it in
+    assert len(pq.read_table(directory / "runs")) == 2
 
 
 def test_rows_made_otherwise_are_refused_wherever_they_come_from(tmp_path):

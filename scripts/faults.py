@@ -31,7 +31,7 @@ from mlp_jax.config import UserError
 from mlp_jax.data import CACHE, load_dataset
 
 # a net that trains in seconds: what is at stake here are files and moments
-SETTINGS = ["--hidden", "32", "--epochs", "10", "--checkpoint-every", "3", "--quiet"]
+SETTINGS = ["--hidden", "32", "--epochs", "16", "--checkpoint-every", "3", "--quiet"]
 COMMANDS = {
     "train": [*SETTINGS, "--resume"],
     "sweep": [*SETTINGS, "--seeds", "0:6", "--chunk", "2"],
@@ -66,13 +66,16 @@ class Job:
     out: Path
     data_dir: Path
     numbers: list | None = None
-    seconds: float = 0.0
+    seconds: float = 0.0  # from config.json to the end
 
     def start(self, *flags: str) -> subprocess.Popen:
         command = [sys.executable, "-m", f"mlp_jax.{self.front}", *COMMANDS[self.front], *flags]
         command += ["--data-dir", str(self.data_dir), "--out", str(self.out)]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, **pipes, text=True)
+
+    def begun(self) -> bool:
+        return (self.out / "config.json").exists()
 
     def results(self) -> list:
         """All numbers that are left, but for the clock."""
@@ -93,63 +96,81 @@ class Job:
 
 def ended(process: subprocess.Popen) -> tuple[int, list[str]]:
     """Exit status and the lines to stderr, which are never a traceback."""
-    said = process.communicate(timeout=TIMEOUT)[1].strip().splitlines()
+    try:
+        said = process.communicate(timeout=TIMEOUT)[1].strip().splitlines()
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise Lost(f"no end after {TIMEOUT} s: {process.communicate()[1][-200:]!r}") from None
     if any(line.startswith("Traceback") for line in said):
         raise Lost(f"a traceback: {said[-1]}")
     return process.returncode, said
 
 
-def stop(job: Job, rng, number: signal.Signals, after: Callable[[], bool] = lambda: True) -> int:
-    """Send a signal at a random moment of a run, once `after()`; the exit status."""
-    process = job.start()
-    while not after() and process.poll() is None:
+def wait_for(process: subprocess.Popen, happened: Callable[[], object]) -> None:
+    """Until `happened()` or the process has ended."""
+    while not happened() and process.poll() is None:
         time.sleep(0.01)
+
+
+def stop(job: Job, rng, number: signal.Signals, after: Callable[[], object] | None = None) -> bool:
+    """Send a signal at a random moment after `after()`, by default the start of the work."""
+    process = job.start()
+    wait_for(process, after or job.begun)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(rng.uniform(0, job.seconds))
+    harmed = process.poll() is None
     process.send_signal(number)
     status, said = ended(process)
-    if number != signal.SIGKILL and status not in (0, -number, 128 + number):
-        raise Lost(f"status {status} after {number.name}: {said[-1:]}")
-    if status == 128 + number and said and "go on with: python -m" not in said[-1]:
-        raise Lost(f"no word on how to go on: {said[-1]}")
-    return status
+    if harmed and number != signal.SIGKILL:
+        # 0 where the signal came when all was trained
+        if status not in (0, 128 + number):
+            raise Lost(f"status {status} after {number.name}: {said[-1:]}")
+        if status and "go on with: python -m" not in said[-1]:
+            raise Lost(f"no word on how to go on: {said[-1]}")
+    return harmed
 
 
-def killed(job: Job, rng) -> None:
-    stop(job, rng, signal.SIGKILL)
+def killed(job: Job, rng) -> bool:
+    return stop(job, rng, signal.SIGKILL)
 
 
-def asked_to_stop(job: Job, rng) -> None:
-    stop(job, rng, rng.choice([signal.SIGINT, signal.SIGTERM]))
+def asked_to_stop(job: Job, rng) -> bool:
+    return stop(job, rng, (signal.SIGINT, signal.SIGTERM)[rng.integers(2)])
 
 
-def damaged(job: Job, rng, pattern: str) -> None:
+def damaged(job: Job, rng, pattern: str) -> bool:
     """A bit flipped, or the end cut off, of a file that a killed command left."""
 
     def files() -> list[Path]:
-        return sorted(path for path in job.out.glob(pattern) if path.is_file())
+        try:
+            return sorted(path for path in job.out.glob(pattern) if path.stat().st_size)
+        except FileNotFoundError:  # renamed at this moment
+            return []
 
-    stop(job, rng, signal.SIGKILL, after=lambda: bool(files()))
-    if found := files():
+    stop(job, rng, signal.SIGKILL, after=files)
+    found = [path for path in files() if path.is_file()]
+    if found:
         spoil(found[rng.integers(len(found))], rng)
+    return bool(found)
 
 
 def spoil(path: Path, rng) -> None:
     content = bytearray(path.read_bytes())
-    if content and rng.random() < 0.5:
+    if rng.random() < 0.5:
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
     else:
-        content = content[: rng.integers(len(content) + 1)]
+        content = content[: rng.integers(len(content))]
     path.write_bytes(content)
 
 
-def damaged_cache(job: Job, rng) -> None:
+def damaged_cache(job: Job, rng) -> bool:
     (cache,) = job.data_dir.rglob(CACHE)
     spoil(cache, rng)
+    return True
 
 
-def full_disk(job: Job, rng) -> None:
-    """A disk on which half of the results would fit; then there is room."""
+def full_disk(job: Job, rng) -> bool:
+    """A disk on which half of the results would fit at most; then there is room."""
     whole = sum(path.stat().st_size for path in job.out.with_name("alone").rglob("*"))
     with mounted(job.out, f"size={int(rng.uniform(4096, whole / 2))}"):
         status, said = ended(job.start())
@@ -157,17 +178,19 @@ def full_disk(job: Job, rng) -> None:
             raise Lost(f"status {status} on a full disk: {said}")
         remount(job.out, f"size={ROOM}")
         job.check()
+    return True
 
 
-def read_only_disk(job: Job, rng) -> None:
+def read_only_disk(job: Job, rng) -> bool:
     with mounted(job.out, f"size={ROOM}"):
-        stop(job, rng, signal.SIGKILL)
+        harmed = stop(job, rng, signal.SIGKILL)
         remount(job.out, "ro")
         status, said = ended(job.start())
         remount(job.out, "rw")
         if status != 2 or len(said) != 1:
             raise Lost(f"status {status} on a read-only disk: {said}")
         job.check()
+    return harmed
 
 
 @contextlib.contextmanager
@@ -185,35 +208,49 @@ def remount(directory: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(directory)], check=True)
 
 
-def two_at_once(job: Job, rng) -> None:
+def can_mount() -> bool:
+    with (
+        contextlib.ExitStack() as held,
+        contextlib.suppress(OSError, subprocess.CalledProcessError),
+    ):
+        scratch = held.enter_context(tempfile.TemporaryDirectory())
+        held.enter_context(mounted(Path(scratch, "disk"), f"size={ROOM}"))
+        return True
+    return False
+
+
+def two_at_once(job: Job, rng) -> bool:
     """The second command is refused, and harms nothing."""
     first = job.start()
-    while not (job.out / "config.json").exists() and first.poll() is None:
-        time.sleep(0.01)
-    second = job.start()
-    refused, (status, said) = ended(second), ended(first)
-    # a second one that comes late finds the work done
-    if status or refused[0] not in (0, 2) or (refused[0] == 2 and "in use" not in refused[1][-1]):
-        raise Lost(f"first {status} {said}, second {refused}")
+    wait_for(first, job.begun)
+    status, said = ended(job.start())
+    harmed = first.poll() is None  # else the second came late
+    if harmed and (status != 2 or "in use" not in said[-1]):
+        raise Lost(f"status {status} beside another command: {said}")
+    status, said = ended(first)
+    if status:
+        raise Lost(f"status {status} of the first command: {said}")
+    return harmed
 
 
-def one_of_three_killed(job: Job, rng) -> None:
-    """Three processes share the seeds; the others end well, and any number of them goes on."""
+def one_of_three_killed(job: Job, rng) -> bool:
+    """Three processes share the seeds; the others end well, and one process goes on."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--num-processes", "3"]
     processes = [job.start(*address, "--process-id", str(i)) for i in range(3)]
     lost = processes.pop(rng.integers(3))
-    while not (job.out / "config.json").exists() and lost.poll() is None:
-        time.sleep(0.01)
+    wait_for(lost, job.begun)
     with contextlib.suppress(subprocess.TimeoutExpired):
         lost.wait(rng.uniform(0, job.seconds))
+    harmed = lost.poll() is None
     lost.kill()
     lost.communicate()
     for process in processes:
         status, said = ended(process)
         if status:
             raise Lost(f"status {status} beside a lost process: {said[-1:]}")
+    return harmed
 
 
 FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
@@ -237,23 +274,21 @@ FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
 
 
 def count(fault: str, alone: Job, trials: int, seed: int) -> dict:
-    """A row of the table; what was lost is told at once."""
-    harm, lost = FAULTS[fault][0], []
-    for trial in range(trials):
+    """A row of the table, of trials that did harm; what was lost is told at once."""
+    harm, tried, lost = FAULTS[fault][0], 0, []
+    for draw in range(4 * trials):  # some come too late to harm anything
+        if tried == trials:
+            break
         job = dataclasses.replace(alone, out=alone.out.with_name("trial"))
         try:
-            harm(job, np.random.default_rng([seed, trial]))
+            tried += harm(job, np.random.default_rng([seed, draw]))
             job.check()
-        except subprocess.CalledProcessError:
-            trials = 0  # no disk can be mounted here
-            break
-        except (Lost, subprocess.TimeoutExpired, UserError) as error:
-            lost.append(f"trial {trial}: {error}")
+        except (Lost, UserError) as error:
+            lost.append(f"draw {draw}: {error}")
         finally:
             shutil.rmtree(job.out, ignore_errors=True)
-    row = {"fault": fault, "command": alone.front, "tried": trials}
-    row |= {"survived": trials - len(lost), "lost": len(lost)}
-    print("{fault:<38}{command:<8}{tried:>6}{survived:>10}{lost:>6}".format(**row), flush=True)
+    row = {"fault": fault, "command": alone.front, "tried": tried, "lost": len(lost)}
+    print("{fault:<38}{command:<8}{tried:>6}{lost:>6}".format(**row), flush=True)
     for line in lost:
         print(f"    {line}", flush=True)
     return row
@@ -262,32 +297,37 @@ def count(fault: str, alone: Job, trials: int, seed: int) -> dict:
 def main(args: Args) -> None:
     load_dataset("mnist", args.data_dir)  # prepared where it is missing
     data_dir = args.data_dir or Path(os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    print(f"{'fault':<38}{'command':<8}{'tried':>6}{'survived':>10}{'lost':>6}")
+    faults = dict(FAULTS)
+    if not can_mount():
+        print("no disk can be mounted here: full and read-only disks are not tried")
+        faults = {name: fault for name, fault in FAULTS.items() if "disk" not in name}
+    print(f"{'fault':<38}{'command':<8}{'tried':>6}{'lost':>6}", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "data")  # whose cache is to be damaged
         shutil.copytree(data_dir.expanduser() / "mnist", copy / "mnist")
         for front in COMMANDS:
             alone = Job(front, Path(scratch, front, "alone"), copy)
+            process = alone.start()
+            wait_for(process, alone.begun)
             start = time.perf_counter()
-            ended(alone.start())
+            ended(process)
             alone.seconds, alone.numbers = time.perf_counter() - start, alone.results()
-            for fault, (harm, fronts) in FAULTS.items():
+            for fault, (harm, fronts) in faults.items():
                 if front in fronts:
                     trials = args.kills if harm is killed else args.others
                     rows.append(count(fault, alone, trials, args.seed))
     if args.out:
-        command = f"python scripts/faults.py --kills {args.kills} --others {args.others}"
-        about = {"command": f"{command} --seed {args.seed}", "environment": environment()}
+        import jax
+
+        flags = f"--kills {args.kills} --others {args.others} --seed {args.seed}"
+        about = {
+            "command": f"python scripts/faults.py {flags}",
+            "environment": store.describe_environment(jax.devices()),
+        }
         store.write_json(args.out, about | {"faults": rows})
     if lost := sum(row["lost"] for row in rows):
         sys.exit(f"error: {lost} trials lost something")
-
-
-def environment() -> dict:
-    import jax
-
-    return store.describe_environment(jax.devices())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ run does without.
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlp_jax.config import UserError, one_line
+from mlp_jax.config import Config, UserError, one_line
 
 ROW_ID = ("vary", "learning_rate", "seed")
 """The columns that tell the rows of one sweep apart."""
@@ -138,6 +139,16 @@ def set_aside(path: Path, reason: str) -> None:
         if aside.is_dir():
             shutil.rmtree(aside)
         path.replace(aside)
+
+
+def describe(recipe: str, config: Config, fingerprint: str, devices: Iterable) -> dict:
+    """What config.json says of a run or a sweep."""
+    return {
+        "recipe": recipe,
+        "config": dataclasses.asdict(config),
+        "fingerprint": fingerprint,
+        "environment": describe_environment(devices),
+    }
 
 
 def describe_environment(devices: Iterable) -> dict:

@@ -128,12 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     config = grid.at(grid.learning_rate[0])
     placement = place(len(wanted), run_bytes(config), devices=args.devices, lanes=args.lanes)
     size = chunk_size(args.chunk, config.epochs, placement.width)
-    about = {
-        "recipe": args.recipe,
-        "config": dataclasses.asdict(grid),
-        "fingerprint": dataset.fingerprint,
-        "environment": store.describe_environment(placement.devices),
-    }
+    about = store.describe(args.recipe, grid, dataset.fingerprint, placement.devices)
     train, test = (replicate(split, placement) for split in (dataset.train, dataset.test))
     dataset = dataset._replace(train=train, test=test)
 

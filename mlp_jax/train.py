@@ -92,13 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     config = check_fits(args.config, dataset)
     placement = Placement(tuple(jax.local_devices()[:1]), lanes=1)
     n_test = len(dataset.test.labels)
-    about = {
-        "recipe": args.recipe,
-        "seed": args.seed,
-        "config": dataclasses.asdict(config),
-        "fingerprint": dataset.fingerprint,
-        "environment": store.describe_environment(placement.devices),
-    }
+    about = store.describe(args.recipe, config, dataset.fingerprint, placement.devices)
+    about |= {"seed": args.seed}
     params = abstract_state(config).params
     say(describe(config, params))
     say(

@@ -1,7 +1,7 @@
 """Kills, full disks and flipped bits: what a run and a sweep lose by them, counted.
 
     python scripts/faults.py --out results/faults.json     25 kills of each: half an hour, two cores
-    python scripts/faults.py --kills 2 --others 1          a short form
+    python scripts/faults.py --kills 2 --others 0          a short form
 
 A trial harms a command, or what it left, runs the same command again, and compares every number
 with those of the command left alone. Lost is a trial that ends in other numbers, or does not end
@@ -314,8 +314,8 @@ def main(args: Args) -> None:
             ended(process)
             alone.seconds, alone.numbers = time.perf_counter() - start, alone.results()
             for fault, (harm, fronts) in faults.items():
-                if front in fronts:
-                    trials = args.kills if harm is killed else args.others
+                trials = args.kills if harm is killed else args.others
+                if trials and front in fronts:
                     rows.append(count(fault, alone, trials, args.seed))
     if args.out:
         import jax

@@ -31,7 +31,7 @@ MAX_AUTO_LANES = 256
 speed, and more lanes gain nothing."""
 
 
-DAY = 86_400  # seconds: on a TPU pod, the first process that ends waits so long for the last
+DAY = 86_400  # seconds
 
 
 class Placement(NamedTuple):
@@ -70,10 +70,13 @@ def join_processes(
     # it would take SIGTERM for itself, and keep it after the processes parted
     with contextlib.suppress(AttributeError):  # versions of JAX without it
         jax.config.update("jax_enable_preemption_service", False)
+    stay = importlib.util.find_spec("libtpu") is not None
+    # the first that ends waits for the last
+    patience = {"shutdown_timeout_seconds": DAY} if stay else {}
     try:
-        jax.distributed.initialize(coordinator, count, index, shutdown_timeout_seconds=DAY)
+        jax.distributed.initialize(coordinator, count, index, **patience)
         index, count = global_state.process_id, global_state.num_processes
-        if importlib.util.find_spec("libtpu") is None:
+        if not stay:
             jax.distributed.shutdown()
             # else the devices would still be numbered as those of one process of several
             global_state.process_id, global_state.num_processes = 0, 1

@@ -246,6 +246,8 @@ def read_config(directory: Path) -> dict:
         about = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{directory} holds no sweep: it has no config.json") from None
+    except OSError as error:  # not for sure damaged, so nothing is set aside
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise Damaged(path, error) from None
     if not isinstance(about, dict) or "sha256" not in about:

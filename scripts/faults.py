@@ -287,8 +287,9 @@ def count(fault: str, alone: Job, trials: int, seed: int) -> dict:
             lost.append(f"draw {draw}: {error}")
         finally:
             shutil.rmtree(job.out, ignore_errors=True)
-    row = {"fault": fault, "command": alone.front, "tried": tried, "lost": len(lost)}
-    print("{fault:<38}{command:<8}{tried:>6}{lost:>6}".format(**row), flush=True)
+    row = {"fault": fault, "command": alone.front, "tried": tried}
+    row |= {"survived": tried - len(lost), "lost": len(lost)}
+    print("{fault:<38}{command:<8}{tried:>6}{survived:>10}{lost:>6}".format(**row), flush=True)
     for line in lost:
         print(f"    {line}", flush=True)
     return row
@@ -301,7 +302,7 @@ def main(args: Args) -> None:
     if not can_mount():
         print("no disk can be mounted here: full and read-only disks are not tried")
         faults = {name: fault for name, fault in FAULTS.items() if "disk" not in name}
-    print(f"{'fault':<38}{'command':<8}{'tried':>6}{'lost':>6}", flush=True)
+    print(f"{'fault':<38}{'command':<8}{'tried':>6}{'survived':>10}{'lost':>6}", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "data")  # whose cache is to be damaged

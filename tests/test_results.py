@@ -94,7 +94,8 @@ def fault_lines():
         faults.setdefault(trial["fault"], []).append(trial)
     for fault, both in faults.items():
         tried = " and ".join(f"{trial['tried']} of {trial['command']}" for trial in both)
-        yield row(fault, tried, str(sum(trial["lost"] for trial in both)))
+        ends = (str(sum(trial[name] for trial in both)) for name in ("survived", "lost"))
+        yield row(fault, tried, *ends)
 
 
 def headline():
@@ -214,7 +215,7 @@ def test_nothing_was_lost():
     kills = [trial for trial in faults if trial["fault"].startswith("kill -9")]
     assert [(trial["command"], trial["tried"]) for trial in kills] == [("train", 25), ("sweep", 25)]
     for trial in faults:
-        assert trial["tried"] > 0
+        assert trial["tried"] == trial["survived"] > 0
         assert trial["lost"] == 0
     for line in fault_lines():
         assert line in README

@@ -303,7 +303,9 @@ def test_a_sweep_redoes_a_damaged_chunk(small_dir, here, capsys):
 def test_the_second_signal_ends_a_process_that_cannot_listen():
     """Its main thread is in C, as it is in a compiled program, and runs no handler for hours."""
     code = (
-        "import hashlib\nfrom mlp_jax.cli import StopSignals\n"
+        "import hashlib, signal\nfrom mlp_jax.cli import StopSignals\n"
+        # which a shell's background jobs inherit as ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with StopSignals():\n"
         "    print('ready', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'a', b'b', 2**31 - 1)\n"

@@ -38,8 +38,7 @@ from mlp_jax.data import load_dataset
 
 RECIPE = "keras-sgd"
 ROUNDS = {"epoch": 25, "sweep": 8, "process": 5}  # a few minutes a part on two cores
-# The part `sweep` compares whole processes too.
-WHOLE_ROUNDS, WHOLE_SEEDS, WHOLE_EPOCHS = 2, 4, 5
+WHOLE_ROUNDS, WHOLE_SEEDS = 2, 4  # `sweep` compares whole processes too; 15 minutes
 SIZES = (2, 4, 8, 16, 32, 64)
 SEED_EPOCHS = 16  # what a size trains at least, so that small ones are timed as long as larger ones
 # Test accuracies after equally many epochs; the first epoch reaches about 0.87.
@@ -228,20 +227,20 @@ def measure_sweep(args: Args) -> dict:
             best = min(ways, key=lambda row: row["ratio"])
             print(f"a sweep trains {best['ratio']:.2f} times as many seeds as {best['what']}")
     whole = measure_whole(args)
-    show(f"whole processes, {WHOLE_SEEDS} seeds of {WHOLE_EPOCHS} epochs: seconds a seed", whole)
+    epochs = RECIPES[RECIPE].epochs
+    show(f"whole processes, {WHOLE_SEEDS} seeds of {epochs} epochs: seconds a seed", whole)
     return {"sweep": rows, "whole sweep": whole}
 
 
 def measure_whole(args: Args) -> list[dict]:
-    """`mlp_jax.sweep` and then as many `mlp_jax.train`; exits where a seed's results differ."""
-    epochs = ["--epochs", str(WHOLE_EPOCHS)]
+    """`mlp_jax.sweep`, then as many `mlp_jax.train`, all epochs; exits where a result differs."""
     sweeps, singles = [], []
     for _ in range(WHOLE_ROUNDS):
         with tempfile.TemporaryDirectory() as out:
             seeds = ["--seeds", f"0:{WHOLE_SEEDS}"]
-            sweeps.append(run("sweep", args, *seeds, *epochs, "--out", f"{out}/sweep")[0])
+            sweeps.append(run("sweep", args, *seeds, "--out", f"{out}/sweep")[0])
             alone = [
-                run("train", args, "--seed", str(seed), *epochs, "--out", f"{out}/{seed}")[0]
+                run("train", args, "--seed", str(seed), "--out", f"{out}/{seed}")[0]
                 for seed in range(WHOLE_SEEDS)
             ]
             singles.append(sum(alone))

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mlp_jax import store
+from mlp_jax import provenance, store
 from mlp_jax.config import UserError, one_line
 
 Tree = TypeVar("Tree")
@@ -39,7 +39,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         tree = jax.tree.map(np.array, tree)  # copies: the caller goes on writing into its arrays
-        about = store.sign(self.about | {"arrays": _digest(tree, epoch)})
+        about = provenance.sign(self.about | {"arrays": _digest(tree, epoch)})
         item = ocp.args.Composite(
             arrays=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(about)
         )
@@ -67,13 +67,13 @@ class Checkpoints:
             if epoch is None:
                 return None
             about = manager.restore(epoch, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-            saved = store.unsign(about["about"])
+            saved = provenance.unsign(about["about"])
             digest = saved.pop("arrays")
         except MemoryError:
             raise
         except Exception as error:  # whatever a parser of damaged bytes raises
             return self._set_aside(error)
-        if difference := store.difference(saved, self.about):
+        if difference := provenance.difference(saved, self.about):
             raise UserError(f"{self.directory} holds a checkpoint with {difference}")
         try:
             item = ocp.args.Composite(arrays=ocp.args.StandardRestore(like))

@@ -53,16 +53,19 @@ def parse_args(
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = " ".join(re.sub("[╭╮╰╯│─]+|-{3,}", " ", said.getvalue()).split())
-        text = re.sub(r" (Argument helptext|For full helptext).*", "", text)
+        untitled = re.sub("╭.*╮", "", said.getvalue())
+        text = " ".join(re.sub("[╰╯│─]+|-{3,}", " ", untitled).split())
+        text = re.sub(
+            r"^Error parsing | (Argument helptext|For full helptext|Got errors).*", "", text
+        )
         text = re.sub(r" Perhaps you meant: (--\S+).*", r"; did you mean \1?", text)
-        raise UserError(text.replace("Unrecognized options Unrecognized", "unrecognized")) from None
+        raise UserError(text) from None
 
 
 def check_at_least(args, least: dict[str, int]) -> None:
-    """UserError for a field of `args` that is less than it must be; None will do."""
+    """UserError for a field of `args` that is a number less than it must be."""
     for name, bound in least.items():
-        if (value := getattr(args, name)) is not None and value < bound:
+        if isinstance(value := getattr(args, name), int) and value < bound:
             raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
 
 

@@ -13,6 +13,7 @@ import tyro
 
 OptimizerName = Literal["sgd", "momentum", "rmsprop", "adam"]
 RecipeName = Literal["keras-sgd", "keras-rmsprop", "short"]
+Auto = Literal["auto"]
 
 
 class UserError(Exception):

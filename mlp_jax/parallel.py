@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlp_jax.config import UserError, one_line
+from mlp_jax.config import Auto, UserError, one_line
 
 RUNS = "runs"
 
@@ -91,19 +91,23 @@ def n_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def place(n_runs: int, run_bytes: int, *, devices: int | None, lanes: int | None) -> Placement:
+def place(
+    n_runs: int, run_bytes: int, *, devices: Auto | int = "auto", lanes: Auto | int = "auto"
+) -> Placement:
     """Where to train `n_runs`, each of which needs `run_bytes` of memory while it trains.
 
-    By default all local devices, and the lanes of the module's docstring. UserError where more
+    "auto": all local devices, and the lanes of the module's docstring. UserError where more
     devices are asked for than there are.
     """
     local = jax.local_devices()
-    if devices is not None and devices > len(local):
+    if devices == "auto":
+        devices = len(local)
+    if devices > len(local):
         raise UserError(f"--devices {devices}: there are {len(local)} ({local[0].device_kind})")
-    chosen = tuple(local[: min(devices or len(local), n_runs)])
-    if lanes is None and chosen[0].platform == "cpu":
+    chosen = tuple(local[: min(devices, n_runs)])
+    if lanes == "auto" and chosen[0].platform == "cpu":
         lanes = 1
-    elif lanes is None:
+    elif lanes == "auto":
         memory = (chosen[0].memory_stats() or {}).get("bytes_limit", 8 * 2**30)
         lanes = min(MAX_AUTO_LANES, memory // 2 // run_bytes, math.ceil(n_runs / len(chosen)))
     return Placement(chosen, max(1, lanes))

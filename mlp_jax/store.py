@@ -7,23 +7,20 @@ run does without.
 
 import collections
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import secrets
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mlp_jax.config import Config, UserError, one_line
+from mlp_jax import provenance
+from mlp_jax.config import UserError, one_line
 
 ROW_ID = ("vary", "learning_rate", "seed")
 """The columns that tell the rows of one sweep apart."""
@@ -141,63 +138,6 @@ def set_aside(path: Path, reason: str) -> None:
         path.replace(aside)
 
 
-def describe(recipe: str, config: Config, fingerprint: str, devices: Iterable) -> dict:
-    """What config.json says of a run or a sweep."""
-    return {
-        "recipe": recipe,
-        "config": dataclasses.asdict(config),
-        "fingerprint": fingerprint,
-        "environment": describe_environment(devices),
-    }
-
-
-def describe_environment(devices: Iterable) -> dict:
-    """Where numbers come from: versions, hardware, numerics, and the code's commit.
-
-    `devices` are the jax.Devices that train.
-    """
-    import jax
-
-    devices = list(devices)
-    packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "backend": devices[0].platform,
-        "device_kind": devices[0].device_kind,
-        "n_devices": len(devices),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "prng": jax.config.jax_default_prng_impl,
-        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
-        "git": _git_state(),
-    }
-
-
-def _processor() -> str:
-    """The processor's name: equal bytes are promised on one machine only."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git_state() -> dict | None:
-    """Commit of this code and whether it was changed since; None outside a git checkout."""
-
-    def git(*args):
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # a package installed into somebody else's repository is not at that repository's commit
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def _schema():
     import pyarrow as pa
 
@@ -234,8 +174,8 @@ def open_directory(directory: Path, about: dict) -> None:
         set_aside(path, error.reason)
         there = None
     if there is None:
-        write_json(path, sign(about))
-    elif differs := difference(binding(there), binding(about)):
+        write_json(path, provenance.sign(about))
+    elif differs := provenance.difference(provenance.binding(there), provenance.binding(about)):
         raise UserError(f"{directory} holds results of {differs}; name another --out")
 
 
@@ -253,49 +193,13 @@ def read_config(directory: Path) -> dict:
     if not isinstance(about, dict) or "sha256" not in about:
         raise UserError(f"{directory} holds no run or sweep: its config.json is another's")
     try:
-        about = unsign(about)
-        binding(about)
+        about = provenance.unsign(about)
+        provenance.binding(about)
     except ValueError as error:
         raise Damaged(path, error) from None
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{directory} holds results of another version of mlp_jax") from None
     return about
-
-
-def sign(about: dict) -> dict:
-    """`about` and its SHA-256."""
-    content = json.dumps(about, sort_keys=True).encode()
-    return about | {"sha256": hashlib.sha256(content).hexdigest()}
-
-
-def unsign(about: dict) -> dict:
-    """The inverse of `sign`; ValueError for what was changed since."""
-    content = {name: value for name, value in about.items() if name != "sha256"}
-    if sign(content) != about:
-        raise ValueError("its SHA-256 is another")
-    return content
-
-
-def binding(about: dict) -> dict:
-    """What all numbers of a directory share: those that differ in it are never pooled."""
-    environment = about["environment"]
-    shared = ("backend", "device_kind", "prng", "matmul_precision")
-    return (
-        {name: about[name] for name in ("recipe", "seed") if name in about}
-        | about["config"]
-        | {"data fingerprint": about["fingerprint"]}
-        | {name: environment[name] for name in shared}
-        | {"jax": environment["versions"]["jax"]}
-    )
-
-
-def difference(old: dict, new: dict) -> str:
-    """The first entry in which two dicts differ, in words; empty where none does."""
-    old, new = (json.loads(json.dumps(each)) for each in (old, new))  # tuples become lists
-    for name in old | new:
-        if old.get(name) != new.get(name):
-            return f"{name.replace('_', ' ')} {old.get(name)}, not {new.get(name)}"
-    return ""
 
 
 def write_chunk(directory: Path, rows: list[dict], about: dict) -> Path:
@@ -342,7 +246,7 @@ def open_chunk(path: Path):
 def checked_about(path: Path, file, about: dict) -> dict:
     """What an open chunk's `write_chunk` was given; UserError if it does not go with `about`."""
     there = json.loads(file.schema_arrow.metadata[b"about"])
-    if differs := difference(binding(there), binding(about)):
+    if differs := provenance.difference(provenance.binding(there), provenance.binding(about)):
         raise UserError(f"{path} holds rows of {differs}: remove it, or name another --out")
     return there
 

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mlp_jax import store
+from mlp_jax import provenance, store
 from mlp_jax.cli import (
     StopSignals,
     check_at_least,
@@ -26,7 +26,7 @@ from mlp_jax.cli import (
     recipe_in,
     run_front,
 )
-from mlp_jax.config import RECIPES, Config, RecipeName, UserError, stream_seeds
+from mlp_jax.config import RECIPES, Auto, Config, RecipeName, UserError, stream_seeds
 
 PROG = "python -m mlp_jax.sweep"
 MAX_RUNS = 10_000_000  # their list takes a gigabyte
@@ -69,12 +69,12 @@ class Args:
     """Where TFDS keeps its data; else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     manual_dir: Path | None = None
     """Where the four IDX files lie, if they are not to be downloaded."""
-    devices: int | None = None
-    """How many local devices (on CPU: cores) train; else all."""
-    lanes: int | None = None
-    """Runs that a device trains in one vmap; else 1 on CPU, and what fits on GPU and TPU."""
-    chunk: int | None = None
-    """Runs that are trained, and stored, together; else what takes minutes."""
+    devices: Auto | int = "auto"
+    """How many local devices (on CPU: cores) train; auto: all."""
+    lanes: Auto | int = "auto"
+    """Runs that a device trains in one vmap; auto: 1 on CPU, and what fits on GPU and TPU."""
+    chunk: Auto | int = "auto"
+    """Runs that are trained, and stored, together; auto: what takes minutes."""
     checkpoint_every: int = 10
     """Epochs from checkpoint to checkpoint of a chunk; 0: only when it is stopped."""
     distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     config = grid.at(grid.learning_rate[0])
     placement = place(len(wanted), run_bytes(config), devices=args.devices, lanes=args.lanes)
     size = chunk_size(args.chunk, config.epochs, placement.width)
-    about = store.describe(args.recipe, grid, dataset.fingerprint, placement.devices)
+    about = provenance.describe(args.recipe, grid, dataset.fingerprint, placement.devices)
     train, test = (replicate(split, placement) for split in (dataset.train, dataset.test))
     dataset = dataset._replace(train=train, test=test)
 
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
             # a directory for these very runs: another --chunk begins them anew
             name = hashlib.sha256(repr(chunk).encode()).hexdigest()[:16]
             directory = args.out / "checkpoints" / name
-            checkpoints = Checkpoints(directory, store.binding(about), args.checkpoint_every)
+            checkpoints = Checkpoints(directory, provenance.binding(about), args.checkpoint_every)
             with contextlib.closing(checkpoints):
                 result = fit(
                     config,
@@ -257,12 +257,12 @@ def parse_seeds(text: str) -> Sequence[int]:
     return seeds
 
 
-def chunk_size(wanted: int | None, epochs: int, width: int) -> int:
-    """Runs a chunk: a multiple of `width`, and by default enough for about 50 epochs a lane.
+def chunk_size(wanted: Auto | int, epochs: int, width: int) -> int:
+    """Runs a chunk: a multiple of `width`; "auto" is enough for about 50 epochs a lane.
 
     A stopped sweep loses what it has of a chunk, and a chunk costs a file.
     """
-    return math.ceil((wanted or width * math.ceil(50 / epochs)) / width) * width
+    return math.ceil(50 / epochs if wanted == "auto" else wanted / width) * width
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from mlp_jax import store
+from mlp_jax import provenance, store
 from mlp_jax.cli import (
     StopSignals,
     check_at_least,
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     config = check_fits(args.config, dataset)
     placement = Placement(tuple(jax.local_devices()[:1]), lanes=1)
     n_test = len(dataset.test.labels)
-    about = store.describe(args.recipe, config, dataset.fingerprint, placement.devices)
+    about = provenance.describe(args.recipe, config, dataset.fingerprint, placement.devices)
     about |= {"seed": args.seed}
     params = abstract_state(config).params
     say(describe(config, params))
@@ -128,7 +128,9 @@ def main(argv: list[str] | None = None) -> None:
             for name in reversed(FILES):  # config.json last: without it the rest is nobody's
                 (out / name).unlink(missing_ok=True)
         store.open_directory(out, about)
-        checkpoints = Checkpoints(out / CHECKPOINTS, store.binding(about), args.checkpoint_every)
+        checkpoints = Checkpoints(
+            out / CHECKPOINTS, provenance.binding(about), args.checkpoint_every
+        )
         held.enter_context(contextlib.closing(checkpoints))
         stop = held.enter_context(StopSignals())
         result = fit(

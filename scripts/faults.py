@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from mlp_jax import store
+from mlp_jax import provenance, store
 from mlp_jax.config import UserError
 from mlp_jax.data import CACHE, load_dataset
 
@@ -324,7 +324,7 @@ def main(args: Args) -> None:
         flags = f"--kills {args.kills} --others {args.others} --seed {args.seed}"
         about = {
             "command": f"python scripts/faults.py {flags}",
-            "environment": store.describe_environment(jax.devices()),
+            "environment": provenance.describe_environment(jax.devices()),
         }
         store.write_json(args.out, about | {"faults": rows})
     if lost := sum(row["lost"] for row in rows):

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from benchmark import fresh, peak_mb
 
-from mlp_jax import store
+from mlp_jax import provenance, store
 from mlp_jax.config import RECIPES
 
 RECIPE = "keras-sgd"
@@ -50,7 +50,7 @@ class Args:
 def describe() -> dict:
     import jax
 
-    return store.describe_environment(jax.devices())
+    return provenance.describe_environment(jax.devices())
 
 
 def write_sweep(directory: Path, runs: int, chunk: int, args: Args, environment: dict) -> dict:

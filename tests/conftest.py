@@ -51,3 +51,11 @@ def mnist() -> data.Dataset:
 def config() -> Config:
     """A net that trains in a blink: 300 images are 9 batches of 32 and one of 12."""
     return Config(hidden=(16, 8), batch_size=32, epochs=2, learning_rate=0.1, n_classes=4)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory, for commands that run in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlp_jax.parallel.use_cores", lambda: None)  # JAX has its devices already
+    return tmp_path

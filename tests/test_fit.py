@@ -126,11 +126,11 @@ def test_batch_larger_than_the_set_is_refused(config, small):
 
 
 def test_place():
-    assert place(5, 10**7, devices=None, lanes=None) == two_devices()
+    assert place(5, 10**7) == two_devices()
     assert place(5, 10**7, devices=1, lanes=3) == Placement(tuple(jax.devices()[:1]), 3)
-    assert place(1, 10**7, devices=None, lanes=None) == one_device()
+    assert place(1, 10**7) == one_device()
     with pytest.raises(UserError, match="--devices 3: there are 2"):
-        place(5, 10**7, devices=3, lanes=None)
+        place(5, 10**7, devices=3)
 
 
 class FakeGPU:
@@ -149,4 +149,4 @@ class FakeGPU:
 )
 def test_lanes_on_a_gpu_are_what_fits_and_what_helps(memory, n_runs, lanes, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [FakeGPU(memory)])
-    assert place(n_runs, 10 * 2**20, devices=None, lanes=None).lanes == lanes
+    assert place(n_runs, 10 * 2**20).lanes == lanes

@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mlp_jax import report, sources, store, sweep, train
+from mlp_jax import provenance, report, sources, store, sweep, train
 from mlp_jax.config import Config, UserError
 
 
@@ -65,7 +65,7 @@ def spliced(draw, data):
 
 
 reach = mock.Mock(side_effect=Reached)
-HERE = store.describe_environment(jax.devices())
+HERE = provenance.describe_environment(jax.devices())
 IDX = sources.format_idx(np.random.default_rng(0).integers(0, 256, (1, 28, 28), np.uint8))
 KNOWN = gzip.compress(IDX, mtime=0)
 MEMBERS = ("mnist/data/mnist.pkl.gz", "gzip/emnist-digits-train-images-idx3-ubyte.gz")
@@ -178,7 +178,7 @@ def test_a_config_json_is_what_was_written_or_told(small, tmp_path_factory, data
     read = ending(store.read_config, directory)
     assert isinstance(read, UserError) or json.loads(signed(read)) == json.loads(content)
     mocks = {"parallel__use_cores": mock.Mock(), "data__load_dataset": lambda *_, **__: small}
-    with untouched(fit__fit=reach, store__describe_environment=lambda _: HERE, **mocks):
+    with untouched(fit__fit=reach, provenance__describe_environment=lambda _: HERE, **mocks):
         assert isinstance(ending(report.main, [str(directory)]), UserError)
         end = ending(sweep.main, ["--quiet", "--out", str(directory)])
     damaged = isinstance(read, store.Damaged)

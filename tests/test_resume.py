@@ -31,14 +31,6 @@ GOLDEN_CORRECT = [77, 94, 129, 130, 130, 130]
 GOLDEN_TRAIN_LOSS = [1.2723594, 0.98230916, 0.7114249, 0.5765546, 0.46556246, 0.38138413]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    # two devices are there already, from conftest.py
-    monkeypatch.setattr("mlp_jax.parallel.use_cores", lambda: None)
-    return tmp_path
-
-
 def train_fleet(config, dataset, *, lanes=1, n_devices=2, stop_after=None, **options):
     """Three seeds, ended after `stop_after` epochs as by a signal."""
     trained = []

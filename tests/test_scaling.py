@@ -53,8 +53,8 @@ def modelled(name, seeds, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [device] * n_devices)
     hours, files = 0, 0
     for own in (len(range(process, seeds, processes)) for process in range(processes)):
-        placement = parallel.place(own, run_bytes(CONFIG), devices=None, lanes=None)
-        chunks = math.ceil(own / sweep.chunk_size(None, CONFIG.epochs, placement.width))
+        placement = parallel.place(own, run_bytes(CONFIG))
+        chunks = math.ceil(own / sweep.chunk_size("auto", CONFIG.epochs, placement.width))
         hours = max(hours, chunks * placement.lanes * A_SEED[name] / 3600)
         files += chunks
     return hours, A * seeds + B * files, files
@@ -66,7 +66,7 @@ def quoted(mark):
 
 
 def test_the_tables_follow_from_the_measurements_and_the_formulas(monkeypatch):
-    hours, chunk = statistics.median(SECONDS) / 3600, sweep.chunk_size(None, CONFIG.epochs, 2)
+    hours, chunk = statistics.median(SECONDS) / 3600, sweep.chunk_size("auto", CONFIG.epochs, 2)
     name, sizes = "2 CPU cores, measured rate", [10**power for power in range(2, 7)]
     lines = [line(name, n, n * hours, n * STORED, math.ceil(n / chunk)) for n in sizes]
     for name in MACHINES:

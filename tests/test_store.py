@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mlp_jax import store
+from mlp_jax import provenance, store
 from mlp_jax.config import UserError
 
 
@@ -35,7 +35,7 @@ def row(vary="all", seed=0, rate=0.01, n_test=20):
 
 
 def about(**changes):
-    environment = store.describe_environment(jax.devices())
+    environment = provenance.describe_environment(jax.devices())
     return {
         "recipe": "keras-sgd",
         "config": {"epochs": 2, "hidden": (512, 512)},
@@ -158,7 +158,7 @@ def test_an_unwritable_directory(tmp_path, monkeypatch):
 
 
 def test_the_environment_says_what_numbers_depend_on():
-    environment = store.describe_environment(jax.devices())
+    environment = provenance.describe_environment(jax.devices())
     assert environment["versions"]["jax"] == jax.__version__
     assert environment["n_devices"] == 2
     assert environment["cores"] >= 1

@@ -22,14 +22,6 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    # two devices are there already, from conftest.py
-    monkeypatch.setattr("mlp_jax.parallel.use_cores", lambda: None)
-    return tmp_path
-
-
 def run(small_dir, *flags):
     sweep.main([*TINY, "--data-dir", str(small_dir), "--quiet", *flags])
 
@@ -159,6 +151,7 @@ def test_another_config_is_refused(flags, message, small_dir, here):
         ("--learning-rate 0.1 0.1 --out s", "different"),
         ("--devices 0 --out s", "--devices must be at least 1"),
         ("--devices 3 --out s", "--devices 3: there are 2"),
+        ("--lanes two --out s", "^--lanes: no type matching {auto}.INT"),
         ("--chunk 0 --out s", "--chunk must be at least 1"),
         ("--checkpoint-every -1 --out s", "--checkpoint-every must be at least 0"),
         ("--seed 0:3 --out s", "did you mean --seeds"),
@@ -217,7 +210,13 @@ def test_progress_line():
 
 @pytest.mark.parametrize(
     ("wanted", "epochs", "width", "size"),
-    [(None, 50, 2, 2), (None, 20, 2, 6), (None, 1, 2, 100), (3, 1, 2, 4), (1, 50, 256, 256)],
+    [
+        ("auto", 50, 2, 2),
+        ("auto", 20, 2, 6),
+        ("auto", 1, 2, 100),
+        (3, 1, 2, 4),
+        (1, 50, 256, 256),
+    ],
 )
 def test_chunk_size(wanted, epochs, width, size):
     assert sweep.chunk_size(wanted, epochs, width) == size

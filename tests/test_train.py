@@ -19,12 +19,6 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(small_dir, *flags):
     train.main([*TINY, "--data-dir", str(small_dir), *flags])
 

@@ -1,7 +1,7 @@
 """The one epoch loop: trains a fleet of runs of one Config; a single run is a fleet of one.
 
-A program is compiled once for a Config, a placement and a size, whatever the seeds, the learning
-rates and the epoch.
+A program is compiled once for a Config and a placement, whatever the runs, their number and the
+epoch.
 """
 
 import dataclasses
@@ -20,14 +20,7 @@ from mlp_jax.config import STREAMS, Config, UserError
 from mlp_jax.data import Dataset, Split
 from mlp_jax.model import N_PIXELS
 from mlp_jax.parallel import Placement, from_groups, map_runs, replicate, to_groups
-from mlp_jax.step import (
-    EVAL_BATCH,
-    TrainState,
-    evaluate,
-    init_state,
-    run_keys,
-    train_epoch,
-)
+from mlp_jax.step import EVAL_BATCH, TrainState, evaluate, init_state, run_keys, train_epoch
 
 
 class Runs(NamedTuple):
@@ -59,13 +52,13 @@ class Progress(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """As Progress, but for the state, which is still on the devices.
+    """As Progress, but for the states, which are still on the devices, in groups.
 
     `epochs` is less than the Config's where the training was stopped.
     """
 
     epochs: int
-    state: TrainState
+    states: list[TrainState]
     history: EpochMetrics
     predictions: np.ndarray
     seconds: np.ndarray
@@ -73,7 +66,7 @@ class FitResult(NamedTuple):
 
     @property
     def progress(self) -> Progress:
-        state = from_groups(self.state, len(self.predictions))
+        state = from_groups(self.states, len(self.predictions))
         return Progress(state, self.history, self.predictions, self.seconds)
 
 
@@ -94,49 +87,47 @@ def fit(
     runs: Runs,
     *,
     placement: Placement,
-    size: int | None = None,
     on_epoch: Callable[[int, EpochMetrics, float], None] = lambda epoch, metrics, seconds: None,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> FitResult:
     """Train `runs` for `config.epochs` epochs, scoring the test set after each.
 
-    `size` is the number of runs to compile for, where fleets of several sizes share a program.
     The learning rate is taken from `runs`, not from `config`. `on_epoch(epoch, metrics, seconds)`
     is called after each epoch, counted from 1; what it raises ends the training, and so does
     `stop()`, asked before each. With `checkpoints` it goes on from the newest, calling `on_epoch`
     for the epochs before too, and saves as it goes, but not at its end.
     """
     n_runs = len(runs.learning_rate)
-    n_groups = -(-n_runs // placement.width)
-    room = max(n_groups, -(-(size or 0) // placement.width))
-    fleet = to_groups(runs, room, placement)
+    groups = to_groups(runs, placement)
     data = replicate((dataset.train, dataset.test), placement)
-    programs = compile_programs(static(config), placement, abstract(fleet), abstract(data))
+    programs = compile_programs(static(config), placement, abstract(groups[0]), abstract(data))
 
-    n_groups = np.int32(n_groups)
     done, progress = 0, empty_progress(config, n_runs, len(dataset.test.labels))
     if checkpoints and (restored := checkpoints.restore(progress)):
         done, progress = restored
-        state, predictions = to_groups((progress.state, progress.predictions), room, placement)
+        states = to_groups(progress.state, placement)
         for epoch, seconds in enumerate(progress.seconds[:done]):
             on_epoch(epoch + 1, EpochMetrics(*(m[:, epoch] for m in progress.history)), seconds)
     else:
-        _, state = programs.init(n_groups, (), fleet, ())
-        predictions = to_groups(progress.predictions, room, placement)
+        states = [programs.init((), group, ())[0] for group in groups]
+    predictions = progress.predictions
 
     def result() -> FitResult:
-        scored = from_groups(predictions, n_runs)
-        return FitResult(done, state, progress.history, scored, progress.seconds, programs.seconds)
+        numbers = (progress.history, predictions, progress.seconds, programs.seconds)
+        return FitResult(done, states, *numbers)
 
     begun = done
     while done < config.epochs and not stop():
         if checkpoints and done > begun and checkpoints.due(done):
             checkpoints.save(done, result().progress)
-        start = clock()
+        start, results = clock(), []
         shared = (*data, np.int32(done))
-        state, (metrics, predictions) = programs.epoch(n_groups, state, fleet, shared)
-        metrics = from_groups(metrics, n_runs)  # waits for the epoch
+        for i, group in enumerate(groups):
+            states[i], scored = programs.epoch(states[i], group, shared)
+            # waited for: groups at the same time would share the cores, and their caches
+            results.append(jax.device_get(scored))
+        metrics, predictions = from_groups(results, n_runs)
         progress.seconds[done] = clock() - start
         for history, now in zip(progress.history, metrics, strict=True):
             history[:, done] = now
@@ -147,17 +138,14 @@ def fit(
 
 def empty_progress(config: Config, n_runs: int, n_test: int) -> Progress:
     """The arrays that `fit` fills."""
-    room = (n_runs, config.epochs)
-    return Progress(
-        state=jax.tree.map(
-            lambda leaf: np.zeros((n_runs, *leaf.shape), leaf.dtype), abstract_state(config)
-        ),
-        history=EpochMetrics(
-            *(np.zeros(room, dtype) for dtype in (np.float32, np.float32, np.int32))
-        ),
-        predictions=np.zeros((n_runs, n_test), np.uint8),
-        seconds=np.zeros(config.epochs),
-    )
+
+    def zeros(leaf):
+        return np.zeros((n_runs, *leaf.shape), leaf.dtype)
+
+    state = jax.tree.map(zeros, abstract_state(config))
+    history = (np.zeros((n_runs, config.epochs), t) for t in (np.float32, np.float32, np.int32))
+    predictions, seconds = np.zeros((n_runs, n_test), np.uint8), np.zeros(config.epochs)
+    return Progress(state, EpochMetrics(*history), predictions, seconds)
 
 
 def static(config: Config) -> Config:
@@ -167,21 +155,18 @@ def static(config: Config) -> Config:
 
 def abstract(tree):
     """What a compiled program knows of a nested tuple of arrays; hashable."""
-
-    def describe(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-    return jax.tree.map(describe, tree)
+    struct = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda leaf: struct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
 
 
 @functools.lru_cache(maxsize=8)
 def compile_programs(
-    config: Config, placement: Placement, fleet: Runs, data: tuple[Split, Split]
+    config: Config, placement: Placement, group: Runs, data: tuple[Split, Split]
 ) -> Programs:
     """Compile ahead of time for arguments of these shapes; states are donated."""
 
     def init(_, run: Runs, shared):
-        return (), init_state(run_keys(run.seeds), run.learning_rate, config=config)
+        return init_state(run_keys(run.seeds), run.learning_rate, config=config), ()
 
     def epoch(state, run: Runs, shared):
         train, test, epoch = shared
@@ -191,10 +176,10 @@ def compile_programs(
         return state, (means, result.predictions)
 
     start = clock()
+    init, epoch = (jax.jit(map_runs(fn, placement), donate_argnums=0) for fn in (init, epoch))
+    init = init.lower((), group, ())
     count = jax.ShapeDtypeStruct((), np.int32)
-    init, epoch = (jax.jit(map_runs(fn, placement), donate_argnums=1) for fn in (init, epoch))
-    init = init.lower(count, (), fleet, ())
-    epoch = epoch.lower(count, init.out_info[1], fleet, (*data, count))
+    epoch = epoch.lower(init.out_info[0], group, (*data, count))
     # without it XLA's CPU backend copies two of the kernels in every step
     in_place = {"xla_cpu_copy_insertion_use_region_analysis": True}
     options = in_place if placement.devices[0].platform == "cpu" else {}

@@ -1,10 +1,12 @@
 """Lifts a function of one run to many runs: devices x lanes.
 
-On CPU a device trains one run after another, in a loop, so that a row of many runs is the single
-run bit for bit; on GPU and TPU the lanes of a device are vmapped.
+Runs train in groups: of one run a device on CPU, so that a row of many runs is the single run bit
+for bit; of as many lanes a device as fit, vmapped, on GPU and TPU. Group follows group through one
+program.
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -12,9 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,16 +22,9 @@ from mlp_jax.config import Auto, UserError, one_line
 
 RUNS = "runs"
 
-MIN_GROUPS = 2
-"""Room that a fleet has at least: an axis of one would be simplified away, and the program with
-it; see `map_runs`."""
-
 MAX_AUTO_LANES = 256
 """By arithmetic, not by measurement: past some hundred lanes the traffic of the weights sets the
 speed, and more lanes gain nothing."""
-
-
-DAY = 86_400  # seconds
 
 
 class Placement(NamedTuple):
@@ -71,8 +64,8 @@ def join_processes(
     with contextlib.suppress(AttributeError):  # versions of JAX without it
         jax.config.update("jax_enable_preemption_service", False)
     stay = importlib.util.find_spec("libtpu") is not None
-    # the first that ends waits for the last
-    patience = {"shutdown_timeout_seconds": DAY} if stay else {}
+    # a day: the first that ends waits for the last
+    patience = {"shutdown_timeout_seconds": 86_400} if stay else {}
     try:
         jax.distributed.initialize(coordinator, count, index, **patience)
         index, count = global_state.process_id, global_state.num_processes
@@ -114,41 +107,24 @@ def place(
 
 
 def map_runs(fn: Callable, placement: Placement) -> Callable:
-    """Lift `fn(state, run, shared) -> (state, result)` of one run to a fleet of them:
-    `lifted(n_groups, states, runs, shared) -> (states, results)`.
+    """Lift `fn(state, run, shared) -> (state, result)` of one run to a group of them, which train
+    at the same time: the leaves of states, runs and results are [width, ...].
 
-    The leaves of `states`, `runs` and `results` are [groups, width, ...]: a group trains at the
-    same time, and group follows group. Only the first `n_groups` are trained; the other states
-    stay, and their results are 0. `shared` is the same for all runs and held once a device. Pure:
-    the caller jits.
+    `shared` is the same for all runs and held once a device. Pure: the caller jits.
     """
 
-    def train_lanes(states, runs, shared):
+    def one_device(states, runs, shared):
         if placement.lanes > 1:
             return jax.vmap(lambda state, run: fn(state, run, shared))(states, runs)
         # not a vmap over one: that would be another program, with other roundings
         one = fn(*jax.tree.map(lambda leaf: leaf[0], (states, runs)), shared)
         return jax.tree.map(lambda leaf: leaf[None], one)
 
-    def one_device(n_groups, states, runs, shared):
-        def train_group(i, fleet):
-            group, run = jax.tree.map(lambda leaf: leaf[i], (fleet[0], runs))
-            trained = train_lanes(group, run, shared)
-            return jax.tree.map(lambda all, one: all.at[i].set(one), fleet, trained)
-
-        first = jax.tree.map(lambda leaf: leaf[0], (states, runs))
-        _, result = jax.eval_shape(train_lanes, *first, shared)
-        room = jax.tree.leaves(runs)[0].shape[0]
-        results = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape), leaf.dtype), result)
-        # A count that is known only when it runs (and MIN_GROUPS): XLA would inline a loop of one,
-        # fuse it differently, and a run alone would differ from the same run in a sweep.
-        return lax.fori_loop(0, n_groups, train_group, (states, results))
-
     return jax.shard_map(
         one_device,
         mesh=placement.mesh,
-        in_specs=(P(), P(None, RUNS), P(None, RUNS), P()),
-        out_specs=P(None, RUNS),
+        in_specs=(P(RUNS), P(RUNS), P()),
+        out_specs=P(RUNS),
         # the scans inside start from constants, which the check takes for replicated values
         check_vma=False,
     )
@@ -159,24 +135,19 @@ def replicate(tree, placement: Placement):
     return jax.device_put(tree, NamedSharding(placement.mesh, P()))
 
 
-def to_groups(tree, n_groups: int, placement: Placement):
-    """Arrays [runs, ...] as [groups, width, ...] on the devices; what is short is zeros."""
-    n_groups = max(n_groups, MIN_GROUPS)
+def to_groups(tree, placement: Placement) -> list:
+    """Arrays [runs, ...] as a list of groups [width, ...] on the devices; zeros fill the last."""
+    sharding, width = NamedSharding(placement.mesh, P(RUNS)), placement.width
 
-    def group(leaf):
-        padding = n_groups * placement.width - len(leaf)
-        leaf = np.concatenate([leaf, np.zeros((padding, *leaf.shape[1:]), leaf.dtype)])
-        return leaf.reshape(n_groups, placement.width, *leaf.shape[1:])
+    def group(start: int, leaf):
+        rows = leaf[start : start + width]
+        return np.pad(rows, [(0, width - len(rows)), *[(0, 0)] * (leaf.ndim - 1)])
 
-    sharding = NamedSharding(placement.mesh, P(None, RUNS))
-    return jax.device_put(jax.tree.map(group, tree), sharding)
+    starts = range(0, len(jax.tree.leaves(tree)[0]), width)
+    groups = (jax.tree.map(functools.partial(group, start), tree) for start in starts)
+    return [jax.device_put(group, sharding) for group in groups]
 
 
-def from_groups(tree, n_runs: int):
+def from_groups(groups: list, n_runs: int):
     """The inverse of `to_groups`, on the host: NumPy arrays [n_runs, ...]."""
-
-    def flat(leaf):
-        leaf = np.asarray(leaf)
-        return leaf.reshape(-1, *leaf.shape[2:])[:n_runs]
-
-    return jax.tree.map(flat, tree)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n_runs], *groups)

@@ -7,6 +7,7 @@ sweep was stopped changes no number of it (bit for bit on CPU).
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import re
 import shutil
@@ -18,14 +19,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mlp_jax import provenance, store
-from mlp_jax.cli import (
-    StopSignals,
-    check_at_least,
-    command,
-    parse_args,
-    recipe_in,
-    run_front,
-)
+from mlp_jax.cli import StopSignals, check_at_least, command, parse_args, recipe_in, run_front
 from mlp_jax.config import RECIPES, Auto, Config, RecipeName, UserError, stream_seeds
 
 PROG = "python -m mlp_jax.sweep"
@@ -72,12 +66,13 @@ class Args:
     devices: Auto | int = "auto"
     """How many local devices (on CPU: cores) train; auto: all."""
     lanes: Auto | int = "auto"
-    """Runs that a device trains in one vmap; auto: 1 on CPU, and what fits on GPU and TPU."""
+    """Runs that a device trains in one vmap; auto: on GPU and TPU what fits, on CPU 1, where more
+    are no longer the single runs bit for bit."""
     chunk: Auto | int = "auto"
     """Runs that are trained, and stored, together; auto: what takes minutes."""
     checkpoint_every: int = 10
     """Epochs from checkpoint to checkpoint of a chunk; 0: only when it is stopped."""
-    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    distributed: bool = False
     """Share the runs with the other processes of this job: a TPU pod, SLURM, Open MPI, ..."""
     coordinator: str | None = None
     """Where there is none of these: host:port at which the processes meet, the first one's host."""
@@ -85,26 +80,19 @@ class Args:
     """How many processes meet at --coordinator."""
     process_id: int | None = None
     """Which of them this is, from 0."""
-    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    quiet: bool = False
     """Print nothing."""
-
-    @classmethod
-    def of(cls, recipe: RecipeName) -> "Args":
-        return cls(config=Grid.of(RECIPES[recipe]), recipe=recipe, out=tyro.MISSING)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing from --out, chunk by chunk; raises UserError."""
-    default = Args.of(recipe_in(argv))
-    args = parse_args(Args, argv, default=default, prog=PROG, description=DESCRIPTION)
+    recipe = recipe_in(argv)
+    default = Args(Grid.of(RECIPES[recipe]), recipe, out=tyro.MISSING)
+    args = parse_args(default, argv, prog=PROG, description=DESCRIPTION)
     seeds = parse_seeds(args.seeds)
-    families = [
-        (vary, rate) for vary in dict.fromkeys(args.vary) for rate in args.config.learning_rate
-    ]
-    if len(seeds) * len(families) > MAX_RUNS:
-        raise UserError(
-            f"a sweep has at most {MAX_RUNS:,} runs, not {len(seeds) * len(families):,}"
-        )
+    families = list(itertools.product(dict.fromkeys(args.vary), args.config.learning_rate))
+    if (n_runs := len(seeds) * len(families)) > MAX_RUNS:
+        raise UserError(f"a sweep has at most {MAX_RUNS:,} runs, not {n_runs:,}")
     wanted = [(*family, seed) for seed in seeds for family in families]
     check_at_least(args, {"devices": 1, "lanes": 1, "chunk": 1, "checkpoint_every": 0})
     store.check_out(args.out)
@@ -156,15 +144,11 @@ def main(argv: list[str] | None = None) -> None:
                         [rate for _, rate, _ in chunk],
                     ),
                     placement=placement,
-                    size=size,
                     on_epoch=bar.on_epoch,
                     checkpoints=checkpoints,
                     stop=lambda: stop.requested,
                 )
-                if result.epochs == config.epochs:
-                    rows = make_rows(args.recipe, chunk, result)
-                    store.write_chunk(args.out, rows, about)
-                elif result.epochs:
+                if 0 < result.epochs < config.epochs:
                     checkpoints.save(result.epochs, result.progress)
             if result.epochs < config.epochs:
                 bar.close()
@@ -172,9 +156,10 @@ def main(argv: list[str] | None = None) -> None:
                 part = f", {len(chunk)} after epoch {result.epochs}" if result.epochs else ""
                 said = f"{whole} of {len(wanted)} runs are whole{part}, all saved"
                 stop.leave(f"{said}; go on with: {command(PROG, argv)}")
+            store.write_chunk(args.out, make_rows(args.recipe, chunk, result), about)
             shutil.rmtree(directory, ignore_errors=True)
-            done |= {run: row["test_correct"] for run, row in zip(chunk, rows, strict=True)}
-            bar.say(progress(rows, list(done.values())))
+            done |= dict(zip(chunk, result.history.test_correct[:, -1].tolist(), strict=True))
+            bar.say(progress(chunk, done))
         with contextlib.suppress(OSError):  # another process, or other seeds, may have some there
             (args.out / "checkpoints").rmdir()
 
@@ -209,36 +194,24 @@ class Bar:
 
 def make_rows(recipe: str, chunk: list[tuple[str, float, int]], result) -> list[dict]:
     """A row a run, as store.py's schema has them."""
-    history, seconds = result.history, float(result.seconds.sum()) / len(chunk)
-    return [
-        {
-            "recipe": recipe,
-            "vary": vary,
-            "seed": seed,
-            "learning_rate": rate,
-            "test_correct": history.test_correct[i, -1],
-            "test_loss": history.test_loss[i, -1],
-            "train_loss": history.train_loss[i, -1],
-            "test_correct_by_epoch": history.test_correct[i],
-            "test_loss_by_epoch": history.test_loss[i],
-            "train_loss_by_epoch": history.train_loss[i],
-            "predictions": result.predictions[i].tobytes(),
-            "seconds": seconds,
-        }
-        for i, (vary, rate, seed) in enumerate(chunk)
-    ]
+    rows, seconds = [], float(result.seconds.sum()) / len(chunk)
+    for i, (vary, rate, seed) in enumerate(chunk):
+        row = {"recipe": recipe, "vary": vary, "seed": seed, "learning_rate": rate}
+        for name, history in result.history._asdict().items():
+            row |= {name: history[i, -1], f"{name}_by_epoch": history[i]}
+        rows.append(row | {"predictions": result.predictions[i].tobytes(), "seconds": seconds})
+    return rows
 
 
-def progress(rows: list[dict], correct: list[int]) -> str:
-    """A line on the newest chunk and on all rows so far, in images right."""
-    newest = [int(row["test_correct"]) for row in rows]
-    correct = [int(count) for count in correct]
-    spread = f", SD {statistics.stdev(correct):.1f}" if len(correct) > 1 else ""
-    return (
-        f"{rows[0]['vary']} seed {rows[0]['seed']} ... {rows[-1]['vary']} seed {rows[-1]['seed']}:"
-        f" mean {statistics.mean(newest):.1f} right; all {len(correct)} runs:"
-        f" mean {statistics.mean(correct):.1f}{spread}"
-    )
+def progress(chunk: list[tuple[str, float, int]], done: dict[tuple[str, float, int], int]) -> str:
+    """What all whole runs of a chunk's families say so far, in images right."""
+    said = []
+    for family in dict.fromkeys(run[:2] for run in chunk):
+        correct = [right for run, right in done.items() if run[:2] == family]
+        spread = f", SD {statistics.stdev(correct):.1f}" if len(correct) > 1 else ""
+        mean = f"mean {statistics.mean(correct):.1f} right"
+        said.append("{} at {:g}: {} runs, {}{}".format(*family, len(correct), mean, spread))
+    return "; ".join(said)
 
 
 def parse_seeds(text: str) -> Sequence[int]:

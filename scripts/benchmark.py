@@ -325,7 +325,8 @@ def train_size(data_dir: Path | None, size: int) -> dict:
         "seconds": result.seconds.sum() / size / epochs,
         "peak MB": peak,
         # plain SGD: a run's state is its parameters
-        "state MB": sum(leaf.nbytes for leaf in jax.tree.leaves(result.state.params)) / 1e6,
+        "state MB": sum(leaf.nbytes for leaf in jax.tree.leaves(result.progress.state.params))
+        / 1e6,
         "test accuracy": float(result.history.test_correct[:, -1].mean() / len(data.test.labels)),
     }
 

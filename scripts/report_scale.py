@@ -17,12 +17,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import tyro
 from benchmark import fresh, peak_mb
 
-from mlp_jax import provenance, store
+from mlp_jax import provenance, store, sweep
 from mlp_jax.config import RECIPES
 
 RECIPE = "keras-sgd"
@@ -53,18 +54,15 @@ def describe() -> dict:
     return provenance.describe_environment(jax.devices())
 
 
-def write_sweep(directory: Path, runs: int, chunk: int, args: Args, environment: dict) -> dict:
+def write_sweep(directory: Path, runs: int, chunk: int, args: Args) -> dict:
     """A sweep of made-up rows; what it takes on disk, and how long to write and to check."""
+    import jax
+
     from mlp_jax.data import load_dataset
-    from mlp_jax.sweep import Grid
 
     dataset = load_dataset("mnist", args.data_dir)
-    about = {
-        "recipe": RECIPE,
-        "config": dataclasses.asdict(Grid.of(RECIPES[RECIPE])),
-        "fingerprint": dataset.fingerprint,
-        "environment": environment,
-    }
+    grid = sweep.Grid.of(RECIPES[RECIPE])
+    about = provenance.describe(RECIPE, grid, dataset.fingerprint, jax.devices())
     rng = np.random.default_rng(args.seed)
     labels = dataset.test.labels.astype(np.uint8)
     chances = rng.beta(*CHANCES, len(labels)).astype(np.float32)
@@ -94,6 +92,8 @@ def write_sweep(directory: Path, runs: int, chunk: int, args: Args, environment:
 
 def make_rows(first: int, n: int, labels, taken_for, chances, rng: np.random.Generator) -> list:
     """Rows of `n` seeds from `first` on, whose losses fall, and accuracies rise, by the epoch."""
+    from mlp_jax.fit import EpochMetrics
+
     config = RECIPES[RECIPE]
     wrong = rng.random((n, len(labels)), dtype=np.float32) < chances
     predictions = np.where(wrong, taken_for, labels)
@@ -104,23 +104,11 @@ def make_rows(first: int, n: int, labels, taken_for, chances, rng: np.random.Gen
     correct = (right[:, None] - behind).astype(np.int32)
     test_loss = ((0.1 + 0.5 / epochs) * (1 + 0.01 * noise[1])).astype(np.float32)
     train_loss = ((0.1 + 1.2 / epochs) * (1 + 0.01 * noise[2])).astype(np.float32)
-    return [
-        {
-            "recipe": RECIPE,
-            "vary": "all",
-            "seed": first + i,
-            "learning_rate": config.learning_rate,
-            "test_correct": correct[i, -1],
-            "test_loss": test_loss[i, -1],
-            "train_loss": train_loss[i, -1],
-            "test_correct_by_epoch": correct[i],
-            "test_loss_by_epoch": test_loss[i],
-            "train_loss_by_epoch": train_loss[i],
-            "predictions": predictions[i].tobytes(),
-            "seconds": 72.0,
-        }
-        for i in range(n)
-    ]
+    history = EpochMetrics(train_loss, test_loss, correct)
+    seconds = np.full(config.epochs, 1.44 * n)
+    result = SimpleNamespace(history=history, predictions=predictions, seconds=seconds)
+    chunk = [("all", config.learning_rate, first + i) for i in range(n)]
+    return sweep.make_rows(RECIPE, chunk, result)
 
 
 def report(directory: Path, args: Args) -> dict:
@@ -154,14 +142,14 @@ def main(args: Args) -> None:
         with tempfile.TemporaryDirectory() as place:
             directory = Path(place, "sweep")
             store.make_directory(directory / "runs")
-            written = fresh(write_sweep, directory, runs, chunk, args, environment)
+            written = fresh(write_sweep, directory, runs, chunk, args)
             sweeps.append(written | report(directory, args))
         cells = {name: round(value, 2) for name, value in sweeps[-1].items()}
         print(", ".join(f"{name} {value:,}" for name, value in cells.items()), flush=True)
         if args.out:
             about = {"command": shlex.join(["python", *sys.argv]), "environment": environment}
             store.write_json(args.out, about | {"limit MB": args.limit_mb, "sweeps": sweeps})
-    most = max(sweeps, key=lambda sweep: sweep["report peak MB"])
+    most = max(sweeps, key=lambda each: each["report peak MB"])
     if most["report peak MB"] > args.limit_mb:
         sys.exit(
             f"FAILED: the report on {most['runs']} runs took {most['report peak MB']:.0f} MB, more"

@@ -40,7 +40,7 @@ def test_a_row_is_the_single_run_bit_for_bit(config, small):
         "one device": train(config, small, [0, 1, 2, 3, 4]),
         "two devices": train(config, small, [0, 1, 2, 3], placement=two_devices()),
         "another order": train(config, small, [3, 0, 4, 1], placement=two_devices()),
-        "padded": train(config, small, [2, 1, 0], placement=two_devices(), size=6),
+        "padded": train(config, small, [2, 1, 0], placement=two_devices()),
     }
     orders = {"one device": range(5), "two devices": range(4), "another order": [3, 0, 4, 1]}
     for name, result in fleets.items():
@@ -52,7 +52,7 @@ def test_a_row_is_the_single_run_bit_for_bit(config, small):
 @pytest.mark.parametrize("recipe", ["keras-sgd", "keras-rmsprop"])
 def test_a_row_is_the_single_run_bit_for_bit_on_mnist(recipe, mnist):
     config = dataclasses.replace(RECIPES[recipe], epochs=2)
-    fleet = train(config, mnist, [7, 3, 5], placement=two_devices(), size=4)
+    fleet = train(config, mnist, [7, 3, 5], placement=two_devices())
     for i, seed in enumerate([7, 3, 5]):
         assert rows(train(config, mnist, [seed]))[0] == rows(fleet)[i]
 
@@ -61,7 +61,7 @@ def test_a_row_is_the_single_run_bit_for_bit_on_mnist(recipe, mnist):
 def test_vmapped_lanes_agree_closely(config, small, optimizer):
     config = dataclasses.replace(config, optimizer=optimizer, learning_rate=0.003)
     seeds = [0, 1, 2, 3, 4, 5]
-    lanes = train(config, small, seeds, placement=two_devices(lanes=2), size=8)
+    lanes = train(config, small, seeds, placement=two_devices(lanes=2))
     alone = train(config, small, seeds)
     for a, b in zip(lanes.history[:2], alone.history[:2], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4)
@@ -87,7 +87,7 @@ def test_compiled_once(config, small, monkeypatch):
     first = len(traces)
     assert first >= 1
     train(dataclasses.replace(config, epochs=4), small, [4, 5, 6, 7], placement=two_devices())
-    train(config, small, [8], placement=two_devices(), size=4)  # a padded last chunk
+    train(config, small, [8], placement=two_devices())  # a padded last chunk
     train(config, small, range(4), placement=two_devices(), rates=[0.1, 0.2, 0.3, 0.4])
     assert len(traces) == first
     train(dataclasses.replace(config, dropout=0.5), small, range(4), placement=two_devices())
@@ -102,7 +102,6 @@ def test_epochs_are_reported_as_they_end(config, small):
         small,
         [0, 1, 2],
         placement=two_devices(),
-        size=4,
         on_epoch=lambda epoch, metrics, seconds: seen.append((epoch, metrics, seconds)),
     )
     assert [epoch for epoch, _, _ in seen] == [1, 2]

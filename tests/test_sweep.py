@@ -203,9 +203,11 @@ def test_a_row_of_mnist_is_the_run_of_the_train_command(mnist, here):
 
 
 def test_progress_line():
-    chunk = [{"vary": "all", "seed": seed, "test_correct": 90 + seed} for seed in (1, 3)]
-    line = sweep.progress(chunk, [91, 93, 95])
-    assert line == "all seed 1 ... all seed 3: mean 92.0 right; all 3 runs: mean 93.0, SD 2.0"
+    done = {("all", 0.1, 0): 91, ("all", 0.1, 1): 93, ("all", 0.1, 2): 95, ("order", 0.1, 1): 9}
+    line = sweep.progress([("all", 0.1, 1), ("order", 0.1, 1), ("all", 0.1, 2)], done)
+    assert (
+        line == "all at 0.1: 3 runs, mean 93.0 right, SD 2.0; order at 0.1: 1 runs, mean 9.0 right"
+    )
 
 
 @pytest.mark.parametrize(

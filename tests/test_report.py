@@ -181,6 +181,19 @@ def test_families_are_set_beside_all_and_rates_beside_each_other(tmp_path, datas
     assert "P(learning rate 0.01 beats 0.03)" in report.table(said)
 
 
+def test_a_run_that_diverged_loses_its_pairs(tmp_path, dataset):
+    rows = random_rows(dataset, 4)
+    broken = [
+        make_row(dataset.test.labels, seed, range(0), rate=0.03, loss=np.nan if seed < 3 else 0.1)
+        for seed in range(4)
+    ]
+    (pair,) = family_of(write_sweep(tmp_path, rows + broken, learning_rate=[0.01, 0.03]), dataset)[
+        "learning_rates"
+    ]
+    assert (pair["a"], pair["pairs"]) == (0.01, 4)
+    assert pair["probability"]["estimate"] == 0.75  # seed 3 alone, without an error, wins
+
+
 def test_equal_rows_give_equal_bytes_in_whichever_files_they_lie(tmp_path, dataset):
     rows = random_rows(dataset, 10) + random_rows(dataset, 6, "order")
     mixed = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]

@@ -114,6 +114,16 @@ def test_normal_intervals_cover(interval, truth):
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 1500)  # .0225
 
 
+def test_intervals_of_spread_cover_heavy_tails():
+    """Laplace values, kurtosis 6: the plain chi-square and F intervals would cover 79 and 78 %."""
+    rng, truth = np.random.default_rng(6), math.sqrt(2)
+    samples = rng.laplace(size=(600, 2, 300))
+    of_sd = [stats.sd_interval(a) for a, _ in samples]
+    of_ratio = [stats.variance_ratio(a, b) for a, b in samples]
+    assert 0.91 < np.mean([got.low <= truth <= got.high for got in of_sd]) < 0.97
+    assert 0.91 < np.mean([got.low <= 1 <= got.high for got in of_ratio]) < 0.97
+
+
 def test_counts_goldens():
     counts = count(PREDICTIONS, LABELS)
     assert counts.runs == 3
@@ -233,11 +243,11 @@ def test_distribution_sd_of_few_runs_has_no_interval():
 
 def test_distribution_sd_covers():
     rng, covered = np.random.default_rng(9), 0
-    for _ in range(200):
+    for _ in range(800):
         got = distribution_sd(bernoulli(rng, 100, 100, 0.05), n_resamples=400, rng=rng)
         covered += got.low <= 0.05 <= got.high
-    # a percentile bootstrap of a variance covers about .92 at 100 runs; 4 standard errors = .08
-    assert 0.84 < covered / 200 < 0.995
+    # a percentile bootstrap of a variance covers about .93 at 100 runs; 4 standard errors = .036
+    assert 0.89 < covered / 800 < 0.97
 
 
 def test_predicted_sd_goldens():
@@ -308,16 +318,6 @@ def test_ensemble_correct():
     assert stats.ensemble_correct(count(tie, np.array([0, 2]))) == 1
 
 
-def test_probability_of_improvement():
-    # (1, 1) ties, (1, 0), (2, 1) and (2, 0) are won: 3.5 / 4
-    assert stats.probability_of_improvement([1, 2], [1, 0]) == 0.875
-    rng = np.random.default_rng(10)
-    a, b = rng.integers(0, 9, 40), rng.integers(2, 11, 30)
-    want = scipy.stats.mannwhitneyu(a, b).statistic / (40 * 30)
-    assert stats.probability_of_improvement(a, b) == pytest.approx(want)
-    assert stats.probability_of_improvement(b, a) == pytest.approx(1 - want)
-
-
 def test_paired_improvement_goldens():
     # two wins and a tie: 2.5 / 3; all ties (.5) have chance 1/27 > .025, all wins 8/27: [.5, 1]
     got = stats.paired_improvement([2, 2, 1], [1, 1, 1])
@@ -333,6 +333,7 @@ def test_seeds_needed():
     # (1.959964 x .06 / .01)^2 = 138.3; 1 + 3.841459 / (2 x .05^2) = 769.3
     assert stats.seeds_for_mean(0.06, 0.01) == 139
     assert stats.seeds_for_sd(0.05) == 770
+    assert stats.seeds_for_sd(0.05, excess=3) == 1922  # 1 + 768.3 x 2.5
     assert (stats.seeds_for_mean(0.06, 10), stats.seeds_for_sd(10)) == (2, 2)
     # what they promise: the t and chi-square intervals then found are as wide as asked
     assert scipy.stats.t.ppf(0.975, 138) * 0.06 / math.sqrt(139) == pytest.approx(0.01, rel=0.01)

@@ -63,27 +63,23 @@ class Checkpoints:
 
         try:
             manager = self._open()
-            epoch = manager.latest_step()
-            if epoch is None:
+            if (epoch := manager.latest_step()) is None:
                 return None
             about = manager.restore(epoch, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
             saved = provenance.unsign(about["about"])
             digest = saved.pop("arrays")
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever a parser of damaged bytes raises
-            return self._set_aside(error)
-        if difference := provenance.difference(saved, self.about):
-            raise UserError(f"{self.directory} holds a checkpoint with {difference}")
-        try:
+            if difference := provenance.difference(saved, self.about):
+                raise UserError(f"{self.directory} holds a checkpoint with {difference}")
             item = ocp.args.Composite(arrays=ocp.args.StandardRestore(like))
             tree = manager.restore(epoch, args=item)["arrays"]
             if _digest(tree, epoch) != digest:
                 raise ValueError("its SHA-256 is another")
-        except MemoryError:
+        except (MemoryError, UserError):
             raise
-        except Exception as error:
-            return self._set_aside(error)
+        except Exception as error:  # whatever a parser of damaged bytes raises
+            self.close()
+            store.set_aside(self.directory, _reason(error))
+            return None
         return epoch, tree
 
     def close(self) -> None:
@@ -95,10 +91,6 @@ class Checkpoints:
                 manager.close()
             except Exception as error:
                 raise _unwritten(self.directory, error) from error
-
-    def _set_aside(self, error: Exception) -> None:
-        self.close()
-        store.set_aside(self.directory, _reason(error))
 
     def _open(self):
         if self._manager is None:

@@ -35,21 +35,17 @@ def recipe_in(argv: Sequence[str] | None) -> str:
     return recipe
 
 
-def parse_args(
-    args_type: type[Args],
-    argv: Sequence[str] | None,
-    *,
-    default: Args | None = None,
-    prog: str,
-    description: str,
-) -> Args:
-    """Read a command line into a dataclass; UserError, in one line, for whatever cannot be read."""
-    options = {} if default is None else {"default": default}
+def parse_args(default: Args, argv: Sequence[str] | None, **texts: str) -> Args:
+    """A command line over the dataclass `default`, of whose fields tyro.MISSING are required.
+
+    `texts` are tyro's prog and description. UserError, in one line, for what cannot be read.
+    """
     said = io.StringIO()
+    off = (tyro.conf.FlagCreatePairsOff,)  # --quiet, but no --no-quiet
     try:
         # tyro draws its errors as a box of many lines; a user, or a log, wants one
         with contextlib.redirect_stderr(said):
-            return tyro.cli(args_type, prog=prog, description=description, args=argv, **options)
+            return tyro.cli(type(default), args=argv, default=default, config=off, **texts)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -122,7 +118,7 @@ def command(prog: str, argv: Sequence[str] | None, *more: str) -> str:
     return shlex.join([*prog.split(), *(word for word in words if word != "--overwrite"), *more])
 
 
-def run_front(main: Callable[[], None]) -> NoReturn:
+def run_front(main: Callable[[], None]) -> None:
     """Run a front's `main` as a process: what goes wrong ends in one line and its status."""
     try:
         main()
@@ -140,4 +136,3 @@ def run_front(main: Callable[[], None]) -> NoReturn:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    sys.exit(0)

@@ -22,7 +22,7 @@ class UserError(Exception):
     status = 2
 
     def __init__(self, line: str):
-        super().__init__(" ".join(line.split("\n")))  # a path may have any character
+        super().__init__(line.replace("\n", " "))  # a path may have any character
 
 
 class Diverged(UserError):

@@ -12,13 +12,13 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlp_jax.config import Config
 
 
-def describe(recipe: str, config: Config, fingerprint: str, devices: Iterable) -> dict:
+def describe(recipe: str, config: Config, fingerprint: str, devices: Sequence) -> dict:
     """What config.json says of a run or a sweep."""
     return {
         "recipe": recipe,
@@ -28,14 +28,10 @@ def describe(recipe: str, config: Config, fingerprint: str, devices: Iterable) -
     }
 
 
-def describe_environment(devices: Iterable) -> dict:
-    """Where numbers come from: versions, hardware, numerics, and the code's commit.
-
-    `devices` are the jax.Devices that train.
-    """
+def describe_environment(devices: Sequence) -> dict:
+    """Versions, hardware (of the jax.Devices that train), numerics, and the code's commit."""
     import jax
 
-    devices = list(devices)
     packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "versions": {"python": platform.python_version()}

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +57,6 @@ def write_json(path: Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_json_lines(path: Path, values: Iterable[dict]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(value) + "\n" for value in values))
-
-
 def check_writable(directory: Path) -> None:
     """UserError unless files can be made in `directory`, which need not exist; creates nothing."""
     existing = directory
@@ -77,12 +72,15 @@ def check_writable(directory: Path) -> None:
 
 
 def check_out(directory: Path) -> bool:
-    """Whether `directory` holds results; UserError where none can be made, or something else is."""
+    """Whether `directory` holds results; UserError where none can be made, or another's are."""
     check_writable(directory)
     names = {path.name for path in directory.glob("[!.]*")}  # locks are hidden
     results = bool(names & {"config.json", "_config.json.corrupt"})
     if names and not results:
         raise UserError(f"{directory} is not empty, and holds no results: name another --out")
+    if "config.json" in names:
+        with contextlib.suppress(Damaged):  # ours, and made anew
+            read_config(directory)
     return results
 
 
@@ -184,18 +182,15 @@ def read_config(directory: Path) -> dict:
     path = directory / "config.json"
     try:
         about = json.loads(path.read_bytes())
+        if not isinstance(about, dict) or "sha256" not in about:
+            raise UserError(f"{directory} holds no run or sweep: its config.json is another's")
+        about = provenance.unsign(about)
+        provenance.binding(about)
     except FileNotFoundError:
         raise UserError(f"{directory} holds no sweep: it has no config.json") from None
     except OSError as error:  # not for sure damaged, so nothing is set aside
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise Damaged(path, error) from None
-    if not isinstance(about, dict) or "sha256" not in about:
-        raise UserError(f"{directory} holds no run or sweep: its config.json is another's")
-    try:
-        about = provenance.unsign(about)
-        provenance.binding(about)
-    except ValueError as error:
         raise Damaged(path, error) from None
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{directory} holds results of another version of mlp_jax") from None

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import shutil
 import statistics
@@ -13,14 +14,7 @@ from typing import Annotated
 import tyro
 
 from mlp_jax import provenance, store
-from mlp_jax.cli import (
-    StopSignals,
-    check_at_least,
-    command,
-    parse_args,
-    recipe_in,
-    run_front,
-)
+from mlp_jax.cli import StopSignals, check_at_least, command, parse_args, recipe_in, run_front
 from mlp_jax.config import (
     RECIPES,
     REFERENCES,
@@ -50,24 +44,20 @@ class Args:
     """Where the four IDX files lie, if they are not to be downloaded."""
     out: Path | None = None
     """Directory for the results; else a new one under runs/."""
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    overwrite: bool = False
     """Replace the results in --out."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    resume: bool = False
     """Go on with the run in --out, if there is one: it ends as if it had never stopped."""
     checkpoint_every: int = 10
     """Epochs from checkpoint to checkpoint; 0: only when the run ends or is stopped."""
-    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    quiet: bool = False
     """Print nothing but the last line."""
-
-    @classmethod
-    def of(cls, recipe: RecipeName) -> "Args":
-        return cls(config=RECIPES[recipe], recipe=recipe)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train one run and leave FILES; raises UserError, or Diverged at a loss that is not finite."""
-    default = Args.of(recipe_in(argv))
-    args = parse_args(Args, argv, default=default, prog=PROG, description=DESCRIPTION)
+    recipe = recipe_in(argv)
+    args = parse_args(Args(RECIPES[recipe], recipe), argv, prog=PROG, description=DESCRIPTION)
     runs_seeds = [stream_seeds(args.seed)]
     out = args.out or unused(Path("runs") / f"{args.recipe}-seed{args.seed}")
     if args.resume and (args.overwrite or not args.out):
@@ -104,16 +94,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
 
     def on_epoch(epoch: int, metrics: EpochMetrics, seconds: float) -> None:
-        row = {
-            "epoch": epoch,
-            "train_loss": float(metrics.train_loss[0]),
-            "test_loss": float(metrics.test_loss[0]),
-            "test_correct": int(metrics.test_correct[0]),
-            "test_accuracy": int(metrics.test_correct[0]) / n_test,
-            "seconds": seconds,
-        }
+        row = {"epoch": epoch} | {name: m[0].item() for name, m in metrics._asdict().items()}
+        row |= {"test_accuracy": row["test_correct"] / n_test, "seconds": seconds}
         rows.append(row)
-        store.write_json_lines(out / "metrics.jsonl", rows)
+        with store.replacing(out / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         say(table_line(row, rows, config.epochs))
         if not (math.isfinite(row["train_loss"]) and math.isfinite(row["test_loss"])):
             raise Diverged(
@@ -121,18 +106,13 @@ def main(argv: list[str] | None = None) -> None:
                 f" test {row['test_loss']}); the epochs so far stay in {out}"
             )
 
-    with contextlib.ExitStack() as held:
-        held.enter_context(store.sole_use(out))
+    checkpoints = Checkpoints(out / CHECKPOINTS, provenance.binding(about), args.checkpoint_every)
+    with store.sole_use(out), contextlib.closing(checkpoints), StopSignals() as stop:
         if args.overwrite:
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
             for name in reversed(FILES):  # config.json last: without it the rest is nobody's
                 (out / name).unlink(missing_ok=True)
         store.open_directory(out, about)
-        checkpoints = Checkpoints(
-            out / CHECKPOINTS, provenance.binding(about), args.checkpoint_every
-        )
-        held.enter_context(contextlib.closing(checkpoints))
-        stop = held.enter_context(StopSignals())
         result = fit(
             config,
             dataset,

@@ -11,7 +11,7 @@ from mlp_jax.data import load_dataset
 FOREVER = 2**31
 """Epochs: the benchmark ends the process when it has had enough turns."""
 
-# 7 x 67 steps are an epoch. Trials of 7 epochs on 2 cores of an Intel Xeon, median seconds an epoch.
+# 7 x 67 steps are an epoch. Trials of 7 epochs on 2 cores of an Intel Xeon, median seconds each.
 # One process with both cores: JAX 1.36 (with 1 step an execution: 1.40); TensorFlow 1.70 (with 1:
 # 2.26, 469: 2.00; compiled: 1.65, and 2.48 with 1). Two processes at once, a core each: JAX 1.95
 # (with 1: 2.09); TensorFlow 2.50 (with 1: 2.53; compiled: 2.51). Without Keras' training accuracy,

@@ -281,12 +281,14 @@ def count(fault: str, alone: Job, trials: int, seed: int) -> dict:
             break
         job = dataclasses.replace(alone, out=alone.out.with_name("trial"))
         try:
-            tried += harm(job, np.random.default_rng([seed, draw]))
+            harmed = harm(job, np.random.default_rng([seed, draw]))
             job.check()
         except (Lost, UserError) as error:
+            harmed = True
             lost.append(f"draw {draw}: {error}")
         finally:
             shutil.rmtree(job.out, ignore_errors=True)
+        tried += harmed
     row = {"fault": fault, "command": alone.front, "tried": tried}
     row |= {"survived": tried - len(lost), "lost": len(lost)}
     print("{fault:<38}{command:<8}{tried:>6}{survived:>10}{lost:>6}".format(**row), flush=True)

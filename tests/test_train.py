@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlp_jax import data, train
+from mlp_jax import train
 from mlp_jax.config import Diverged, UserError
 
 TINY = [
@@ -218,4 +218,4 @@ def test_two_epochs_of_mnist(mnist, here, capsys):
     summary = json.loads(Path("a/summary.json").read_text())
     assert summary["parameters"] == 669_706
     assert 8950 <= summary["test_correct"] <= 9060
-    assert json.loads(Path("a/config.json").read_text())["fingerprint"] == data.MNIST_FINGERPRINT
+    assert json.loads(Path("a/config.json").read_text())["fingerprint"] == mnist.fingerprint

@@ -101,7 +101,7 @@ def _degrees(x: NDArray) -> float:
     O'Neill, 10.1080/00031305.2014.966589: 2n / (kurtosis - (n - 3) / (n - 1)), which matches the
     chi-square's variance to that of the estimate.
     """
-    return 2 * x.size / (excess_kurtosis(x) + 2 * x.size / (x.size - 1))
+    return (x.size - 1) / (1 + excess_kurtosis(x) * (x.size - 1) / (2 * x.size))
 
 
 def sd_interval(x: ArrayLike) -> Interval:

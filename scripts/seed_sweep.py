@@ -3,9 +3,9 @@
     python scripts/seed_sweep.py keras-sgd       100 seeds of 50 epochs: hours on two cores
     python scripts/seed_sweep.py short           1,900 runs of one epoch: all, init, order, dropout
     python scripts/seed_sweep.py keras-rmsprop   30 seeds of 20 epochs
-    python scripts/seed_sweep.py keras-sgd-epyc  30 seeds of keras-sgd, on another processor
 
-The rows are written into results/NAME/runs/ chunk by chunk.
+The rows are written into results/NAME/runs/ chunk by chunk. results/keras-sgd-epyc is the first of
+these on another processor, an AMD EPYC, with --seeds 0:30.
 """
 
 import dataclasses
@@ -24,7 +24,6 @@ SWEEPS = {
         "--recipe short --seeds 300:1000 --vary all",
     ],
     "keras-rmsprop": ["--recipe keras-rmsprop --seeds 0:30"],
-    "keras-sgd-epyc": ["--recipe keras-sgd --seeds 0:30"],
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlp_jax import train
+from mlp_jax import sweep, train
 from mlp_jax.config import Diverged, UserError
 
 TINY = [
@@ -94,6 +94,23 @@ def test_a_used_directory_is_kept_unless_told(small_dir, here):
     run(small_dir, "--out", "a", "--seed", "1", "--overwrite", "--quiet")
     assert json.loads(Path("a/config.json").read_text())["seed"] == 1
     assert Path("a/mine.txt").exists()
+
+
+@pytest.mark.parametrize("front", [train, sweep])
+def test_a_directory_of_another_project_is_never_overwritten(front, small_dir, here):
+    theirs = {"config.json": '{"model": "bert"}', "checkpoints/1": "weights", ".a.tmp": "draft"}
+    Path("a/checkpoints").mkdir(parents=True)
+    for name, text in theirs.items():
+        Path("a", name).write_text(text)
+    flags = ["--overwrite"] if front is train else []
+    with pytest.raises(UserError, match="a holds no run or sweep"):
+        front.main([*TINY, "--data-dir", str(small_dir), "--quiet", "--out", "a", *flags])
+    assert {name: Path("a", name).read_text() for name in theirs} == theirs
+    assert sorted(path.name for path in Path("a").iterdir()) == [
+        ".a.tmp",
+        "checkpoints",
+        "config.json",
+    ]
 
 
 @pytest.mark.parametrize(

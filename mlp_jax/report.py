@@ -154,6 +154,8 @@ def summarize(
             (worse, low), (better, high) = sorted(sides, key=lambda side: sum(side[0]))
             names = {"vary": a.vary, "a": high, "b": low, "pairs": len(shared)}
             chance = stats.paired_improvement(better, worse)
+            if len(shared) < stats.FEW_RUNS:  # a bootstrap of few pairs is too sure of itself
+                chance = chance._replace(low=math.nan, high=math.nan)
             ruled = {"significant": chance.low > 0.5, "meaningful": chance.high > 0.75}
             pairs.append(names | {"probability": plain(chance)} | ruled)
     return {

@@ -172,13 +172,23 @@ def test_families_are_set_beside_all_and_rates_beside_each_other(tmp_path, datas
     assert ratio["low"] < ratio["estimate"] < ratio["high"]
     assert whole["sd_over_all"] is families["all", 0.03]["sd_over_all"] is None
     (pair,) = said["learning_rates"]
-    assert (pair["significant"], pair["meaningful"]) == (True, True)
+    assert (pair["significant"], pair["meaningful"]) == (False, False)  # of 7 pairs none can be
+    assert pair["probability"]["low"] is pair["probability"]["high"] is None
     better = {row["seed"]: row["test_correct"] for row in rows[9:17]}
     worse = {row["seed"]: row["test_correct"] for row in rows[17:]}
     wins = np.mean([(np.sign(better[s] - worse[s]) + 1) / 2 for s in range(7)])
     assert (pair["a"], pair["b"], pair["pairs"]) == (0.01, 0.03, 7)
     assert pair["probability"]["estimate"] == pytest.approx(wins)
     assert "P(learning rate 0.01 beats 0.03)" in report.table(said)
+
+
+def test_twenty_pairs_can_be_significant(tmp_path, dataset):
+    rows = random_rows(dataset, 20) + random_rows(dataset, 20, rate=0.03, share=0.15)
+    sweep = write_sweep(tmp_path, rows, learning_rate=[0.01, 0.03])
+    (pair,) = family_of(sweep, dataset)["learning_rates"]
+    assert (pair["a"], pair["pairs"]) == (0.01, 20)
+    assert (pair["significant"], pair["meaningful"]) == (True, True)
+    assert pair["probability"]["low"] > 0.5
 
 
 def test_a_run_that_diverged_loses_its_pairs(tmp_path, dataset):

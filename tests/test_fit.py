@@ -10,7 +10,7 @@ from mlp_jax import fit as fit_module
 from mlp_jax import step
 from mlp_jax.config import RECIPES, UserError, stream_seeds
 from mlp_jax.fit import check_fits, fit, make_runs
-from mlp_jax.parallel import Placement, place
+from mlp_jax.parallel import Placement, place, replicate
 
 
 def one_device():
@@ -122,6 +122,17 @@ def test_batch_larger_than_the_set_is_refused(config, small):
     assert check_fits(config, small).n_classes == 4
     with pytest.raises(UserError, match="batch size 301 is larger than the 300"):
         check_fits(dataclasses.replace(config, batch_size=301), small)
+
+
+def test_data_is_held_once_a_device_as_uint8(small):
+    held = replicate(small.train, two_devices())
+    again = replicate(held, two_devices())  # as every chunk of a sweep does
+    assert held.images.dtype == np.uint8
+    shards = held.images.addressable_shards
+    assert [shard.device for shard in shards] == list(two_devices().devices)
+    for shard, same in zip(shards, again.images.addressable_shards, strict=True):
+        np.testing.assert_array_equal(shard.data, small.train.images)
+        assert shard.data.unsafe_buffer_pointer() == same.data.unsafe_buffer_pointer()
 
 
 def test_place():

@@ -114,6 +114,16 @@ def test_normal_intervals_cover(interval, truth):
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 1500)  # .0225
 
 
+def test_heavy_tails_golden():
+    # moments .1 and .1: 19 / (18 x 17) (21 x 7 + 6) = 9.5; 19 / (1 + 9.5 x 19 / 40) = 19 / 5.5125
+    x = [0] * 18 + [1, -1]
+    assert stats.excess_kurtosis(x) == pytest.approx(9.5)
+    df = 19 / 5.5125
+    ends = math.sqrt(2 / 19) * np.sqrt(df / scipy.stats.chi2.ppf([0.975, 0.025], df))
+    np.testing.assert_allclose(stats.sd_interval(x)[1:], ends)
+    assert stats.excess_kurtosis(x[1:]) == stats.excess_kurtosis([3] * 20) == 0  # too few; equal
+
+
 def test_intervals_of_spread_cover_heavy_tails():
     """Laplace values, kurtosis 6: the plain chi-square and F intervals would cover 79 and 78 %."""
     rng, truth = np.random.default_rng(6), math.sqrt(2)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from mlp_jax import provenance, store
-from mlp_jax.config import UserError, one_line
+from mlp_jax.training.config import UserError, one_line
 
 Tree = TypeVar("Tree")
 

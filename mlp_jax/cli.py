@@ -18,7 +18,7 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
-from mlp_jax.config import DEFAULT_RECIPE, RECIPES, UserError, nearest
+from mlp_jax.training.config import DEFAULT_RECIPE, RECIPES, UserError, nearest
 
 Args = TypeVar("Args")
 

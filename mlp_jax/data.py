@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mlp_jax import sources
-from mlp_jax.config import UserError, one_line
 from mlp_jax.store import replacing, set_aside
+from mlp_jax.training.config import UserError, one_line
 
 # SHA-256 of MNIST's four arrays as Split has them, in the order of TFDS's records.
 MNIST_SHA256 = "bd58c4704eea5663d1e60918ceccceebe201a1af6e8a8ebe8c86a631515c2c48"

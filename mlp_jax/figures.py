@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlp_jax.config import RECIPES
+from mlp_jax.training.config import RECIPES
 
 BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito's, told apart by all eyes
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 from jax import lax
 
-from mlp_jax.config import Config
+from mlp_jax.training.config import Config
 
 N_PIXELS = 28 * 28
 

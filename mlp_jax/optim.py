@@ -6,7 +6,7 @@ at different learning rates share one compilation.
 
 import optax
 
-from mlp_jax.config import Config
+from mlp_jax.training.config import Config
 
 OPTIMIZERS = {
     "sgd": optax.sgd,

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlp_jax.config import Auto, UserError, one_line
+from mlp_jax.training.config import Auto, UserError, one_line
 
 RUNS = "runs"
 

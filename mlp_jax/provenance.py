@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlp_jax.config import Config
+from mlp_jax.training.config import Config
 
 
 def describe(recipe: str, config: Config, fingerprint: str, devices: Sequence) -> dict:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mlp_jax.config import UserError, nearest, one_line
+from mlp_jax.training.config import UserError, nearest, one_line
 
 # SHA-256 of the IDX contents, not of the .gz: whoever compressed them, the digits are the same.
 MNIST_SHA256 = {

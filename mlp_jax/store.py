@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mlp_jax import provenance
-from mlp_jax.config import UserError, one_line
+from mlp_jax.training.config import UserError, one_line
 
 ROW_ID = ("vary", "learning_rate", "seed")
 """The columns that tell the rows of one sweep apart."""

@@ -20,7 +20,7 @@ import tyro
 
 from mlp_jax import provenance, store
 from mlp_jax.cli import StopSignals, check_at_least, command, parse_args, recipe_in, run_front
-from mlp_jax.config import RECIPES, Auto, Config, RecipeName, UserError, stream_seeds
+from mlp_jax.training.config import RECIPES, Auto, Config, RecipeName, UserError, stream_seeds
 
 PROG = "python -m mlp_jax.sweep"
 MAX_RUNS = 10_000_000  # their list takes a gigabyte

@@ -15,7 +15,7 @@ import tyro
 
 from mlp_jax import provenance, store
 from mlp_jax.cli import StopSignals, check_at_least, command, parse_args, recipe_in, run_front
-from mlp_jax.config import (
+from mlp_jax.training.config import (
     RECIPES,
     REFERENCES,
     Config,

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mlp_jax.config import RECIPES
 from mlp_jax.data import load_dataset
+from mlp_jax.training.config import RECIPES
 
 FOREVER = 2**31
 """Epochs: the benchmark ends the process when it has had enough turns."""

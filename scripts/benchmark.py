@@ -35,8 +35,8 @@ import tyro
 from _keras_peer import FOREVER, missing, train_keras
 
 from mlp_jax import provenance, store
-from mlp_jax.config import RECIPES, stream_seeds
 from mlp_jax.data import load_dataset
+from mlp_jax.training.config import RECIPES, stream_seeds
 
 RECIPE = "keras-sgd"
 Part = Literal["epoch", "sweep", "whole", "scaling", "process"]

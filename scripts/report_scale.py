@@ -24,7 +24,7 @@ import tyro
 from benchmark import fresh, peak_mb
 
 from mlp_jax import provenance, store, sweep
-from mlp_jax.config import RECIPES
+from mlp_jax.training.config import RECIPES
 
 RECIPE = "keras-sgd"
 # An image's chance of error. A beta distribution with the mean error (2.7 %), the disagreement of

@@ -11,7 +11,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from mlp_jax import data  # noqa: E402
-from mlp_jax.config import Config  # noqa: E402
+from mlp_jax.training.config import Config  # noqa: E402
 
 
 def make_split(seed: int, n: int) -> data.Split:

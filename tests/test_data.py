@@ -24,9 +24,9 @@ from test_sources import (
 )
 
 from mlp_jax import data, sources
-from mlp_jax.config import UserError
 from mlp_jax.data import load_dataset
 from mlp_jax.sources import PARTS, format_idx
+from mlp_jax.training.config import UserError
 
 # SHA-256 of MNIST's 60,000 training images, uint8, C order, in the order of TFDS's records: all
 # committed rows were trained on it

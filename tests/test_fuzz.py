@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mlp_jax import provenance, report, sources, store, sweep, train
-from mlp_jax.config import Config, UserError
+from mlp_jax.training.config import Config, UserError
 
 
 class Reached(Exception):

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats as scipy_stats
 
 from mlp_jax import data, figures, report, store
-from mlp_jax.config import RECIPES, UserError
+from mlp_jax.training.config import RECIPES, UserError
 
 N_TEST = 200
 ENVIRONMENT = {

@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 
 from mlp_jax import report, store
-from mlp_jax.config import REFERENCES
+from mlp_jax.training.config import REFERENCES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

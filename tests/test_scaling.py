@@ -10,8 +10,8 @@ import jax
 import pyarrow.parquet as pq
 
 from mlp_jax import parallel, sweep
-from mlp_jax.config import RECIPES
 from mlp_jax.fit import abstract_state, run_bytes
+from mlp_jax.training.config import RECIPES
 
 RESULTS = Path(__file__).parents[1] / "results"
 PAGE = (RESULTS / "scaling.md").read_text()

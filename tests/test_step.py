@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlp_jax import step
-from mlp_jax.config import STREAMS, stream_seeds
+from mlp_jax.training.config import STREAMS, stream_seeds
 
 init_state, train_step, train_epoch, evaluate = (
     jax.jit(function, static_argnames="config")

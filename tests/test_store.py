@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlp_jax import provenance, store
-from mlp_jax.config import UserError
+from mlp_jax.training.config import UserError
 
 
 def row(vary="all", seed=0, rate=0.01, n_test=20):

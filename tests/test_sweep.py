@@ -14,7 +14,7 @@ import pytest
 
 from mlp_jax import fit as fit_module
 from mlp_jax import store, sweep, train
-from mlp_jax.config import UserError
+from mlp_jax.training.config import UserError
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlp_jax import sweep, train
-from mlp_jax.config import Diverged, UserError
+from mlp_jax.training.config import Diverged, UserError
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8"),

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlp_jax.model import N_PIXELS, count_parameters, describe, make_model
 from mlp_jax.training.config import Config
+from mlp_jax.training.model import N_PIXELS, count_parameters, describe, make_model
 
 GOLDEN = """\
 hidden_0/bias (512,) float32 zeros

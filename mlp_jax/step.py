@@ -12,9 +12,9 @@ import optax
 from jax import lax
 
 from mlp_jax.data import Split
-from mlp_jax.optim import make_optimizer
 from mlp_jax.training.config import STREAMS, Config
 from mlp_jax.training.model import N_PIXELS, make_model
+from mlp_jax.training.optim import make_optimizer
 
 EVAL_BATCH = 1000
 """Test images scored at once: it bounds the memory of a run that shares a device with many."""

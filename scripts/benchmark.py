@@ -140,7 +140,7 @@ def train_products(turn: Callable, seed: int, batch_size: int, hidden: tuple[int
     import jax.numpy as jnp
     from jax import lax
 
-    from mlp_jax.step import EVAL_BATCH
+    from mlp_jax.training.step import EVAL_BATCH
 
     widths = (784, *hidden, 10)
 

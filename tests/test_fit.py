@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlp_jax import fit as fit_module
-from mlp_jax import step
 from mlp_jax.fit import check_fits, fit, make_runs
 from mlp_jax.parallel import Placement, place, replicate
+from mlp_jax.training import step
 from mlp_jax.training.config import RECIPES, UserError, stream_seeds
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlp_jax import step
+from mlp_jax.training import step
 from mlp_jax.training.config import STREAMS, stream_seeds
 
 init_state, train_step, train_epoch, evaluate = (

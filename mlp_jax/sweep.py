@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     from mlp_jax.checkpoint import Checkpoints
     from mlp_jax.data import load_dataset
     from mlp_jax.fit import check_fits, fit, make_runs, run_bytes
-    from mlp_jax.parallel import join_processes, place, replicate, use_cores
+    from mlp_jax.training.parallel import join_processes, place, replicate, use_cores
 
     use_cores()
     address = (args.coordinator, args.num_processes, args.process_id)

@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     from mlp_jax.checkpoint import Checkpoints
     from mlp_jax.data import load_dataset
     from mlp_jax.fit import EpochMetrics, abstract_state, check_fits, fit, make_runs
-    from mlp_jax.parallel import Placement
     from mlp_jax.training.model import count_parameters, describe
+    from mlp_jax.training.parallel import Placement
 
     say = (lambda *line: None) if args.quiet else functools.partial(print, flush=True)
     dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)

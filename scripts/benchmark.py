@@ -121,7 +121,7 @@ def fit_as(layout: str, n_runs: int | None, dataset, epochs: int, on_epoch: Call
     import jax
 
     from mlp_jax.fit import fit, make_runs, run_bytes
-    from mlp_jax.parallel import Placement, n_cores, place, use_cores
+    from mlp_jax.training.parallel import Placement, n_cores, place, use_cores
 
     config = dataclasses.replace(RECIPES[RECIPE], epochs=epochs)
     if layout == "single":

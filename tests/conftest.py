@@ -57,5 +57,7 @@ def config() -> Config:
 def here(tmp_path, monkeypatch):
     """An empty working directory, for commands that run in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mlp_jax.parallel.use_cores", lambda: None)  # JAX has its devices already
+    monkeypatch.setattr(
+        "mlp_jax.training.parallel.use_cores", lambda: None
+    )  # JAX has its devices already
     return tmp_path

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import jax
 import pyarrow.parquet as pq
 
-from mlp_jax import parallel, sweep
+from mlp_jax import sweep
 from mlp_jax.fit import abstract_state, run_bytes
+from mlp_jax.training import parallel
 from mlp_jax.training.config import RECIPES
 
 RESULTS = Path(__file__).parents[1] / "results"

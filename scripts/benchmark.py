@@ -120,7 +120,7 @@ def fit_as(layout: str, n_runs: int | None, dataset, epochs: int, on_epoch: Call
     """`fit`, placed as mlp_jax.train ("single") or mlp_jax.sweep ("sweep"; a run a core) does."""
     import jax
 
-    from mlp_jax.fit import fit, make_runs, run_bytes
+    from mlp_jax.training.fit import fit, make_runs, run_bytes
     from mlp_jax.training.parallel import Placement, n_cores, place, use_cores
 
     config = dataclasses.replace(RECIPES[RECIPE], epochs=epochs)

@@ -92,7 +92,7 @@ def write_sweep(directory: Path, runs: int, chunk: int, args: Args) -> dict:
 
 def make_rows(first: int, n: int, labels, taken_for, chances, rng: np.random.Generator) -> list:
     """Rows of `n` seeds from `first` on, whose losses fall, and accuracies rise, by the epoch."""
-    from mlp_jax.fit import EpochMetrics
+    from mlp_jax.training.fit import EpochMetrics
 
     config = RECIPES[RECIPE]
     wrong = rng.random((n, len(labels)), dtype=np.float32) < chances

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from mlp_jax import fit as fit_module
-from mlp_jax.fit import check_fits, fit, make_runs
+from mlp_jax.training import fit as fit_module
 from mlp_jax.training import step
 from mlp_jax.training.config import RECIPES, UserError, stream_seeds
+from mlp_jax.training.fit import check_fits, fit, make_runs
 from mlp_jax.training.parallel import Placement, place, replicate
 
 

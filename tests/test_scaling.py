@@ -10,9 +10,9 @@ import jax
 import pyarrow.parquet as pq
 
 from mlp_jax import sweep
-from mlp_jax.fit import abstract_state, run_bytes
 from mlp_jax.training import parallel
 from mlp_jax.training.config import RECIPES
+from mlp_jax.training.fit import abstract_state, run_bytes
 
 RESULTS = Path(__file__).parents[1] / "results"
 PAGE = (RESULTS / "scaling.md").read_text()

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.directory} holds no finished runs")
 
     # --help does without
-    from mlp_jax.data import load_dataset
+    from mlp_jax.data.dataset import load_dataset
     from mlp_jax.figures import figures
 
     name = config["dataset"]

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # they take a second, and bad flags are answered without them
     from mlp_jax.checkpoint import Checkpoints
-    from mlp_jax.data import load_dataset
+    from mlp_jax.data.dataset import load_dataset
     from mlp_jax.training.fit import check_fits, fit, make_runs, run_bytes
     from mlp_jax.training.parallel import join_processes, place, replicate, use_cores
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mlp_jax.data import load_dataset
+from mlp_jax.data.dataset import load_dataset
 from mlp_jax.training.config import RECIPES
 
 FOREVER = 2**31

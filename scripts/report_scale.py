@@ -58,7 +58,7 @@ def write_sweep(directory: Path, runs: int, chunk: int, args: Args) -> dict:
     """A sweep of made-up rows; what it takes on disk, and how long to write and to check."""
     import jax
 
-    from mlp_jax.data import load_dataset
+    from mlp_jax.data.dataset import load_dataset
 
     dataset = load_dataset("mnist", args.data_dir)
     grid = sweep.Grid.of(RECIPES[RECIPE])

@@ -10,7 +10,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from mlp_jax import data  # noqa: E402
+from mlp_jax.data import dataset as data  # noqa: E402
 from mlp_jax.training.config import Config  # noqa: E402
 
 

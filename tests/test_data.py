@@ -23,8 +23,9 @@ from test_sources import (
     write_published,
 )
 
-from mlp_jax import data, sources
-from mlp_jax.data import load_dataset
+from mlp_jax import sources
+from mlp_jax.data import dataset as data
+from mlp_jax.data.dataset import load_dataset
 from mlp_jax.sources import PARTS, format_idx
 from mlp_jax.training.config import UserError
 
@@ -190,7 +191,7 @@ def test_other_digits_under_the_name_of_mnist(tmp_path, monkeypatch):
 
 LOAD = """
 import sys
-from mlp_jax.data import load_dataset
+from mlp_jax.data.dataset import load_dataset
 dataset = load_dataset("mnist", sys.argv[1], quiet=sys.argv[2] == "quiet")
 print(dataset.fingerprint)
 print(*sorted({"jax", "tensorflow", "tensorflow_datasets", "PIL", "requests"} & set(sys.modules)))

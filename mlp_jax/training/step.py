@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mlp_jax.data import Split
+from mlp_jax.data.dataset import Split
 from mlp_jax.training.config import STREAMS, Config
 from mlp_jax.training.model import N_PIXELS, make_model
 from mlp_jax.training.optim import make_optimizer

@@ -1,0 +1,1 @@
+"""Data sets as arrays, and where their bytes come from."""

@@ -23,10 +23,10 @@ from test_sources import (
     write_published,
 )
 
-from mlp_jax import sources
 from mlp_jax.data import dataset as data
+from mlp_jax.data import sources
 from mlp_jax.data.dataset import load_dataset
-from mlp_jax.sources import PARTS, format_idx
+from mlp_jax.data.sources import PARTS, format_idx
 from mlp_jax.training.config import UserError
 
 # SHA-256 of MNIST's 60,000 training images, uint8, C order, in the order of TFDS's records: all

@@ -23,7 +23,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mlp_jax import provenance, report, sources, store, sweep, train
+from mlp_jax import provenance, report, store, sweep, train
+from mlp_jax.data import sources
 from mlp_jax.training.config import Config, UserError
 
 

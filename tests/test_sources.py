@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
-from mlp_jax import sources
-from mlp_jax.sources import PARTS, format_idx, parse_idx, prepare
+from mlp_jax.data import sources
+from mlp_jax.data.sources import PARTS, format_idx, parse_idx, prepare
 from mlp_jax.training.config import UserError
 
 N_TRAIN, N_TEST = 30, 12

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlp_jax import sources
+from mlp_jax.data import sources
 from mlp_jax.store import replacing, set_aside
 from mlp_jax.training.config import UserError, one_line
 

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from mlp_jax import provenance, store
+from mlp_jax import provenance
+from mlp_jax.records import rows as store
 from mlp_jax.training.config import UserError, one_line
 
 Tree = TypeVar("Tree")

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from mlp_jax import store
 from mlp_jax.cli import parse_args, run_front
+from mlp_jax.records import rows as store
 from mlp_jax.training.config import RECIPES, REFERENCES, STREAMS, UserError
 
 DESCRIPTION = "Say how much the test accuracy of a sweep varies and why, in a table and figures."

@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from mlp_jax import provenance, store
+from mlp_jax import provenance
 from mlp_jax.data.dataset import CACHE, load_dataset
+from mlp_jax.records import rows as store
 from mlp_jax.training.config import UserError
 
 # a net that trains in seconds: what is at stake here are files and moments

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlp_jax import store
+from mlp_jax.records import rows as store
 
 EPOCHS = 40  # long enough to be killed in the middle, by the clock of any machine
 COMMAND = [

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from scipy import stats as scipy_stats
 
-from mlp_jax import figures, report, store
+from mlp_jax import figures, report
 from mlp_jax.data import dataset as data
+from mlp_jax.records import rows as store
 from mlp_jax.training.config import RECIPES, UserError
 
 N_TEST = 200

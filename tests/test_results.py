@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mlp_jax import report, store
+from mlp_jax import report
+from mlp_jax.records import rows as store
 from mlp_jax.training.config import REFERENCES
 
 ROOT = Path(__file__).parents[1]

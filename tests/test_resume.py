@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from mlp_jax import store, sweep, train
+from mlp_jax import sweep, train
 from mlp_jax.checkpoint import Checkpoints
 from mlp_jax.cli import StopSignals
+from mlp_jax.records import rows as store
 from mlp_jax.training.config import UserError, stream_seeds
 from mlp_jax.training.fit import fit, make_runs
 from mlp_jax.training.parallel import Placement

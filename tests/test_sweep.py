@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mlp_jax import store, sweep, train
+from mlp_jax import sweep, train
+from mlp_jax.records import rows as store
 from mlp_jax.training import fit as fit_module
 from mlp_jax.training.config import UserError
 

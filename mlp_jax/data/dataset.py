@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlp_jax.data import sources
-from mlp_jax.store import replacing, set_aside
+from mlp_jax.records.rows import replacing, set_aside
 from mlp_jax.training.config import UserError, one_line
 
 # SHA-256 of MNIST's four arrays as Split has them, in the order of TFDS's records.

@@ -99,8 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     store.check_out(args.out)
 
     # they take a second, and bad flags are answered without them
-    from mlp_jax.checkpoint import Checkpoints
     from mlp_jax.data.dataset import load_dataset
+    from mlp_jax.records.checkpoint import Checkpoints
     from mlp_jax.training.fit import check_fits, fit, make_runs, run_bytes
     from mlp_jax.training.parallel import join_processes, place, replicate, use_cores
 

@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     # they take a second, and bad flags are answered without them
     import jax
 
-    from mlp_jax.checkpoint import Checkpoints
     from mlp_jax.data.dataset import load_dataset
+    from mlp_jax.records.checkpoint import Checkpoints
     from mlp_jax.training.fit import EpochMetrics, abstract_state, check_fits, fit, make_runs
     from mlp_jax.training.model import count_parameters, describe
     from mlp_jax.training.parallel import Placement

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from mlp_jax import sweep, train
-from mlp_jax.checkpoint import Checkpoints
 from mlp_jax.cli import StopSignals
 from mlp_jax.records import rows as store
+from mlp_jax.records.checkpoint import Checkpoints
 from mlp_jax.training.config import UserError, stream_seeds
 from mlp_jax.training.fit import fit, make_runs
 from mlp_jax.training.parallel import Placement
@@ -263,7 +263,7 @@ def test_a_sweep_goes_on_in_the_middle_of_a_chunk(small_dir, here, monkeypatch, 
     line = "SIGTERM: 4 of 10 runs are whole, 4 after epoch 3, all saved; go on with: "
     assert line in capsys.readouterr().err
     trained = []
-    monkeypatch.setattr("mlp_jax.checkpoint.Checkpoints.restore", watch(trained))
+    monkeypatch.setattr("mlp_jax.records.checkpoint.Checkpoints.restore", watch(trained))
     sweep.main([*flags, "--out", "s"])
     assert trained == [3, None]
     assert rows("s") == rows("whole")

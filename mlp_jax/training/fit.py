@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlp_jax.checkpoint import Checkpoints
 from mlp_jax.data.dataset import Dataset, Split
+from mlp_jax.records.checkpoint import Checkpoints
 from mlp_jax.training.config import STREAMS, Config, UserError
 from mlp_jax.training.model import N_PIXELS
 from mlp_jax.training.parallel import Placement, from_groups, map_runs, replicate, to_groups

@@ -18,8 +18,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mlp_jax import provenance
 from mlp_jax.cli import StopSignals, check_at_least, command, parse_args, recipe_in, run_front
+from mlp_jax.records import provenance
 from mlp_jax.records import rows as store
 from mlp_jax.training.config import RECIPES, Auto, Config, RecipeName, UserError, stream_seeds
 

@@ -34,8 +34,8 @@ from typing import Literal
 import tyro
 from _keras_peer import FOREVER, missing, train_keras
 
-from mlp_jax import provenance
 from mlp_jax.data.dataset import load_dataset
+from mlp_jax.records import provenance
 from mlp_jax.records import rows as store
 from mlp_jax.training.config import RECIPES, stream_seeds
 

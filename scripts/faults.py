@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from mlp_jax import provenance
 from mlp_jax.data.dataset import CACHE, load_dataset
+from mlp_jax.records import provenance
 from mlp_jax.records import rows as store
 from mlp_jax.training.config import UserError
 

@@ -23,7 +23,8 @@ import numpy as np
 import tyro
 from benchmark import fresh, peak_mb
 
-from mlp_jax import provenance, sweep
+from mlp_jax import sweep
+from mlp_jax.records import provenance
 from mlp_jax.records import rows as store
 from mlp_jax.training.config import RECIPES
 

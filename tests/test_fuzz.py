@@ -23,8 +23,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mlp_jax import provenance, report, sweep, train
+from mlp_jax import report, sweep, train
 from mlp_jax.data import sources
+from mlp_jax.records import provenance
 from mlp_jax.records import rows as store
 from mlp_jax.training.config import Config, UserError
 

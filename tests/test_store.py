@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mlp_jax import provenance
+from mlp_jax.records import provenance
 from mlp_jax.records import rows as store
 from mlp_jax.training.config import UserError
 

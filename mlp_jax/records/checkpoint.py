@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mlp_jax import provenance
+from mlp_jax.records import provenance
 from mlp_jax.records import rows as store
 from mlp_jax.training.config import UserError, one_line
 

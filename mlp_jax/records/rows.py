@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlp_jax import provenance
+from mlp_jax.records import provenance
 from mlp_jax.training.config import UserError, one_line
 
 ROW_ID = ("vary", "learning_rate", "seed")

@@ -100,7 +100,7 @@ def prediction_blocks(directory: Path, vary: str, rate: float, seeds: np.ndarray
 
 def read_families(directory: Path, labels: np.ndarray, n_classes: int) -> list[Family]:
     """All families of a sweep, `all` first; raises UserError for rows that cannot be true."""
-    from mlp_jax import stats
+    from mlp_jax.analysis import stats
 
     histories = [f"{name}_by_epoch" for name in ("test_correct", "test_loss", "train_loss")]
     runs = store.read_runs(directory, [*histories, "seconds"])
@@ -144,7 +144,7 @@ def summarize(
     families: list[Family], recipe: str, config: dict, processors: dict[str, int]
 ) -> dict:
     """summary.json: the families and, where learning rates share seeds, these in pairs."""
-    from mlp_jax import stats
+    from mlp_jax.analysis import stats
 
     pairs = []
     for a, b in itertools.combinations(families, 2):
@@ -172,7 +172,7 @@ def summarize(
 
 def describe(family: Family, families: list[Family], recipe: str, config: dict) -> dict:
     """A family's STATISTICS; None are those that its runs are too few for."""
-    from mlp_jax import stats
+    from mlp_jax.analysis import stats
 
     runs, n_test, counts = len(family.seeds), len(family.counts.labels), family.counts
     said: dict = {"vary": family.vary, "learning_rate": family.rate, "runs": runs}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mlp_jax import stats
+from mlp_jax.analysis import stats
 
 LABELS = np.array([0, 1, 2, 0])
 PREDICTIONS = np.array([[0, 1, 2, 0], [0, 1, 2, 1], [1, 1, 2, 1]], np.uint8)  # correct: 4, 3, 2

@@ -1,0 +1,1 @@
+"""Statistics of finished runs: NumPy in, numbers and figures out."""

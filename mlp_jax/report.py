@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.directory} holds no finished runs")
 
     # --help does without
+    from mlp_jax.analysis.figures import figures
     from mlp_jax.data.dataset import load_dataset
-    from mlp_jax.figures import figures
 
     name = config["dataset"]
     dataset = load_dataset(name, args.data_dir)

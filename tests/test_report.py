@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from scipy import stats as scipy_stats
 
-from mlp_jax import figures, report
+from mlp_jax import report
+from mlp_jax.analysis import figures
 from mlp_jax.data import dataset as data
 from mlp_jax.records import rows as store
 from mlp_jax.training.config import RECIPES, UserError

@@ -1,1 +1,72 @@
-"""Small-network research in JAX: one MLP on MNIST, or hundreds of seeds of it at once."""
+"""Small-network research in JAX: one MLP on MNIST, or hundreds of seeds of it at once.
+
+    import mlp_jax as mj
+
+    data = mj.load_dataset("mnist")
+    for epoch in mj.fit(mj.RECIPES["short"], data, seeds=range(8)):
+        print(epoch.test_accuracy)
+    table = mj.sweep(mj.RECIPES["short"], data, "runs/short", seeds=range(100)).to_pandas()
+    runs = mj.read_runs("results/keras-sgd")
+    logits = mj.predict(mj.load_run("runs/mine"), images)
+
+The same from a shell: `python -m mlp_jax.train`, `mlp_jax.sweep` and `mlp_jax.report`.
+Names are imported when they are first used, so importing the package costs nothing.
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlp_jax.data.dataset import load_dataset
+    from mlp_jax.errors import UserError
+    from mlp_jax.experiment import sweep
+    from mlp_jax.records.checkpoint import load_run, predict
+    from mlp_jax.records.rows import read_runs
+    from mlp_jax.training.config import RECIPES, Config
+    from mlp_jax.training.fit import fit
+
+__all__ = [
+    "RECIPES",
+    "Config",
+    "UserError",
+    "fit",
+    "load_dataset",
+    "load_run",
+    "predict",
+    "read_runs",
+    "sweep",
+]
+
+_HOMES = {
+    "RECIPES": "training.config",
+    "Config": "training.config",
+    "UserError": "errors",
+    "fit": "training.fit",
+    "load_dataset": "data.dataset",
+    "load_run": "records.checkpoint",
+    "predict": "records.checkpoint",
+    "read_runs": "records.rows",
+    "sweep": "experiment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__", "__file__", "__name__", "__path__"]
+
+
+class _Package(types.ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # importing the command mlp_jax.sweep would hide the function of that name
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

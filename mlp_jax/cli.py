@@ -1,61 +1,88 @@
-"""What the command lines share: flags into a dataclass, errors in one line, and signals.
+"""What the commands share: flags into a dataclass, the shard of a job, and errors in one line.
 
 Imports no jax, so that `--help` and every bad flag are answered at once.
 """
 
-import argparse
 import contextlib
+import dataclasses
 import io
+import itertools
 import os
 import re
 import shlex
 import signal
-import socket
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
 
 import tyro
 
-from mlp_jax.training.config import DEFAULT_RECIPE, RECIPES, UserError, nearest
+from mlp_jax.errors import UserError
+from mlp_jax.training.config import DEFAULT_RECIPE, Config, RecipeName
 
 Args = TypeVar("Args")
+OFF = (tyro.conf.FlagCreatePairsOff,)  # --quiet, but no --no-quiet
 
 
-def recipe_in(argv: Sequence[str] | None) -> str:
-    """The recipe that a command line names, whose values are the defaults of its other flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", nargs="?", default=DEFAULT_RECIPE)
-    # a flag without its value is for `parse_args` to tell
-    recipe = first.parse_known_args(argv)[0].recipe or DEFAULT_RECIPE
-    if recipe not in RECIPES:
-        names = ", ".join(RECIPES)
-        raise UserError(f"unknown recipe {recipe}{nearest(recipe, RECIPES)} (there are {names})")
-    return recipe
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingArgs:
+    """Flags of every command that trains."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    recipe: RecipeName
+    """Named settings; the flags of the settings override them one by one."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    manual_dir: Path | None = None
+    """Directory of the four IDX files, to use them in place of a download."""
+    checkpoint_every: int = 10
+    """Epochs between checkpoints; 0: save only when stopped."""
+    quiet: bool = False
+    """Print only the result, and errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    recipe: RecipeName = DEFAULT_RECIPE
+
+
+def parse_recipe(argv: Sequence[str] | None) -> RecipeName:
+    """The recipe on a command line: it decides the defaults of the other flags."""
+    with _one_line_errors():
+        named, _ = tyro.cli(_Recipe, args=argv, return_unknown_args=True, add_help=False)
+    return named.recipe
 
 
 def parse_args(default: Args, argv: Sequence[str] | None, **texts: str) -> Args:
     """A command line over the dataclass `default`, of whose fields tyro.MISSING are required.
 
-    `texts` are tyro's prog and description. UserError, in one line, for what cannot be read.
+    `texts` are tyro's prog and description. UserError for what cannot be parsed.
     """
-    said = io.StringIO()
-    off = (tyro.conf.FlagCreatePairsOff,)  # --quiet, but no --no-quiet
+    with _one_line_errors():
+        args = tyro.cli(type(default), args=argv, default=default, config=OFF, **texts)
+    words = _words(argv)
+    if "" in words:
+        raise UserError(f"{words[words.index('') - 1]} has an empty value")
+    return args
+
+
+@contextlib.contextmanager
+def _one_line_errors():
+    """Turn the box that tyro draws around an error into the line that it says first."""
+    printed = io.StringIO()
     try:
-        # tyro draws its errors as a box of many lines; a user, or a log, wants one
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(type(default), args=argv, default=default, config=off, **texts)
+        with contextlib.redirect_stderr(printed):
+            yield
     except SystemExit as stop:
         if not stop.code:
             raise
-        untitled = re.sub("╭.*╮", "", said.getvalue())
-        text = " ".join(re.sub("[╰╯│─]+|-{3,}", " ", untitled).split())
-        text = re.sub(
-            r"^Error parsing | (Argument helptext|For full helptext|Got errors).*", "", text
-        )
-        text = re.sub(r" Perhaps you meant: (--\S+).*", r"; did you mean \1?", text)
-        raise UserError(text) from None
+        lines = [line.strip("│ ") for line in printed.getvalue().splitlines() if line[:1] == "│"]
+        message = " ".join(itertools.takewhile(lambda line: line and line[0] != "─", lines))
+        if "Perhaps you meant:" in lines:
+            close = lines[lines.index("Perhaps you meant:") + 1].split()[0]
+            message += f"; did you mean {close}?"
+        raise UserError(message.removeprefix("Error parsing ")) from None
 
 
 def check_at_least(args, least: dict[str, int]) -> None:
@@ -65,67 +92,57 @@ def check_at_least(args, least: dict[str, int]) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
 
 
-class StopSignals:
-    """Within the block, the first SIGINT or SIGTERM is a request, the second ends the process.
-
-    `requested` is the signal's number, or 0. Python runs its handlers between two bytecodes of the
-    main thread, which may wait for minutes inside a compiled program; the wakeup socket is written
-    at once, and a thread of its own listens. To be used in the main thread.
-    """
-
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
-
-    def __enter__(self):
-        self.requested = 0
-        self._listener, self._writer = socket.socketpair()
-        self._writer.setblocking(False)  # as set_wakeup_fd demands
-        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        # Python's own handlers would raise KeyboardInterrupt, or end the process; what the parent
-        # lets its children ignore, as nohup does, stays ignored
-        numbers = [n for n in self.NUMBERS if signal.getsignal(n) != signal.SIG_IGN]
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-        return self
-
-    def _listen(self) -> None:
-        while heard := self._listener.recv(1):
-            if heard[0] not in self.NUMBERS:
-                continue
-            if self.requested:
-                os._exit(128 + heard[0])
-            self.requested = heard[0]
-            name = signal.Signals(self.requested).name
-            print(f"\n{name}: stopping after this epoch; once more to leave now", file=sys.stderr)
-
-    def __exit__(self, *_):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        self._writer.close()  # which ends the thread
-        self._thread.join()
-        self._listener.close()
-
-    def leave(self, line: str) -> NoReturn:
-        """End the process by the requested signal's exit status, with a line that says more."""
-        print(f"{signal.Signals(self.requested).name}: {line}", file=sys.stderr)
-        sys.exit(128 + self.requested)
+JOBS = {
+    # public variables of a job's processes: index, number of them, and the smallest index
+    "a SLURM array": ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ""),
+}
 
 
-def command(prog: str, argv: Sequence[str] | None, *more: str) -> str:
+def parse_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """`I/N` as (I, N); by default that of the job this process belongs to, else (0, 1)."""
+    if text is not None:
+        if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)):
+            raise UserError(f"--shard takes I/N, as in 0/4 for the first of four, not {text!r}")
+        index, count = int(match[1]), int(match[2])
+    else:
+        index, count = _job_shard(environ)
+    if index >= count:
+        raise UserError(f"--shard {index}/{count}: shards are numbered from 0 to N - 1")
+    return index, count
+
+
+def _job_shard(environ: Mapping[str, str]) -> tuple[int, int]:
+    for index, count, first in JOBS.values():
+        if index in environ and int(environ.get(count, 1)) > 1:
+            return int(environ[index]) - int(environ.get(first, 0)), int(environ[count])
+    if "JOB_COMPLETION_INDEX" in environ:
+        raise UserError(
+            "this is an indexed Kubernetes job, which does not say how many there are:"
+            " add --shard $JOB_COMPLETION_INDEX/N"
+        )
+    return 0, 1
+
+
+def command_line(prog: str, argv: Sequence[str] | None, *more: str) -> str:
     """The command line `argv` as it would be typed, with `more`, and overwriting nothing."""
-    words = sys.argv[1:] if argv is None else argv
-    return shlex.join([*prog.split(), *(word for word in words if word != "--overwrite"), *more])
+    words = (word for word in _words(argv) if word != "--overwrite")
+    return shlex.join([*prog.split(), *words, *more])
 
 
-def run_front(main: Callable[[], None]) -> None:
-    """Run a front's `main` as a process: what goes wrong ends in one line and its status."""
+def _words(argv: Sequence[str] | None) -> Sequence[str]:
+    return sys.argv[1:] if argv is None else argv
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a command's `main` as a process: an error ends in one line and its exit status."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
-    except OSError as error:  # a full disk, a lost mount; what was written before is whole
+    except OSError as error:  # a full disk, a lost mount; files written before are whole
         place = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{place}", file=sys.stderr)
         sys.exit(1)

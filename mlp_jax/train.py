@@ -1,181 +1,175 @@
-"""`python -m mlp_jax.train`: one run, seen epoch by epoch, and what it leaves behind."""
+"""`python -m mlp_jax.train`: one run, epoch by epoch, and the files it leaves."""
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
-import shutil
 import statistics
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from mlp_jax.cli import StopSignals, check_at_least, command, parse_args, recipe_in, run_front
-from mlp_jax.records import provenance
-from mlp_jax.records import rows as store
-from mlp_jax.training.config import (
-    RECIPES,
-    REFERENCES,
-    Config,
-    Diverged,
-    RecipeName,
-    UserError,
-    stream_seeds,
+from mlp_jax.cli import (
+    TrainingArgs,
+    check_at_least,
+    command_line,
+    parse_args,
+    parse_recipe,
+    run_cli,
 )
+from mlp_jax.errors import Diverged, UserError
+from mlp_jax.files import locked, write_json, write_text
+from mlp_jax.records import directory as directories
+from mlp_jax.signals import StopSignals
+from mlp_jax.training.config import RECIPES, REFERENCES, Config
 
 PROG = "python -m mlp_jax.train"
 DESCRIPTION = "Train an MLP on MNIST, or on another TFDS data set of 28x28x1 images."
-FILES = ("config.json", "metrics.jsonl", "summary.json")
-CHECKPOINTS = "checkpoints"
 
 
-@dataclasses.dataclass(frozen=True)
-class Args:
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    recipe: RecipeName
-    """Named settings; each can be changed by the flags below."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(TrainingArgs):
     seed: int = 0
     """Decides the initial weights, the order of the examples and the dropout."""
-    data_dir: Path | None = None
-    """Where TFDS keeps its data; else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    manual_dir: Path | None = None
-    """Where the four IDX files lie, if they are not to be downloaded."""
     out: Path | None = None
-    """Directory for the results; else a new one under runs/."""
+    """Directory for the results; default: a new one under runs/."""
     overwrite: bool = False
     """Replace the results in --out."""
     resume: bool = False
-    """Go on with the run in --out, if there is one: it ends as if it had never stopped."""
-    checkpoint_every: int = 10
-    """Epochs from checkpoint to checkpoint; 0: only when the run ends or is stopped."""
-    quiet: bool = False
-    """Print nothing but the last line."""
+    """Continue the run in --out if there is one; it ends as if it had never stopped."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train one run and leave FILES; raises UserError, or Diverged at a loss that is not finite."""
-    recipe = recipe_in(argv)
-    args = parse_args(Args(RECIPES[recipe], recipe), argv, prog=PROG, description=DESCRIPTION)
-    runs_seeds = [stream_seeds(args.seed)]
-    out = args.out or unused(Path("runs") / f"{args.recipe}-seed{args.seed}")
+    """Train one run; raises UserError, or Diverged at a loss that is not finite."""
+    recipe = parse_recipe(argv)
+    default = Args(config=RECIPES[recipe], recipe=recipe)
+    args = parse_args(default, argv, prog=PROG, description=DESCRIPTION)
+    check_args(args)
+
+    # these take a second, and bad flags are answered without them
+    from mlp_jax.data.dataset import load_dataset
+    from mlp_jax.experiment import open_experiment
+    from mlp_jax.training.run import make_run
+
+    run = make_run(args.seed, args.config.learning_rate)
+    dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
+    out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
+    if args.overwrite:
+        with locked(out):
+            directories.clear(out)
+    options = {"recipe": args.recipe, "seed": args.seed, "devices": 1, "lanes": 1}
+    options |= {"checkpoint_every": args.checkpoint_every, "keep_weights": True}
+    opened = open_experiment(out, args.config, dataset, [run], **options)
+    with opened as experiment, StopSignals() as stop:
+        say = (lambda *_: None) if args.quiet else functools.partial(print, flush=True)
+        say(header(experiment))
+        for epoch in experiment.train([run], lambda: stop.requested):
+            lines = metrics_by_epoch(epoch)
+            write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            say(table_line(lines, args.config.epochs))
+            check_finite(lines[-1], out)
+        if run not in experiment.finished:
+            more = () if args.out else ("--out", str(out))
+            again = command_line(PROG, argv, *more, *(() if args.resume else ("--resume",)))
+            stop.exit(f"{len(lines)} of {args.config.epochs} epochs saved; resume with: {again}")
+        summary = summarize(experiment, run)
+        if experiment.compile_seconds or not (out / "summary.json").exists():
+            write_json(out / "summary.json", summary)
+    say()
+    print(verdict(args.recipe, experiment.metadata.config, summary))
+
+
+def check_args(args: Args) -> None:
+    """UserError for flags that cannot go together, or not with what --out holds."""
+    check_at_least(args, {"checkpoint_every": 0})
     if args.resume and (args.overwrite or not args.out):
         raise UserError("--resume needs --out, and no --overwrite")
-    check_at_least(args, {"checkpoint_every": 0})
-    if store.check_out(out) and not (args.resume or args.overwrite):
-        raise UserError(f"{out} holds results: add --resume or --overwrite, or name another --out")
-    if (out / "runs").exists():
-        raise UserError(f"{out} holds a sweep: name another --out")
+    if not args.out or not directories.check_out_dir(args.out):
+        return
+    stored = directories.stored_metadata(args.out)
+    if stored and stored.seed is None:
+        raise UserError(f"{args.out} has a sweep: name another --out")
+    if not (args.resume or args.overwrite):
+        raise UserError(f"{args.out} has results: add --resume or --overwrite, or name another")
 
-    # they take a second, and bad flags are answered without them
-    import jax
 
-    from mlp_jax.data.dataset import load_dataset
-    from mlp_jax.records.checkpoint import Checkpoints
-    from mlp_jax.training.fit import EpochMetrics, abstract_state, check_fits, fit, make_runs
-    from mlp_jax.training.model import count_parameters, describe
-    from mlp_jax.training.parallel import Placement
+def header(experiment) -> str:
+    """The network, the data and where they train, above the table of epochs."""
+    from mlp_jax.training.fit import state_shapes
+    from mlp_jax.training.model import parameter_table
 
-    say = (lambda *line: None) if args.quiet else functools.partial(print, flush=True)
-    dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
-    config = check_fits(args.config, dataset)
-    placement = Placement(tuple(jax.local_devices()[:1]), lanes=1)
-    n_test = len(dataset.test.labels)
-    about = provenance.describe(args.recipe, config, dataset.fingerprint, placement.devices)
-    about |= {"seed": args.seed}
-    params = abstract_state(config).params
-    say(describe(config, params))
-    say(
-        f"\n{config.dataset}: {len(dataset.train.labels):,} training and {n_test:,} test images;"
-        f" training on {placement.devices[0].device_kind}, results in {out}\n"
+    config, dataset = experiment.metadata.config, experiment.dataset
+    n_train, n_test = (len(split.labels) for split in (dataset.train, dataset.test))
+    return (
+        f"{parameter_table(config, state_shapes(config).params)}\n\n"
+        f"{config.dataset}: {n_train:,} training and {n_test:,} test images; training on"
+        f" {experiment.placement.devices[0].device_kind}, results in {experiment.directory}\n\n"
+        + " ".join(f"{name:>13}" for name in COLUMNS)
     )
-    say(" ".join(f"{name:>13}" for name in COLUMNS))
-    rows = []
 
-    def on_epoch(epoch: int, metrics: EpochMetrics, seconds: float) -> None:
-        row = {"epoch": epoch} | {name: m[0].item() for name, m in metrics._asdict().items()}
-        row |= {"test_accuracy": row["test_correct"] / n_test, "seconds": seconds}
-        rows.append(row)
-        with store.replacing(out / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        say(table_line(row, rows, config.epochs))
-        if not (math.isfinite(row["train_loss"]) and math.isfinite(row["test_loss"])):
-            raise Diverged(
-                f"the loss is not finite after epoch {epoch} (training {row['train_loss']},"
-                f" test {row['test_loss']}); the epochs so far stay in {out}"
-            )
 
-    checkpoints = Checkpoints(out / CHECKPOINTS, provenance.binding(about), args.checkpoint_every)
-    with store.sole_use(out), contextlib.closing(checkpoints), StopSignals() as stop:
-        if args.overwrite:
-            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-            for name in reversed(FILES):  # config.json last: without it the rest is nobody's
-                (out / name).unlink(missing_ok=True)
-        store.open_directory(out, about)
-        result = fit(
-            config,
-            dataset,
-            make_runs(runs_seeds, [config.learning_rate]),
-            placement=placement,
-            on_epoch=on_epoch,
-            checkpoints=checkpoints,
-            stop=lambda: stop.requested,
+def metrics_by_epoch(epoch) -> list[dict]:
+    """An object for each epoch so far, as metrics.jsonl has them."""
+    progress, seconds = epoch
+    n_test = progress.predictions.shape[1]
+    lines = []
+    for i in range(progress.epoch):
+        metrics = {name: values[0, i].item() for name, values in progress.history.items()}
+        line = {"epoch": i + 1} | metrics
+        lines.append(
+            line | {"test_accuracy": metrics["test_correct"] / n_test, "seconds": seconds[i]}
         )
-        if result.epochs:
-            checkpoints.save(result.epochs, result.progress)
-        if result.epochs < config.epochs:
-            checkpoints.close()
-            more = () if args.out else ("--out", str(out))
-            again = command(PROG, argv, *more, *(() if args.resume else ("--resume",)))
-            stop.leave(f"{result.epochs} of {config.epochs} epochs are saved; go on with: {again}")
-        last = rows[-1]
-        store.write_json(
-            out / "summary.json",
-            {
-                "recipe": args.recipe,
-                "seed": args.seed,
-                "epochs": config.epochs,
-                "n_test": n_test,
-                "test_correct": last["test_correct"],
-                "test_accuracy": last["test_accuracy"],
-                "train_seconds": float(result.seconds.sum()),
-                "compile_seconds": result.compile_seconds,
-                "parameters": count_parameters(params),
-            },
-        )
-    say()
-    print(verdict(args.recipe, config, last["test_correct"], n_test))
-
-
-def unused(directory: Path) -> Path:
-    """`directory`, or the first of directory-2, directory-3, ... that does not exist."""
-    candidates = itertools.chain(
-        [directory], (directory.with_name(f"{directory.name}-{i}") for i in itertools.count(2))
-    )
-    return next(candidate for candidate in candidates if not candidate.exists())
+    return lines
 
 
 COLUMNS = ("epoch", "train loss", "test loss", "test accuracy", "seconds", "left")
 
 
-def table_line(row: dict, rows: list[dict], epochs: int) -> str:
-    """A line under COLUMNS; the time left is that of median epochs."""
-    left = (epochs - row["epoch"]) * statistics.median(row["seconds"] for row in rows)
+def table_line(lines: list[dict], epochs: int) -> str:
+    """The last epoch under COLUMNS; the time left is that of median epochs."""
+    last = lines[-1]
+    left = (epochs - last["epoch"]) * statistics.median(line["seconds"] for line in lines)
     cells = (
-        f"{row['epoch']} / {epochs}",
-        f"{row['train_loss']:.4f}",
-        f"{row['test_loss']:.4f}",
-        f"{row['test_accuracy']:.2%}",
-        f"{row['seconds']:.2f}",
+        f"{last['epoch']} / {epochs}",
+        f"{last['train_loss']:.4f}",
+        f"{last['test_loss']:.4f}",
+        f"{last['test_accuracy']:.2%}",
+        f"{last['seconds']:.2f}",
         f"{int(left) // 60}:{int(left) % 60:02d}",
     )
     return " ".join(f"{cell:>13}" for cell in cells)
 
 
-def verdict(recipe: str, config: Config, correct: int, n_test: int) -> str:
-    """The result as a count, and beside the recipe's reference where the settings are its own."""
+def check_finite(line: dict, out: Path) -> None:
+    """Diverged at a loss that is infinite or NaN."""
+    if not (math.isfinite(line["train_loss"]) and math.isfinite(line["test_loss"])):
+        raise Diverged(
+            f"the loss is not finite after epoch {line['epoch']} (training {line['train_loss']},"
+            f" test {line['test_loss']}); the epochs so far are in {out}"
+        )
+
+
+def summarize(experiment, run) -> dict:
+    """summary.json of a finished run."""
+    from mlp_jax.training.fit import state_shapes
+    from mlp_jax.training.model import count_parameters
+
+    metadata, metrics = experiment.metadata, experiment.finished[run]
+    n_test = len(experiment.dataset.test.labels)
+    return {
+        "recipe": metadata.recipe,
+        "seed": metadata.seed,
+        "epochs": metadata.config.epochs,
+        "n_test": n_test,
+        "test_correct": metrics["test_correct"],
+        "test_accuracy": metrics["test_correct"] / n_test,
+        "train_seconds": metrics["seconds"],
+        "compile_seconds": experiment.compile_seconds,
+        "parameters": count_parameters(state_shapes(metadata.config).params),
+    }
+
+
+def verdict(recipe: str, config: Config, summary: dict) -> str:
+    """The result as a count, beside the recipe's reference if the settings are the recipe's."""
+    correct, n_test = summary["test_correct"], summary["n_test"]
     line = f"test accuracy {correct} / {n_test} = {correct / n_test:.2%}"
     if recipe not in REFERENCES:
         return line
@@ -187,4 +181,4 @@ def verdict(recipe: str, config: Config, correct: int, n_test: int) -> str:
 
 
 if __name__ == "__main__":
-    run_front(main)
+    run_cli(main)

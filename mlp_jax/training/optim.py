@@ -1,30 +1,39 @@
-"""Config -> Optax: the one place to add an update rule.
+"""Update rules and schedules: the one place to add either.
 
-The learning rate is an array in the optimizer's state, never a constant of the program, so runs
-at different learning rates share one compilation.
+The rules are rate-free Optax transformations: the step multiplies what they return by minus the
+learning rate and the schedule's factor, both arrays, so runs at any rate and of any length share
+one compiled program.
 """
 
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from mlp_jax.training.config import Config
 
-OPTIMIZERS = {
-    "sgd": optax.sgd,
-    "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "sgd": optax.identity,
+    "momentum": lambda: optax.trace(decay=0.9),
     # Keras' RMSprop: rho 0.9, and epsilon 1e-7 under the root (keras/src/optimizers/rmsprop.py).
-    "rmsprop": lambda learning_rate: optax.rmsprop(
-        learning_rate, decay=0.9, eps=1e-7, eps_in_sqrt=True
-    ),
+    "rmsprop": lambda: optax.scale_by_rms(decay=0.9, eps=1e-7, eps_in_sqrt=True),
     # Keras' Adam, whose epsilon is 1e-7 too.
-    "adam": lambda learning_rate: optax.adam(learning_rate, eps=1e-7),
+    "adam": lambda: optax.scale_by_adam(eps=1e-7),
+}
+
+SCHEDULES: dict[str, Callable[[jax.Array], jax.Array | float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    # Loshchilov and Hutter, arXiv 1608.03983, without restarts
+    "cosine": lambda progress: (1 + jnp.cos(jnp.pi * progress)) / 2,
 }
 
 
-def make_optimizer(config: Config, learning_rate=None) -> optax.GradientTransformation:
-    """The update rule of `config`; `init` puts `learning_rate` (traced or not) into its state.
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    return OPTIMIZERS[config.optimizer]()
 
-    `update` reads the rate from the state alone.
-    """
-    return optax.inject_hyperparams(OPTIMIZERS[config.optimizer])(
-        learning_rate=config.learning_rate if learning_rate is None else learning_rate
-    )
+
+def schedule(progress: jax.Array, *, config: Config) -> jax.Array | float:
+    """The factor of the learning rate at `progress`, the fraction of all steps taken, in [0, 1)."""
+    return SCHEDULES[config.schedule](progress)

@@ -1,24 +1,22 @@
 """Lifts a function of one run to many runs: devices x lanes.
 
 Runs train in groups: of one run a device on CPU, so that a row of many runs is the single run bit
-for bit; of as many lanes a device as fit, vmapped, on GPU and TPU. Group follows group through one
-program.
+for bit; of as many lanes a device as fit, vmapped, on GPU and TPU. The groups go through one
+program, one after another.
 """
 
-import contextlib
 import functools
-import importlib.util
 import math
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlp_jax.training.config import Auto, UserError, one_line
+from mlp_jax.errors import UserError
 
 RUNS = "runs"
 
@@ -42,40 +40,24 @@ class Placement(NamedTuple):
     def mesh(self) -> Mesh:
         return Mesh(np.array(self.devices), (RUNS,))
 
+    @property
+    def one_run_a_place(self) -> NamedSharding:
+        """Of arrays [width, ...]: a share of the runs on each device."""
+        return NamedSharding(self.mesh, P(RUNS))
 
-def use_cores() -> None:
-    """Split JAX's CPU backend into one device a core; call it before anything else asks JAX."""
-    jax.config.update("jax_num_cpu_devices", n_cores())
+    @property
+    def replicated(self) -> NamedSharding:
+        """Of arrays that all runs share: a copy on each device."""
+        return NamedSharding(self.mesh, P())
 
 
-def join_processes(
-    coordinator: str | None = None, count: int | None = None, index: int | None = None
-) -> tuple[int, int]:
-    """Index of this process, and how many there are; call it before anything else asks JAX.
-
-    Where nothing is given, JAX finds it: on a Cloud TPU pod, under SLURM, Open MPI or Kubernetes,
-    each with the GPUs that are this process's own. The processes meet once and part: left to
-    itself, `jax.distributed` would end them all with the first that is lost. On a TPU pod they stay
-    together, for it is one machine to its driver. UserError where they do not meet.
-    """
-    from jax._src.distributed import global_state  # jax.process_index() would set up the devices
-
-    # it would take SIGTERM for itself, and keep it after the processes parted
-    with contextlib.suppress(AttributeError):  # versions of JAX without it
-        jax.config.update("jax_enable_preemption_service", False)
-    stay = importlib.util.find_spec("libtpu") is not None
-    # a day: the first that ends waits for the last
-    patience = {"shutdown_timeout_seconds": 86_400} if stay else {}
+def use_cores() -> bool:
+    """Split JAX's CPU backend into one device a core; False if JAX has its devices already."""
     try:
-        jax.distributed.initialize(coordinator, count, index, **patience)
-        index, count = global_state.process_id, global_state.num_processes
-        if not stay:
-            jax.distributed.shutdown()
-            # else the devices would still be numbered as those of one process of several
-            global_state.process_id, global_state.num_processes = 0, 1
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"the processes did not meet: {one_line(error)}") from error
-    return index, count
+        jax.config.update("jax_num_cpu_devices", n_cores())
+    except RuntimeError:
+        return False
+    return True
 
 
 def n_cores() -> int:
@@ -85,12 +67,16 @@ def n_cores() -> int:
 
 
 def place(
-    n_runs: int, run_bytes: int, *, devices: Auto | int = "auto", lanes: Auto | int = "auto"
+    n_runs: int,
+    run_bytes: int,
+    *,
+    devices: Literal["auto"] | int = "auto",
+    lanes: Literal["auto"] | int = "auto",
 ) -> Placement:
     """Where to train `n_runs`, each of which needs `run_bytes` of memory while it trains.
 
-    "auto": all local devices, and the lanes of the module's docstring. UserError where more
-    devices are asked for than there are.
+    "auto": all local devices, and the lanes of the module's docstring. UserError for more devices
+    than there are.
     """
     local = jax.local_devices()
     if devices == "auto":
@@ -130,14 +116,9 @@ def map_runs(fn: Callable, placement: Placement) -> Callable:
     )
 
 
-def replicate(tree, placement: Placement):
-    """The arrays of `tree`, held once on each device of the placement."""
-    return jax.device_put(tree, NamedSharding(placement.mesh, P()))
-
-
 def to_groups(tree, placement: Placement) -> list:
     """Arrays [runs, ...] as a list of groups [width, ...] on the devices; zeros fill the last."""
-    sharding, width = NamedSharding(placement.mesh, P(RUNS)), placement.width
+    width = placement.width
 
     def group(start: int, leaf):
         rows = leaf[start : start + width]
@@ -145,7 +126,7 @@ def to_groups(tree, placement: Placement) -> list:
 
     starts = range(0, len(jax.tree.leaves(tree)[0]), width)
     groups = (jax.tree.map(functools.partial(group, start), tree) for start in starts)
-    return [jax.device_put(group, sharding) for group in groups]
+    return [jax.device_put(group, placement.one_run_a_place) for group in groups]
 
 
 def from_groups(groups: list, n_runs: int):

@@ -1,7 +1,7 @@
 """One run, as pure functions of arrays and a static Config: init, step, epoch, evaluation.
 
-Reads no clock, file or flag. Every random number is drawn from a key folded from absolute numbers
-(seed, stream, epoch, step), so what a run draws does not depend on what runs beside it.
+Every random number is drawn from a key folded from absolute numbers (seed, stream, epoch or step),
+so what a run draws does not depend on the runs beside it.
 """
 
 from typing import NamedTuple
@@ -11,21 +11,17 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mlp_jax.data.dataset import Split
-from mlp_jax.training.config import STREAMS, Config
-from mlp_jax.training.model import N_PIXELS, make_model
-from mlp_jax.training.optim import make_optimizer
+from mlp_jax.training.arrays import N_PIXELS, Split
+from mlp_jax.training.config import Config
+from mlp_jax.training.losses import Batch, loss_fn
+from mlp_jax.training.model import make_model, to_float
+from mlp_jax.training.optim import make_optimizer, schedule
+from mlp_jax.training.run import STREAMS, Streams
 
 EVAL_BATCH = 1000
 """Test images scored at once: it bounds the memory of a run that shares a device with many."""
 
-
-class RunKeys(NamedTuple):
-    """Independent random streams of a run; the field order is that of config.STREAMS."""
-
-    init: jax.Array
-    order: jax.Array
-    dropout: jax.Array
+Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -34,93 +30,90 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-class Batch(NamedTuple):
-    """Examples of a step; `real` is 0 for the padding of a smaller last batch, else 1."""
-
-    images: jax.Array
-    labels: jax.Array
-    real: jax.Array
+def run_keys(seeds: jax.Array) -> Streams:
+    """Keys of a run from uint32 [streams], the seeds of `run.Streams`."""
+    return Streams(*(jax.random.fold_in(jax.random.key(seeds[i]), i) for i in range(len(STREAMS))))
 
 
-class TrainMetrics(NamedTuple):
-    """Mean loss over the real examples."""
-
-    loss: jax.Array
-
-
-class EvalMetrics(NamedTuple):
-    """Over a whole split: int32 count, mean loss, and the class predicted for each image."""
-
-    correct: jax.Array
-    loss: jax.Array
-    predictions: jax.Array
-
-
-def run_keys(seeds: jax.Array) -> RunKeys:
-    """Keys from uint32 [3], the seeds of the streams (config.stream_seeds)."""
-    assert RunKeys._fields == STREAMS
-    return RunKeys(*(jax.random.fold_in(jax.random.key(seeds[i]), i) for i in range(len(STREAMS))))
-
-
-def init_state(keys: RunKeys, learning_rate: jax.Array, *, config: Config) -> TrainState:
+def init_state(keys: Streams, *, config: Config) -> TrainState:
     pixels = jnp.zeros((1, N_PIXELS), jnp.float32)
     params = make_model(config).init(keys.init, pixels, train=False)["params"]
-    opt_state = make_optimizer(config, learning_rate).init(params)
     # int32, not a Python 0: a restored step must not retrace
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+
+
+def eval_params(state: TrainState) -> dict:
+    """The weights that are scored, stored and predicted with."""
+    return state.params
 
 
 def train_step(
-    state: TrainState, batch: Batch, key: jax.Array, *, config: Config
-) -> tuple[TrainState, TrainMetrics]:
-    """One update on the mean cross-entropy of the batch's real examples.
+    state: TrainState,
+    batch: Batch,
+    keys: Streams,
+    learning_rate: jax.Array,
+    n_steps: jax.Array,
+    *,
+    config: Config,
+) -> tuple[TrainState, Metrics]:
+    """One update; `keys` are the run's, `n_steps` those of the whole training.
 
-    `key` is folded with `state.step`, so one key serves the whole run.
+    The keys are folded with `state.step`, so one set serves the whole run.
     """
-    model = make_model(config)
-    rngs = {"dropout": jax.random.fold_in(key, state.step)}
-
-    def mean_loss(params):
-        logits = model.apply({"params": params}, to_float(batch.images), train=True, rngs=rngs)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return jnp.sum(losses * batch.real) / jnp.sum(batch.real)
-
-    loss, grads = jax.value_and_grad(mean_loss)(state.params)
+    step_keys = Streams(*(jax.random.fold_in(key, state.step) for key in keys))
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch, step_keys, config=config)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    rate = learning_rate * schedule(state.step / n_steps, config=config)
+    updates = jax.tree.map(lambda update: -rate * update, updates)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), TrainMetrics(loss)
+    return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def train_epoch(
-    state: TrainState, split: Split, keys: RunKeys, epoch: jax.Array, *, config: Config
-) -> tuple[TrainState, TrainMetrics]:
-    """Every example once, in an order drawn from (keys.order, epoch); scanned over the steps."""
-    indices, real = epoch_order(keys.order, epoch, split.labels.shape[0], config.batch_size)
+    state: TrainState,
+    split: Split,
+    keys: Streams,
+    learning_rate: jax.Array,
+    epoch: jax.Array,
+    epochs: jax.Array,
+    *,
+    config: Config,
+) -> tuple[TrainState, Metrics]:
+    """Every example once, in an order drawn from (keys.order, epoch); scanned over the steps.
+
+    `epochs` is the length of the whole training, on which the schedule depends.
+    """
+    n_train = split.labels.shape[0]
+    indices, mask = epoch_order(keys.order, epoch, n_train, config.batch_size)
+    n_steps = epochs * indices.shape[0]
 
     def body(state, step):
-        rows, real = step
-        batch = Batch(split.images[rows], split.labels[rows], real)
-        return train_step(state, batch, keys.dropout, config=config)
+        rows, mask = step
+        batch = Batch(split.images[rows], split.labels[rows], mask)
+        return train_step(state, batch, keys, learning_rate, n_steps, config=config)
 
-    state, metrics = lax.scan(body, state, (indices, real))
+    state, metrics = lax.scan(body, state, (indices, mask))
     # a mean of batch means would count the 96 examples of a last batch as 128
-    loss = jnp.sum(metrics.loss * jnp.sum(real, axis=1)) / split.labels.shape[0]
-    return state, TrainMetrics(loss)
+    weights = jnp.sum(mask, axis=1)
+    return state, {name: jnp.sum(each * weights) / n_train for name, each in metrics.items()}
 
 
 def epoch_order(
     key: jax.Array, epoch: jax.Array, n_train: int, batch_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Indices [steps, batch] of an epoch and float32 [steps, batch] that marks the real ones."""
+    """Indices [steps, batch] of an epoch, and float32 [steps, batch]: 0 where they are padding."""
     steps = -(-n_train // batch_size)
     order = jax.random.permutation(jax.random.fold_in(key, epoch), n_train)
     order = jnp.pad(order, (0, steps * batch_size - n_train))
-    real = (jnp.arange(steps * batch_size) < n_train).astype(jnp.float32)
-    return order.reshape(steps, batch_size), real.reshape(steps, batch_size)
+    mask = (jnp.arange(steps * batch_size) < n_train).astype(jnp.float32)
+    return order.reshape(steps, batch_size), mask.reshape(steps, batch_size)
 
 
-def evaluate(params: dict, split: Split, *, config: Config) -> EvalMetrics:
-    """Score every image of `split`, without dropout."""
+def evaluate(params: dict, split: Split, *, config: Config) -> tuple[Metrics, jax.Array]:
+    """Score every image of `split`, without dropout: metrics and the predicted classes, uint8 [n].
+
+    `correct` is an int32 count; the other metrics are means.
+    """
     model = make_model(config)
 
     def score(example):
@@ -131,9 +124,4 @@ def evaluate(params: dict, split: Split, *, config: Config) -> EvalMetrics:
 
     predictions, losses = lax.map(score, (split.images, split.labels), batch_size=EVAL_BATCH)
     correct = jnp.sum(predictions == split.labels, dtype=jnp.int32)
-    return EvalMetrics(correct, jnp.mean(losses), predictions)
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 pixels as float32 in [0, 1]."""
-    return images.astype(jnp.float32) / 255
+    return {"loss": jnp.mean(losses), "correct": correct}, predictions

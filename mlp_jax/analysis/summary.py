@@ -1,0 +1,269 @@
+"""What a sweep says: its runs in families, and the statistics of each."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlp_jax.analysis import predictions, stats
+from mlp_jax.analysis.predictions import PredictionCounts
+from mlp_jax.errors import UserError
+from mlp_jax.training.config import RECIPES, REFERENCES, Config
+from mlp_jax.training.run import STREAMS
+
+
+class Rows(NamedTuple):
+    """Finished runs as arrays: `vary`, `rate` and `seed` [R], and by epoch [R, epochs]."""
+
+    vary: np.ndarray
+    rate: np.ndarray
+    seed: np.ndarray
+    seconds: np.ndarray
+    correct: np.ndarray  # int32
+    losses: tuple[np.ndarray, ...]
+
+
+class Block(NamedTuple):
+    """The predictions of some runs, uint8 [r, n], and which they are."""
+
+    vary: np.ndarray
+    rate: np.ndarray
+    seed: np.ndarray
+    predictions: np.ndarray
+
+
+class Family(NamedTuple):
+    """The runs of one (vary, learning rate) whose loss is finite, all in the order of the seeds."""
+
+    vary: str
+    rate: float
+    seeds: np.ndarray  # [R]
+    correct: np.ndarray  # int32 [R, epochs]
+    seconds: np.ndarray  # [R]
+    diverged: list[int]  # seeds of the runs left out
+    counts: PredictionCounts
+    overlaps: np.ndarray  # [R]
+
+    @property
+    def scores(self) -> dict[int, int]:
+        """Correct images by seed; a run that diverged is worse than any that did not."""
+        right = dict(zip(self.seeds.tolist(), self.correct[:, -1].tolist(), strict=True))
+        return right | dict.fromkeys(self.diverged, -1)
+
+
+def make_families(
+    rows: Rows, blocks: Callable[[], Iterable[Block]], labels: np.ndarray, n_classes: int
+) -> list[Family]:
+    """All families, "all" first; `blocks()` reads the predictions, and is called twice.
+
+    UserError for a run that is there twice, or whose predictions do not give its accuracy.
+    """
+    runs = list(zip(rows.vary, rows.rate.tolist(), rows.seed.tolist(), strict=True))
+    if len(set(runs)) < len(runs):
+        raise UserError("a run is stored twice: remove one of its files")
+    finite = np.isfinite(rows.losses).all(axis=(0, 2))
+    kept = {run for run, is_finite in zip(runs, finite, strict=True) if is_finite}
+    known = ("all", *STREAMS)
+    names = sorted({run[:2] for run in runs}, key=lambda n: ([*known, n[0]].index(n[0]), *n))
+    counters = {name: predictions.PredictionCounter(labels, n_classes) for name in names}
+    seeds: dict[tuple, list] = {name: [] for name in names}
+    for name, some_seeds, block in _by_family(blocks(), kept):
+        counters[name].add(block)
+        seeds[name] += some_seeds
+    counts = {name: counter.counts() for name, counter in counters.items()}
+    overlaps: dict[tuple, list] = {name: [np.zeros(0, np.int64)] for name in names}
+    for name, _, block in _by_family(blocks(), kept):
+        overlaps[name].append(predictions.error_overlaps(block, counts[name]))
+    families = []
+    for name in names:
+        here = (rows.vary == name[0]) & (rows.rate == name[1])
+        mine = here & finite
+        order = np.argsort(seeds[name])  # the rows are sorted already
+        even, odd = counts[name].correct_even[order], counts[name].correct_odd[order]
+        sorted_counts = counts[name]._replace(correct_even=even, correct_odd=odd)
+        if not np.array_equal(sorted_counts.correct, rows.correct[mine, -1]):
+            raise UserError("some predictions do not give their row's test_correct")
+        diverged = rows.seed[here & ~finite].tolist()
+        per_run = (rows.seed[mine], rows.correct[mine], rows.seconds[mine], diverged)
+        shared = np.concatenate(overlaps[name])[order]
+        families.append(Family(*name, *per_run, sorted_counts, shared))
+    return families
+
+
+def _by_family(blocks: Iterable[Block], kept: set[tuple]):
+    """(vary, rate), seeds and predictions of the runs of a block that are in `kept`."""
+    for block in blocks:
+        runs = list(zip(block.vary, block.rate.tolist(), block.seed.tolist(), strict=True))
+        for name in dict.fromkeys(run[:2] for run in runs):
+            here = [i for i, run in enumerate(runs) if run[:2] == name and run in kept]
+            yield name, [runs[i][2] for i in here], block.predictions[here]
+
+
+def summarize(
+    families: list[Family], recipe: str, config: Config, processors: dict[str, int]
+) -> dict:
+    """summary.json: the families and, where learning rates share seeds, these in pairs."""
+    return {
+        "recipe": recipe,
+        "dataset": config.dataset,
+        "epochs": config.epochs,
+        "processors": processors,
+        "n_test": len(families[0].counts.labels),
+        "units": "shares of 1; intervals at 95 %; diverged runs (seeds) are in no statistic, but"
+        " lose in pairs of learning rates, whose intervals are not corrected for their number",
+        "families": [family_statistics(family, families, recipe, config) for family in families],
+        "learning_rates": compare_rates(families),
+    }
+
+
+def compare_rates(families: list[Family]) -> list[dict]:
+    """P(one learning rate beats another) for each two that share seeds."""
+    pairs = []
+    for a, b in itertools.combinations(families, 2):
+        shared = sorted(a.scores.keys() & b.scores.keys())
+        if a.vary == b.vary and len(shared) >= 2:
+            sides = [([side.scores[seed] for seed in shared], side.rate) for side in (a, b)]
+            (worse, low), (better, high) = sorted(sides, key=lambda side: sum(side[0]))
+            names = {"vary": a.vary, "a": high, "b": low, "pairs": len(shared)}
+            chance = stats.paired_improvement(better, worse)
+            if len(shared) < stats.FEW_RUNS:  # a bootstrap of few pairs is too sure of itself
+                chance = chance._replace(low=math.nan, high=math.nan)
+            ruled = {"significant": chance.low > 0.5, "meaningful": chance.high > 0.75}
+            pairs.append(names | {"probability": to_json(chance)} | ruled)
+    return pairs
+
+
+# a statistic's key in summary.json: its name, its unit and what it says in the field's terms
+STATISTICS = {
+    "mean": ("mean accuracy", "%", "over runs (Student's t)"),
+    "interquartile_mean": ("interquartile mean", "%", "of the middle half of the runs (bootstrap)"),
+    "min": ("lowest run", "%", ""),
+    "max": ("highest run", "%", ""),
+    "reference": ("reference", "%", "one number that {source} reports"),
+    "share_below": ("  runs below it", "%", "(Jeffreys)"),
+    "z": ("  its z", "", "SDs that it lies from the mean"),
+    "sd": ("SD", "points", "of accuracy over runs, sqrt(V_test) (chi-square)"),
+    "sd_over_all": ("  relative to all's", "", "while the seed decides this stream alone (F)"),
+    "independent_sd": ("  independent errors", "points", "sqrt(V_ind): the finite test set's own"),
+    "distribution_sd": ("  distribution-wise", "points", "on an endless test set (bootstrap)"),
+    "halves_sd": ("  the same by halves", "points", "covariance of two halves of the test set"),
+    "binomial_sd": ("  binomial", "points", "were all images equally hard"),
+    "binary_sd": ("  calibrated, binary", "points", "predicted: sqrt(error / 2n)"),
+    "k_class_sd": ("  calibrated, k classes", "points", "predicted, at least: sqrt(error / nk)"),
+    "label_free_sd": ("  label-free", "points", "predicted from the votes alone"),
+    "error": ("mean error", "%", "of a run, on an image"),
+    "disagreement": ("disagreement", "%", "of two runs; calibrated: the mean error"),
+    "calibration_error": ("calibration gap", "%", "CACE of the shares of votes"),
+    "vote_accuracy": ("ensemble accuracy", "%", "by majority vote of all runs"),
+    "runs_for_mean": ("runs needed", "runs", "for the mean to +/- 0.01 points"),
+    "runs_for_sd": ("runs needed", "runs", "for the SD to 5 %"),
+    "seconds_a_run": ("seconds per run", "s", "wall time of the sweep, divided by its runs"),
+}
+
+
+def family_statistics(family: Family, families: list[Family], recipe: str, config: Config) -> dict:
+    """A family's STATISTICS; None where there are too few runs."""
+    runs, n_test, counts = len(family.seeds), len(family.counts.labels), family.counts
+    result: dict = {"vary": family.vary, "learning_rate": family.rate, "runs": runs}
+    result |= {"diverged": family.diverged} | dict.fromkeys([*STATISTICS, "v_test", "v_ind"])
+    correct = family.correct[:, -1]
+    if runs:
+        result["min"], result["max"] = int(correct.min()) / n_test, int(correct.max()) / n_test
+        result["binomial_sd"] = stats.binomial_sd(float(correct.mean()) / n_test, n_test)
+        result["vote_accuracy"] = predictions.ensemble_correct(counts) / n_test
+        result["seconds_a_run"] = float(family.seconds.mean())
+    if runs >= 2:
+        # of whole numbers: equal runs then have an SD of 0, not of a rounding error
+        estimators = {"mean": stats.mean_interval, "sd": stats.sd_interval}
+        estimators["interquartile_mean"] = stats.interquartile_mean
+        for name, estimator in estimators.items():
+            result[name] = stats.Interval(*(end / n_test for end in estimator(correct)))
+        parts = predictions.variance_parts(counts)
+        result |= {"v_test": parts.test, "v_ind": parts.independent}
+        result["independent_sd"] = math.sqrt(parts.independent)
+        result["distribution_sd"] = predictions.distribution_sd(counts, family.overlaps)
+        result["halves_sd"] = float(predictions.signed_sqrt(parts.halves))
+        result |= predictions.disagreement(counts)._asdict()
+        result["runs_for_mean"] = stats.seeds_for_mean(result["sd"].estimate, 1e-4)
+        result["runs_for_sd"] = stats.seeds_for_sd(0.05, stats.excess_kurtosis(correct))
+        result |= beside_reference(family, recipe, config) | beside_all(family, families)
+    if runs >= 3:
+        predicted = predictions.predicted_sd(counts)
+        result |= {f"{name}_sd": sd for name, sd in predicted._asdict().items()}
+    return to_json(result)
+
+
+def beside_reference(family: Family, recipe: str, config: Config) -> dict:
+    """Where the recipe's reference lies among these runs, if they have the recipe's settings."""
+    own = dataclasses.replace(config, learning_rate=family.rate) == RECIPES.get(recipe)
+    if not (own and family.vary == "all" and recipe in REFERENCES):
+        return {}
+    # counted in images, so that a run as good as the reference ties with it
+    correct, n_test = family.correct[:, -1], len(family.counts.labels)
+    right, sd = REFERENCES[recipe].correct * n_test / 10_000, correct.std(ddof=1)
+    return {
+        "reference": REFERENCES[recipe].correct / 10_000,
+        "share_below": stats.share_below(right, correct),
+        "z": (right - correct.mean()) / sd if sd else None,
+    }
+
+
+def beside_all(family: Family, families: list[Family]) -> dict:
+    """The SD of a family that varies one stream, relative to that of "all" at the same rate."""
+    for other in families:
+        scores = other.correct[:, -1]
+        beside = other is not family and (other.vary, other.rate) == ("all", family.rate)
+        if beside and len(set(scores)) > 1:
+            ratio = stats.variance_ratio(family.correct[:, -1], scores)
+            return {"sd_over_all": stats.Interval(*map(math.sqrt, ratio))}
+    return {}
+
+
+def to_json(value: Any) -> Any:
+    """NamedTuples as dicts, and nan as null."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: to_json(item) for name, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+FORMATS = {"%": "{:.3%}", "points": "{:.4%}", "s": "{:.1f}", "runs": "{:,}", "": "{:.2f}"}
+
+
+def format_value(value: Any, unit: str) -> tuple[str, str]:
+    """A value and its interval, if it has one, as the table prints them; a dash for None."""
+    if isinstance(value, dict):
+        (estimate, _), (low, _), (high, _) = (format_value(end, unit) for end in value.values())
+        return estimate, "-" if low == "-" else f"{low} ... {high}"
+    return "-" if value is None else FORMATS[unit].format(value).rstrip("%"), ""
+
+
+def format_table(summary: dict) -> str:
+    """The summary as it is read at a terminal."""
+    lines = [
+        "{recipe} on {dataset}: epochs {epochs}, test images {n_test:,}".format(**summary),
+        "accuracies and errors in per cent, SDs in percentage points, intervals at 95 %",
+    ]
+    _, source = REFERENCES.get(summary["recipe"], (0, ""))
+    for family in summary["families"]:
+        lines.append("\nvary {vary}, learning rate {learning_rate:g}: {runs} runs".format(**family))
+        if left_out := family["diverged"]:
+            lines.append(f"  and {len(left_out)} that diverged, in no statistic: seeds {left_out}")
+        for key, (name, unit, meaning) in STATISTICS.items():
+            if family[key] is None and key in ("reference", "share_below", "z", "sd_over_all"):
+                continue
+            value, interval = format_value(family[key], unit)
+            meaning = meaning.format(source=source)
+            lines.append(f"  {name:<24}{value:>8}  {interval:<19}  {meaning}".rstrip())
+    for pair in summary["learning_rates"]:
+        p, interval = format_value(pair["probability"], "")
+        lines.append(
+            "\nvary {vary}, P(learning rate {a:g} beats {b:g})".format(**pair)
+            + f" = {p} ({interval}), {pair['pairs']} seeds; significant: {pair['significant']},"
+            f" meaningful: {pair['meaningful']}"
+        )
+    return "\n".join(lines)

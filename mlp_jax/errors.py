@@ -1,0 +1,30 @@
+"""Errors that a user can act on, each in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input, in one line; the command line prints it and exits with `status`."""
+
+    status = 2
+
+    def __init__(self, line: str):
+        super().__init__(line.replace("\n", " "))  # a path may have any character
+
+
+class Diverged(UserError):
+    """A loss became infinite or NaN; the epochs before are kept."""
+
+    status = 1
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known word spelt most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,227 @@
+"""Trains the runs that a directory does not have yet, and stores them, one chunk after another.
+
+A single run is an experiment of one. A stored run is the run of its seed, bit for bit on CPU,
+whatever was trained beside it, in which order, and however often the experiment was stopped.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from time import perf_counter as clock
+from typing import Literal, NamedTuple
+
+import jax
+
+from mlp_jax import files
+from mlp_jax.records import directory as directories
+from mlp_jax.records import rows
+from mlp_jax.records.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from mlp_jax.records.provenance import Metadata, run_metadata
+from mlp_jax.training.arrays import Dataset, for_dataset
+from mlp_jax.training.config import RECIPES, Config
+from mlp_jax.training.fit import Progress, compile_programs, fit, run_bytes
+from mlp_jax.training.parallel import Placement, n_cores, place, use_cores
+from mlp_jax.training.run import Run, make_run
+
+
+class Epoch(NamedTuple):
+    """Some runs after an epoch, and the wall time of each of their epochs in seconds."""
+
+    progress: Progress
+    seconds: list[float]
+
+
+@dataclasses.dataclass
+class Experiment:
+    """An open directory, made by `open_experiment`."""
+
+    directory: Path
+    metadata: Metadata
+    dataset: Dataset  # on the devices
+    placement: Placement
+    chunk: int  # runs that share a file
+    checkpoint_every: int
+    keep_weights: bool
+    finished: dict[Run, dict]  # rows.last_values of the stored runs
+    compile_seconds: float = 0.0
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        return [run for run in runs if run not in self.finished]
+
+    def train(
+        self, runs: Sequence[Run], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Epoch]:
+        """Train and store those of `runs` that are missing, yielding them after each epoch.
+
+        `stop` is asked after each epoch; once true, what is finished is stored and the rest saved.
+        """
+        missing = self.missing(runs)
+        if not missing:
+            return
+        start = clock()
+        sizes = (len(split.labels) for split in (self.dataset.train, self.dataset.test))
+        compile_programs(self.metadata.config, self.placement, *sizes)
+        self.compile_seconds = clock() - start
+        for chunk in _split(missing, self.chunk):
+            yield from self._train_chunk(chunk, stop)
+            if stop():
+                return
+
+    def _train_chunk(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
+        ended: list[Epoch] = []
+        try:
+            for group in _split(runs, self.placement.width):
+                for epoch in self._train_group(group, stop):
+                    yield epoch
+                    if epoch.progress.epoch == self.metadata.config.epochs:
+                        ended.append(epoch._replace(progress=self._keep(epoch.progress)))
+                if stop():
+                    break
+        finally:  # a caller that leaves its loop keeps the finished runs, too
+            if ended:
+                self._store(ended)
+
+    def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
+        """Train runs that fit the devices at once, from their checkpoint if there is one."""
+        path, epochs = self._checkpoint(runs), self.metadata.config.epochs
+        start, seconds = load_checkpoint(path, self.metadata) or (None, [])
+        began = clock()
+        for progress in fit(
+            self.metadata.config, self.dataset, runs, placement=self.placement, start=start
+        ):
+            seconds.append(clock() - began)
+            yield Epoch(progress, seconds)
+            due = self.checkpoint_every and progress.epoch % self.checkpoint_every == 0
+            stopping = stop()
+            if progress.epoch < epochs and (due or stopping):
+                save_checkpoint(path, progress.snapshot(), seconds, self.metadata)
+            if stopping:
+                return
+            began = clock()
+
+    def _keep(self, progress: Progress) -> Progress:
+        """Save the weights of finished runs if they are wanted, and drop the states."""
+        if self.keep_weights:
+            stacked = progress.params
+            for i, run in enumerate(progress.runs):
+                params = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+                metrics = {name: values[i, -1].item() for name, values in progress.history.items()}
+                save_weights(self.directory, run, params, metrics, self.metadata)
+        return progress._replace(states=[])
+
+    def _store(self, ended: Sequence[Epoch]) -> None:
+        stored = []
+        for progress, seconds in ended:
+            share = sum(seconds) / len(progress.runs)
+            new = rows.make_rows(self.metadata.recipe, progress, share)
+            stored += new
+            self.finished |= zip(progress.runs, map(rows.last_values, new), strict=True)
+        rows.write_rows(self.directory, stored, self.metadata)
+        for progress, _ in ended:
+            files.remove(self._checkpoint(progress.runs))
+
+    def _checkpoint(self, runs: Sequence[Run]) -> Path:
+        """Of these very runs: if others train together the next time, they start over."""
+        digest = hashlib.sha256(repr(tuple(runs)).encode()).hexdigest()[:16]
+        return self.directory / "checkpoints" / f"{digest}.npz"
+
+
+def _split(runs: Sequence[Run], size: int) -> Iterator[Sequence[Run]]:
+    return (runs[start : start + size] for start in range(0, len(runs), size))
+
+
+@contextlib.contextmanager
+def open_experiment(
+    directory: Path,
+    config: Config,
+    dataset: Dataset,
+    runs: Sequence[Run],
+    *,
+    recipe: str,
+    seed: int | None = None,
+    devices: Literal["auto"] | int = "auto",
+    lanes: Literal["auto"] | int = "auto",
+    chunk: Literal["auto"] | int = "auto",
+    checkpoint_every: int = 10,
+    keep_weights: bool = False,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[Experiment]:
+    """Hold `directory`, new or with runs of the same kind, to train `runs` in it.
+
+    `seed` marks a single run. `shard` is the part of the runs that this process trains, and how
+    many there are. UserError if the directory is another's, in use, or holds other numbers.
+    """
+    config = for_dataset(config, dataset)
+    placement = place(len(runs), run_bytes(config), devices=devices, lanes=lanes)
+    metadata = run_metadata(recipe, config, dataset.fingerprint, placement.devices, seed)
+    train, test = jax.device_put((dataset.train, dataset.test), placement.replicated)
+    directories.check_out_dir(directory)
+    with files.locked(directory, *shard):
+        directories.claim(directory, metadata)
+        files.make_directory(directory / "runs")
+        yield Experiment(
+            directory,
+            metadata,
+            dataset._replace(train=train, test=test),
+            placement,
+            chunk_size(chunk, config.epochs, placement.width),
+            checkpoint_every,
+            keep_weights,
+            rows.finished_runs(directory, metadata),
+        )
+
+
+def chunk_size(chunk: Literal["auto"] | int, epochs: int, width: int) -> int:
+    """Runs that share a file: a multiple of `width`; "auto" is enough for about 50 epochs a lane.
+
+    Short chunks lose less to a kill, and cost more files.
+    """
+    return math.ceil(50 / epochs if chunk == "auto" else chunk / width) * width
+
+
+def sweep(
+    config: Config,
+    dataset: Dataset,
+    directory: str | Path,
+    *,
+    seeds: Iterable[int] = range(100),
+    vary: Sequence[str] = ("all",),
+    learning_rates: Sequence[float] = (),
+    **options,
+):
+    """Train what `directory` does not have of the seeds, and return all its rows.
+
+    Every family in `vary` ("all", or the one stream that the seed decides) and every learning rate
+    (the Config's, by default) is crossed with the seeds. `options` are those of `open_experiment`,
+    and the rows those of `read_runs`. Interrupted, the same call goes on where it stopped.
+    """
+    if not use_cores() and jax.default_backend() == "cpu" and len(jax.devices()) < n_cores():
+        files.log.warning(
+            "JAX already runs on %d of %d cores, so the sweep does: start a new process and call"
+            " mlp_jax.sweep before other JAX code to use all",
+            len(jax.devices()),
+            n_cores(),
+        )
+    runs = make_runs(seeds, vary, learning_rates or [config.learning_rate])
+    options = {"recipe": recipe_name(config, dataset)} | options
+    with open_experiment(Path(directory), config, dataset, runs, **options) as experiment:
+        for _ in experiment.train(runs):
+            pass
+    return rows.read_runs(directory)
+
+
+def make_runs(
+    seeds: Iterable[int], vary: Iterable[str], learning_rates: Iterable[float]
+) -> list[Run]:
+    """Seeds x families x learning rates, so that all families grow together."""
+    families = [(name, rate) for name in dict.fromkeys(vary) for rate in learning_rates]
+    return [make_run(seed, rate, name) for seed in seeds for name, rate in families]
+
+
+def recipe_name(config: Config, dataset: Dataset) -> str:
+    """The recipe with these settings, or "custom"."""
+    named = (name for name, recipe in RECIPES.items() if for_dataset(recipe, dataset) == config)
+    return next(named, "custom")

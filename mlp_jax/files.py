@@ -1,0 +1,182 @@
+"""Files that are whole or absent, and that are known to hold what was written into them.
+
+JSON and array files carry the SHA-256 of their content. A file that does not match it raises
+Damaged; one that cannot be read raises OSError, and is not called damaged.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlp_jax.errors import UserError, one_line
+
+log = logging.getLogger("mlp_jax")
+
+LOCK = ".mlp_jax-lock-"
+
+
+class Damaged(UserError):
+    """A file does not hold what was written into it."""
+
+    def __init__(self, path: Path, reason: Exception | str):
+        self.path = path
+        self.reason = one_line(reason) if isinstance(reason, Exception) else reason
+        super().__init__(f"{path} is damaged ({self.reason}): rerun the command that wrote it")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it once the block has written it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_signed_json(path: Path, value: dict) -> None:
+    write_json(path, value | {"sha256": json_digest(value)})
+
+
+def read_signed_json(path: Path) -> dict:
+    """What `write_signed_json` wrote; raises Damaged, and OSError."""
+    content = path.read_bytes()
+    try:
+        value = json.loads(content)
+        digest = value.pop("sha256")
+        if digest != json_digest(value):
+            raise ValueError("its SHA-256 differs")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise Damaged(path, error) from None
+    return value
+
+
+def json_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
+    """An .npz of `arrays`, with `metadata` as JSON and the SHA-256 of both."""
+    about = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
+    digest = np.frombuffer(_array_digest(arrays | {"metadata": about}), np.uint8)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays, metadata=about, sha256=digest)
+
+
+def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays and the metadata of `save_arrays`; raises Damaged, and OSError."""
+    content = path.read_bytes()  # apart from the parser, whose errors mean damage
+    try:
+        arrays = dict(np.load(io.BytesIO(content), allow_pickle=False))
+        digest = arrays.pop("sha256").tobytes()
+        if digest != _array_digest(arrays):
+            raise ValueError("its SHA-256 differs")
+        return arrays, json.loads(arrays.pop("metadata").tobytes())
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy each raise their own
+        raise Damaged(path, error) from None
+
+
+def _array_digest(arrays: dict[str, np.ndarray]) -> bytes:
+    """SHA-256 of the names, types, shapes and bytes of arrays."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.digest()
+
+
+def quarantine(damaged: Damaged) -> None:
+    """Rename a damaged file, so that it is written again and can still be looked at.
+
+    Readers of Parquet skip names that begin with an underscore.
+    """
+    path, name = damaged.path, f"_{damaged.path.name}.corrupt"
+    log.warning("%s is damaged (%s): renamed to %s", path, damaged.reason, name)
+    with contextlib.suppress(OSError):  # read-only, or another process was first
+        path.replace(path.with_name(name))
+
+
+def check_writable(directory: Path) -> None:
+    """UserError unless files can be made in `directory`, which need not exist; creates nothing."""
+    existing = directory
+    try:
+        os.fsencode(directory)
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+    except (OSError, ValueError) as error:  # a name that is too long or cannot be encoded
+        reason = error.strerror if isinstance(error, OSError) else "not a valid file name"
+        raise UserError(f"cannot write to {str(directory)!r}: {reason}") from None
+    if not existing.is_dir():
+        raise UserError(f"cannot write to {directory}: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {directory}: no permission in {existing}")
+
+
+def make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(directory: Path, shard: int = 0, shards: int = 1) -> Iterator[None]:
+    """Hold `directory` for the command whose `shards` processes share it; created if need be.
+
+    UserError if another command holds it. The locks are the kernel's: they end with their process,
+    so a lock file that is left over means nothing.
+    """
+    make_directory(directory)
+    ours = f"-of-{shards}"
+    with _flock(directory / f"{LOCK}{shard}{ours}"):
+        # look for others only while holding our own lock: of two that start at once, one sees both
+        for path in directory.glob(f"{LOCK}*"):
+            if not path.name.endswith(ours):
+                with _flock(path):
+                    pass
+        if shards == 1:  # else they may belong to another shard at work
+            for path in directory.rglob(".*.tmp"):
+                path.unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def _flock(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            line = f"{path.parent} is in use by another process: wait until it ends"
+            raise UserError(line) from None
+        yield
+
+
+def remove(path: Path) -> None:
+    """Remove a file, and its directory if that is then empty."""
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()

@@ -1,0 +1,137 @@
+"""Whose a directory is, and what it holds.
+
+A directory is ours if something in it proves so: a config.json with its hash, rows or a checkpoint
+with theirs, or the lock that mlp_jax leaves in a directory which was empty or ours. Damage proves
+nothing, and what is not ours is left alone.
+"""
+
+import contextlib
+import itertools
+from pathlib import Path
+
+from mlp_jax.errors import UserError
+from mlp_jax.files import (
+    LOCK,
+    Damaged,
+    check_writable,
+    load_arrays,
+    quarantine,
+    read_signed_json,
+    write_signed_json,
+)
+from mlp_jax.records import rows
+from mlp_jax.records.provenance import Metadata, check_same
+
+CONFIG = "config.json"
+SINGLE_RUN_FILES = ("metrics.jsonl", "summary.json")
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Metadata of the results in `directory`; UserError if there are none, and Damaged."""
+    if not (metadata := stored_metadata(directory)):
+        with contextlib.suppress(FileNotFoundError):
+            _from_config(directory)  # which is damaged
+        raise UserError(f"{directory} has no results of mlp_jax")
+    return metadata
+
+
+def _from_config(directory: Path) -> Metadata:
+    fields = read_signed_json(directory / CONFIG)
+    try:
+        return Metadata.from_json(fields)
+    except UserError as error:
+        raise UserError(f"{directory / CONFIG}: {error}") from None
+
+
+def _from_files(directory: Path) -> Metadata | None:
+    """Metadata of the first intact rows, or else of a checkpoint."""
+    for path in rows.row_files(directory):
+        try:
+            rows.check_content(path)
+            return rows.read_metadata(path)
+        except UserError:
+            continue
+    for path in sorted((directory / "checkpoints").glob("*.npz")):
+        try:
+            return Metadata.from_json(load_arrays(path)[1]["run"])
+        except (UserError, KeyError):
+            continue
+    return None
+
+
+def check_out_dir(directory: Path) -> bool:
+    """Whether `directory` has results; UserError if it is not ours, or cannot be written."""
+    check_writable(directory)
+    if not any(directory.glob("[!.]*")):
+        return False
+    try:
+        _from_config(directory)
+    except FileNotFoundError:
+        if not _from_files(directory):
+            line = f"{directory} is not empty and has no results of mlp_jax: name another --out"
+            raise UserError(line) from None
+    except Damaged as damaged:
+        if not (_from_files(directory) or any(directory.glob(f"{LOCK}*"))):
+            raise UserError(
+                f"{damaged.path} is not mlp_jax's, or damaged ({damaged.reason}), and nothing else"
+                f" in {directory} shows that it is ours: name another --out"
+            ) from None
+    except OSError as error:
+        raise UserError(f"{directory / CONFIG} cannot be read: {error.strerror}") from None
+    return True
+
+
+def stored_metadata(directory: Path) -> Metadata | None:
+    """Metadata from config.json or, if that is missing or damaged, from the other files."""
+    try:
+        return _from_config(directory)
+    except (FileNotFoundError, Damaged):
+        return _from_files(directory)
+
+
+def claim(directory: Path, metadata: Metadata) -> None:
+    """Write config.json if it is missing or damaged, from the rows if there are any.
+
+    UserError, before anything is written, if what is there may not be pooled with `metadata`.
+    """
+    if stored := stored_metadata(directory):
+        check_same(directory, stored, metadata)
+    path = directory / CONFIG
+    try:
+        read_signed_json(path)
+    except Damaged as damaged:
+        quarantine(damaged)
+    except FileNotFoundError:
+        pass
+    else:
+        return
+    write_signed_json(path, (stored or metadata).to_json())
+
+
+def clear(directory: Path) -> None:
+    """Remove the results of a single run; files that mlp_jax did not write stay."""
+    arrays = [*directory.glob("checkpoints/*.npz"), *directory.glob("weights/*.npz")]
+    for path in [*rows.row_files(directory), *filter(_is_ours, arrays)]:
+        path.unlink()
+    for name in (*SINGLE_RUN_FILES, CONFIG):  # config.json last: it shows whose the rest is
+        (directory / name).unlink(missing_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return "run" in load_arrays(path)[1]
+    except Damaged:
+        return False
+
+
+def new_directory(directory: Path) -> Path:
+    """Create `directory`, or the first of directory-2, directory-3, ... that does not exist."""
+    for i in itertools.count(1):
+        candidate = directory if i == 1 else directory.with_name(f"{directory.name}-{i}")
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot write to {candidate}: {error.strerror}") from None

@@ -1,0 +1,35 @@
+"""A data set as arrays, and how a Config is fitted to it."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from mlp_jax.errors import UserError
+from mlp_jax.training.config import Config
+
+N_PIXELS = 28 * 28
+
+
+class Split(NamedTuple):
+    images: np.ndarray  # uint8 [n, 784]
+    labels: np.ndarray  # int32 [n]
+
+
+class Dataset(NamedTuple):
+    name: str
+    train: Split
+    test: Split
+    n_classes: int
+    fingerprint: str  # SHA-256 (hex) of the training images in TFDS's order
+
+
+def for_dataset(config: Config, dataset: Dataset) -> Config:
+    """`config` with the data set's name and number of classes; UserError if they do not fit."""
+    n_train = len(dataset.train.labels)
+    if config.batch_size > n_train:
+        raise UserError(
+            f"batch size {config.batch_size} is larger than the {n_train} training examples"
+            f" of {dataset.name}"
+        )
+    return dataclasses.replace(config, dataset=dataset.name, n_classes=dataset.n_classes)

@@ -1,4 +1,4 @@
-"""What the commands share: flags into a dataclass, the shard of a job, and errors in one line.
+"""What the commands share: flags into a dataclass, shards, signals, and errors in one line.
 
 Imports no jax, so that `--help` and every bad flag are answered at once.
 """
@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
@@ -62,8 +62,9 @@ def parse_args(default: Args, argv: Sequence[str] | None, **texts: str) -> Args:
     with _one_line_errors():
         args = tyro.cli(type(default), args=argv, default=default, config=OFF, **texts)
     words = _words(argv)
-    if "" in words:
-        raise UserError(f"{words[words.index('') - 1]} has an empty value")
+    for flag, value in itertools.pairwise([*words, "-"]):
+        if value == "" or flag.startswith("--") and flag.endswith("="):
+            raise UserError(f"{flag.rstrip('=')} has an empty value")
     return args
 
 
@@ -123,6 +124,39 @@ def _job_shard(environ: Mapping[str, str]) -> tuple[int, int]:
             " add --shard $JOB_COMPLETION_INDEX/N"
         )
     return 0, 1
+
+
+class StopSignals:
+    """Within the block, the first SIGINT or SIGTERM is a request, the second ends the process.
+
+    `requested` is the signal's number, or 0. Python hears a signal once compiled code returns,
+    after the epoch of the runs that are training. To be used in the main thread.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self):
+        self.requested = 0
+        # what the parent lets its children ignore, as nohup does, stays ignored
+        numbers = [n for n in self.NUMBERS if signal.getsignal(n) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def _handle(self, number: int, frame) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = number
+        name = signal.Signals(number).name
+        print(f"\n{name}: stopping after this epoch; repeat it to exit now", file=sys.stderr)
+
+    def __exit__(self, *_):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def exit(self, line: str) -> NoReturn:
+        """End the process with the status of the requested signal, after one more line."""
+        print(f"{signal.Signals(self.requested).name}: {line}", file=sys.stderr)
+        sys.exit(128 + self.requested)
 
 
 def command_line(prog: str, argv: Sequence[str] | None, *more: str) -> str:

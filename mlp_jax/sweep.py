@@ -12,6 +12,7 @@ from typing import Literal
 import tyro
 
 from mlp_jax.cli import (
+    StopSignals,
     TrainingArgs,
     check_at_least,
     command_line,
@@ -22,7 +23,6 @@ from mlp_jax.cli import (
 )
 from mlp_jax.errors import UserError
 from mlp_jax.records import directory as directories
-from mlp_jax.signals import StopSignals
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.run import Run, make_run
 

@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 from mlp_jax.cli import (
+    StopSignals,
     TrainingArgs,
     check_at_least,
     command_line,
@@ -18,8 +19,9 @@ from mlp_jax.cli import (
 from mlp_jax.errors import Diverged, UserError
 from mlp_jax.files import locked, write_json, write_text
 from mlp_jax.records import directory as directories
-from mlp_jax.signals import StopSignals
+from mlp_jax.training.arrays import for_dataset
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
+from mlp_jax.training.run import make_run
 
 PROG = "python -m mlp_jax.train"
 DESCRIPTION = "Train an MLP on MNIST, or on another TFDS data set of 28x28x1 images."
@@ -43,38 +45,38 @@ def main(argv: list[str] | None = None) -> None:
     default = Args(config=RECIPES[recipe], recipe=recipe)
     args = parse_args(default, argv, prog=PROG, description=DESCRIPTION)
     check_args(args)
+    run = make_run(args.seed, args.config.learning_rate)
 
     # these take a second, and bad flags are answered without them
     from mlp_jax.data.dataset import load_dataset
     from mlp_jax.experiment import open_experiment
-    from mlp_jax.training.run import make_run
 
-    run = make_run(args.seed, args.config.learning_rate)
     dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
+    config = for_dataset(args.config, dataset)
     out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
     if args.overwrite:
         with locked(out):
             directories.clear(out)
     options = {"recipe": args.recipe, "seed": args.seed, "devices": 1, "lanes": 1}
     options |= {"checkpoint_every": args.checkpoint_every, "keep_weights": True}
-    opened = open_experiment(out, args.config, dataset, [run], **options)
+    opened = open_experiment(out, config, dataset, [run], **options)
     with opened as experiment, StopSignals() as stop:
         say = (lambda *_: None) if args.quiet else functools.partial(print, flush=True)
         say(header(experiment))
         for epoch in experiment.train([run], lambda: stop.requested):
             lines = metrics_by_epoch(epoch)
-            write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-            say(table_line(lines, args.config.epochs))
+            write_text(out / "metrics.jsonl", "".join(map(json_line, lines)))
+            say(table_line(lines, config.epochs))
             check_finite(lines[-1], out)
         if run not in experiment.finished:
             more = () if args.out else ("--out", str(out))
             again = command_line(PROG, argv, *more, *(() if args.resume else ("--resume",)))
-            stop.exit(f"{len(lines)} of {args.config.epochs} epochs saved; resume with: {again}")
+            stop.exit(f"{len(lines)} of {config.epochs} epochs saved; resume with: {again}")
         summary = summarize(experiment, run)
         if experiment.compile_seconds or not (out / "summary.json").exists():
             write_json(out / "summary.json", summary)
     say()
-    print(verdict(args.recipe, experiment.metadata.config, summary))
+    print(verdict(args.recipe, config, summary))
 
 
 def check_args(args: Args) -> None:
@@ -118,6 +120,12 @@ def metrics_by_epoch(epoch) -> list[dict]:
             line | {"test_accuracy": metrics["test_correct"] / n_test, "seconds": seconds[i]}
         )
     return lines
+
+
+def json_line(metrics: dict) -> str:
+    """A line of metrics.jsonl; a loss that JSON has no number for is null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps(finite) + "\n"
 
 
 COLUMNS = ("epoch", "train loss", "test loss", "test accuracy", "seconds", "left")

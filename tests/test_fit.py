@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from mlp_jax.errors import UserError
 from mlp_jax.training import fit as fit_module
 from mlp_jax.training import step
-from mlp_jax.training.config import RECIPES, UserError, stream_seeds
-from mlp_jax.training.fit import check_fits, fit, make_runs
-from mlp_jax.training.parallel import Placement, place, replicate
+from mlp_jax.training.arrays import for_dataset
+from mlp_jax.training.config import RECIPES
+from mlp_jax.training.fit import fit
+from mlp_jax.training.parallel import Placement, place
+from mlp_jax.training.run import make_run
 
 
 def one_device():
@@ -21,15 +24,18 @@ def two_devices(lanes=1):
     return Placement(tuple(jax.devices()[:2]), lanes=lanes)
 
 
-def train(config, dataset, seeds, *, placement=None, rates=None, **options):
+def train(config, dataset, seeds, *, placement=None, rates=None, start=None):
+    """What a training has after its last epoch, with its states on the host."""
     rates = rates or [config.learning_rate] * len(seeds)
-    runs = make_runs([stream_seeds(seed) for seed in seeds], rates)
-    return fit(config, dataset, runs, placement=placement or one_device(), **options)
+    runs = [make_run(seed, rate) for seed, rate in zip(seeds, rates, strict=True)]
+    placement = placement or one_device()
+    *_, last = fit(config, dataset, runs, placement=placement, start=start)
+    return last.snapshot()
 
 
-def rows(result):
+def rows(snapshot):
     """What a run leaves, as bytes, one tuple a run."""
-    leaves = jax.tree.leaves(result.progress._replace(seconds=None))
+    leaves = jax.tree.leaves(snapshot[1:])
     return [tuple(leaf[i].tobytes() for leaf in leaves) for i in range(len(leaves[0]))]
 
 
@@ -63,8 +69,8 @@ def test_vmapped_lanes_agree_closely(config, small, optimizer):
     seeds = [0, 1, 2, 3, 4, 5]
     lanes = train(config, small, seeds, placement=two_devices(lanes=2))
     alone = train(config, small, seeds)
-    for a, b in zip(lanes.history[:2], alone.history[:2], strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4)
+    for name in ("train_loss", "test_loss"):
+        np.testing.assert_allclose(lanes.history[name], alone.history[name], rtol=1e-4)
 
 
 def test_learning_rates_are_traced(config, small):
@@ -82,7 +88,7 @@ def test_compiled_once(config, small, monkeypatch):
         return step.train_epoch(*args, **kwargs)
 
     monkeypatch.setattr(fit_module, "train_epoch", counted)
-    fit_module.compile_programs.cache_clear()
+    fit_module._compile.cache_clear()
     train(config, small, [0, 1, 2, 3], placement=two_devices())
     first = len(traces)
     assert first >= 1
@@ -92,41 +98,70 @@ def test_compiled_once(config, small, monkeypatch):
     assert len(traces) == first
     train(dataclasses.replace(config, dropout=0.5), small, range(4), placement=two_devices())
     assert len(traces) == 2 * first  # the count can change
-    fit_module.compile_programs.cache_clear()
+    fit_module._compile.cache_clear()
 
 
-def test_epochs_are_reported_as_they_end(config, small):
-    seen = []
-    result = train(
-        config,
-        small,
-        [0, 1, 2],
-        placement=two_devices(),
-        on_epoch=lambda epoch, metrics, seconds: seen.append((epoch, metrics, seconds)),
+def test_each_epoch_is_yielded_as_it_ends(config, small):
+    seen = list(fit(config, small, seeds=[0, 1, 2], placement=two_devices()))
+    assert [progress.epoch for progress in seen] == [1, 2]
+    first, last = (progress.history for progress in seen)
+    for name in ("train_loss", "test_loss", "test_correct"):
+        assert last[name].shape == (3, 2)
+        np.testing.assert_array_equal(first[name], last[name][:, :1])
+    assert last["test_correct"].dtype == np.int32
+    for progress in seen:
+        assert progress.predictions.dtype == np.uint8
+        correct = (progress.predictions == small.test.labels).sum(1)
+        np.testing.assert_array_equal(correct, progress.history["test_correct"][:, -1])
+        np.testing.assert_array_equal(progress.test_accuracy, correct / 130)
+
+
+def test_leaving_the_loop_stops_and_a_snapshot_resumes(config, small):
+    config = dataclasses.replace(config, optimizer="adam", learning_rate=0.01, epochs=4)
+    for progress in fit(config, small, seeds=[3, 4, 5], placement=two_devices()):
+        if progress.epoch == 2:
+            break
+    rest = train(config, small, [3, 4, 5], start=progress.snapshot())  # on another device count
+    assert rows(rest) == rows(train(config, small, [3, 4, 5]))
+    assert rest.epoch == 4
+
+
+def test_the_length_of_the_training_is_traced(config, small):
+    """A schedule falls over all epochs, which one compiled program serves."""
+    config = dataclasses.replace(config, schedule="linear")
+    fit_module._compile.cache_clear()
+    short, long = (
+        train(dataclasses.replace(config, epochs=epochs), small, [0]) for epochs in (1, 4)
     )
-    assert [epoch for epoch, _, _ in seen] == [1, 2]
-    for i, (_, metrics, seconds) in enumerate(seen):
-        assert seconds > 0
-        for one, history in zip(metrics, result.history, strict=True):
-            assert one.shape == (3,)
-            np.testing.assert_array_equal(one, history[:, i])
-    assert result.history.test_correct.dtype == np.int32
-    assert result.predictions.dtype == np.uint8
-    np.testing.assert_array_equal(
-        (result.predictions == small.test.labels).sum(1),
-        result.history.test_correct[:, -1],
-    )
+    assert fit_module._compile.cache_info().misses == 1
+    assert short.history["train_loss"][0, 0] != long.history["train_loss"][0, 0]
+
+
+def test_a_metric_is_one_line(config, small, monkeypatch):
+    """What the loss returns beside itself reaches the history by its name."""
+
+    def loss_fn(params, batch, keys, *, config):
+        loss, metrics = step_loss(params, batch, keys, config=config)
+        return loss, metrics | {"images": jax.numpy.float32(2)}
+
+    step_loss = step.loss_fn
+    monkeypatch.setattr(step, "loss_fn", loss_fn)
+    fit_module._compile.cache_clear()
+    history = train(config, small, [0, 1]).history
+    fit_module._compile.cache_clear()
+    np.testing.assert_allclose(history["train_images"], 2, rtol=1e-6)
 
 
 def test_batch_larger_than_the_set_is_refused(config, small):
-    assert check_fits(config, small).n_classes == 4
+    assert for_dataset(config, small).n_classes == 4
     with pytest.raises(UserError, match="batch size 301 is larger than the 300"):
-        check_fits(dataclasses.replace(config, batch_size=301), small)
+        for_dataset(dataclasses.replace(config, batch_size=301), small)
 
 
 def test_data_is_held_once_a_device_as_uint8(small):
-    held = replicate(small.train, two_devices())
-    again = replicate(held, two_devices())  # as every chunk of a sweep does
+    place_data = two_devices().replicated
+    held = jax.device_put(small.train, place_data)
+    again = jax.device_put(held, place_data)  # as for every group of a sweep
     assert held.images.dtype == np.uint8
     shards = held.images.addressable_shards
     assert [shard.device for shard in shards] == list(two_devices().devices)

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlp_jax.training import model
+from mlp_jax.training.arrays import N_PIXELS
 from mlp_jax.training.config import Config
-from mlp_jax.training.model import N_PIXELS, count_parameters, describe, make_model
+from mlp_jax.training.model import count_parameters, make_model, parameter_table, predict
 
 GOLDEN = """\
 hidden_0/bias (512,) float32 zeros
@@ -68,32 +70,59 @@ def test_seed_decides_the_weights(params):
 
 
 def test_table(params):
-    assert describe(Config(), params) == TABLE
+    assert parameter_table(Config(), params) == TABLE
 
 
 def test_dropout_off_is_deterministic_and_on_keeps_the_mean(params):
-    model = make_model(Config(dropout=0.5))
+    net = make_model(Config(dropout=0.5))
     x = jax.random.uniform(jax.random.key(1), (4, N_PIXELS))
 
     def logits(key, train):
         rngs = {"dropout": jax.random.key(key)}
-        return model.apply({"params": params}, x, train=train, rngs=rngs)
+        return net.apply({"params": params}, x, train=train, rngs=rngs)
 
     np.testing.assert_array_equal(logits(1, train=False), logits(2, train=False))
     assert not np.array_equal(logits(1, train=True), logits(2, train=True))
 
 
 def test_dropout_zeroes_its_share_and_rescales_the_rest():
-    model = make_model(Config(hidden=(5000,), dropout=0.2))
+    net = make_model(Config(hidden=(5000,), dropout=0.2))
     x = jnp.ones((1, N_PIXELS))
-    params = model.init(jax.random.key(0), x, train=False)["params"]
+    params = net.init(jax.random.key(0), x, train=False)["params"]
     params["hidden_0"] = jax.tree.map(jnp.zeros_like, params["hidden_0"])
     params["hidden_0"]["bias"] += 1.0  # every hidden unit is 1
     params["output"] = jax.tree.map(jnp.ones_like, params["output"])
     total = (
-        model.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(3)})[0, 0]
-        - 1
+        net.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(3)})[0, 0] - 1
     )
     kept = round(float(total) * 0.8)  # each survivor counts 1 / 0.8
     assert abs(kept - 4000) < 5 * np.sqrt(5000 * 0.2 * 0.8)
     assert float(total) == pytest.approx(kept / 0.8, rel=1e-5)
+
+
+def test_the_narrow_product_has_both_derivatives(params):
+    """Forward and reverse mode, and one over the other, agree with the plain product."""
+    key_x, key_w = jax.random.split(jax.random.key(5))
+    x, w = jax.random.normal(key_x, (7, 16)), jax.random.normal(key_w, (16, 3))
+
+    def loss(product):
+        return lambda x, w: jnp.sum(jnp.tanh(product(x, w)) ** 2)
+
+    narrow, plain = loss(lambda x, w: model.narrow_product(x, w, None)), loss(jnp.matmul)
+    for derivative in (jax.grad, jax.jacfwd, jax.hessian):
+        np.testing.assert_allclose(
+            derivative(narrow, argnums=1)(x, w), derivative(plain, argnums=1)(x, w), rtol=1e-4
+        )
+
+
+def test_predict_takes_images_as_they_are_and_committees(params):
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    x = images.reshape(5, 784) / np.float32(255)
+    wanted = make_model(Config()).apply({"params": params}, x, train=False)
+    logits = predict(params, images, config=Config())
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(logits, predict(params, images.reshape(5, 784), config=Config()))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    both = predict(stacked, images, config=Config())
+    assert both.shape == (2, 5, 10)
+    np.testing.assert_allclose(both[0], logits, rtol=1e-4, atol=1e-5)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlp_jax.training import step
-from mlp_jax.training.config import STREAMS, stream_seeds
+from mlp_jax.training import optim, step
+from mlp_jax.training.losses import Batch
+from mlp_jax.training.run import STREAMS, make_run
 
 init_state, train_step, train_epoch, evaluate = (
     jax.jit(function, static_argnames="config")
@@ -17,13 +18,22 @@ init_state, train_step, train_epoch, evaluate = (
 
 
 def start(config, seed=0):
-    keys = step.run_keys(jnp.array(stream_seeds(seed), jnp.uint32))
-    return keys, init_state(keys, config.learning_rate, config=config)
+    keys = step.run_keys(jnp.array(make_run(seed, 1.0).seeds, jnp.uint32))
+    return keys, init_state(keys, config=config)
+
+
+def one_step(state, batch, keys, config, n_steps=20):
+    return train_step(state, batch, keys, config.learning_rate, n_steps, config=config)
+
+
+def one_epoch(state, split, keys, epoch, config):
+    rate = config.learning_rate
+    return train_epoch(state, split, keys, rate, epoch, config.epochs, config=config)
 
 
 def whole_batch(split, rows):
     rows = np.asarray(rows)
-    return step.Batch(split.images[rows], split.labels[rows], jnp.ones(len(rows)))
+    return Batch(split.images[rows], split.labels[rows], jnp.ones(len(rows)))
 
 
 def leaves64(params):
@@ -71,9 +81,21 @@ def momentum(rate, p, g, memory):
     return p - rate * memory, memory
 
 
+def adam(rate, p, g, memory):
+    # arXiv 1412.6980, with Keras' epsilon; memory is (t, m, v)
+    t, m, v = memory if isinstance(memory, tuple) else (0, 0.0, 0.0)
+    t, m, v = t + 1, 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+    return p - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-7), (t, m, v)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "rate", "rule"),
-    [("sgd", 0.1, sgd), ("momentum", 0.1, momentum), ("rmsprop", 1e-3, rmsprop)],
+    [
+        ("sgd", 0.1, sgd),
+        ("momentum", 0.1, momentum),
+        ("rmsprop", 1e-3, rmsprop),
+        ("adam", 1e-3, adam),
+    ],
 )
 def test_two_steps_follow_the_rule_in_float64(config, small, optimizer, rate, rule):
     config = dataclasses.replace(config, optimizer=optimizer, learning_rate=rate, dropout=0.0)
@@ -82,9 +104,9 @@ def test_two_steps_follow_the_rule_in_float64(config, small, optimizer, rate, ru
     memory = jax.tree.map(np.zeros_like, params)
     for rows in (range(32), range(32, 64)):
         batch = whole_batch(small.train, rows)
-        state, metrics = train_step(state, batch, keys.dropout, config=config)
+        state, metrics = one_step(state, batch, keys, config)
         loss, grads = numpy_gradients(params, np.asarray(batch.images), np.asarray(batch.labels))
-        assert float(metrics.loss) == pytest.approx(loss, abs=1e-5)
+        assert float(metrics["loss"]) == pytest.approx(loss, abs=1e-5)
         for layer, leaves in params.items():
             for name in leaves:
                 leaves[name], memory[layer][name] = rule(
@@ -98,28 +120,56 @@ def test_two_steps_follow_the_rule_in_float64(config, small, optimizer, rate, ru
     assert moved.max() > 1e-3
 
 
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_a_schedule_falls_over_the_whole_training(name, config, small):
+    """Ten steps of SGD on one batch, each as far as the schedule says, whatever the epochs."""
+    config = dataclasses.replace(config, schedule=name, dropout=0.0)
+    keys, state = start(config)
+    batch = whole_batch(small.train, range(32))
+    factors = {"constant": lambda p: 1, "linear": lambda p: 1 - p}
+    factors["cosine"] = lambda p: (1 + np.cos(np.pi * p)) / 2
+    for step_number in range(10):
+        grads = numpy_gradients(leaves64(state.params), batch.images, batch.labels)[1]
+        moved, _ = one_step(state, batch, keys, config, n_steps=10)
+        for layer, name_ in (("hidden_0", "kernel"), ("output", "bias")):
+            wanted = -0.1 * factors[name](step_number / 10) * grads[layer][name_]
+            change = np.asarray(moved.params[layer][name_]) - state.params[layer][name_]
+            np.testing.assert_allclose(change, wanted, atol=2e-7)
+        state = moved
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.1), np.float64(0.1), 0.1, jnp.float32(0.1)])
+def test_any_number_is_a_learning_rate(rate, config, small):
+    keys, state = start(config)
+    batch = whole_batch(small.train, range(32))
+    moved, _ = train_step(state, batch, keys, rate, 10, config=config)
+    wanted, _ = train_step(state, batch, keys, jnp.float32(0.1), 10, config=config)
+    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_scan_epoch_equals_the_python_loop(config, small):
     keys, state = start(config)
     for epoch in range(2):
-        scanned, metrics = train_epoch(state, small.train, keys, epoch, config=config)
-        indices, real = step.epoch_order(keys.order, epoch, 300, config.batch_size)
+        scanned, metrics = one_epoch(state, small.train, keys, epoch, config)
+        indices, masks = step.epoch_order(keys.order, epoch, 300, config.batch_size)
         total = 0.0
-        for rows, mask in zip(indices, real, strict=True):
-            batch = step.Batch(small.train.images[rows], small.train.labels[rows], mask)
-            state, one = train_step(state, batch, keys.dropout, config=config)
-            total += float(one.loss) * float(mask.sum())
+        for rows, mask in zip(indices, masks, strict=True):
+            batch = Batch(small.train.images[rows], small.train.labels[rows], mask)
+            state, one = one_step(state, batch, keys, config)
+            total += float(one["loss"]) * float(mask.sum())
         for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(state), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-        assert float(metrics.loss) == pytest.approx(total / 300, rel=1e-5)
+        assert float(metrics["loss"]) == pytest.approx(total / 300, rel=1e-5)
         assert int(scanned.step) == (epoch + 1) * 10
 
 
 def test_an_epoch_holds_every_example_once():
-    indices, real = step.epoch_order(jax.random.key(0), 3, 60_000, 128)
+    indices, mask = step.epoch_order(jax.random.key(0), 3, 60_000, 128)
     assert indices.shape == (469, 128)
-    assert real[:-1].all()
-    assert int(real[-1].sum()) == 96
-    assert sorted(np.asarray(indices)[np.asarray(real) == 1]) == list(range(60_000))
+    assert mask[:-1].all()
+    assert int(mask[-1].sum()) == 96
+    assert sorted(np.asarray(indices)[np.asarray(mask) == 1]) == list(range(60_000))
     other, _ = step.epoch_order(jax.random.key(0), 4, 60_000, 128)
     assert not np.array_equal(indices, other)
 
@@ -128,11 +178,11 @@ def test_masked_last_batch_is_the_mean_over_its_96(config, small):
     config = dataclasses.replace(config, dropout=0.0)
     keys, state = start(config)
     padded = whole_batch(small.train, range(128))
-    padded = padded._replace(real=(jnp.arange(128) < 96).astype(jnp.float32))
+    padded = padded._replace(mask=(jnp.arange(128) < 96).astype(jnp.float32))
     alone = whole_batch(small.train, range(96))
-    masked, masked_loss = train_step(state, padded, keys.dropout, config=config)
-    wanted, wanted_loss = train_step(state, alone, keys.dropout, config=config)
-    assert float(masked_loss.loss) == pytest.approx(float(wanted_loss.loss), rel=1e-6)
+    masked, masked_loss = one_step(state, padded, keys, config)
+    wanted, wanted_loss = one_step(state, alone, keys, config)
+    assert float(masked_loss["loss"]) == pytest.approx(float(wanted_loss["loss"]), rel=1e-6)
     for a, b in zip(jax.tree.leaves(masked.params), jax.tree.leaves(wanted.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
@@ -140,26 +190,26 @@ def test_masked_last_batch_is_the_mean_over_its_96(config, small):
 def test_evaluate_counts_every_image(config, small, monkeypatch):
     _, state = start(config)
     monkeypatch.setattr(step, "EVAL_BATCH", 50)  # 130 images are two blocks and a rest of 30
-    result = evaluate(state.params, small.test, config=config)
+    metrics, predictions = evaluate(state.params, small.test, config=config)
     p = leaves64(state.params)
     h = small.test.images / 255.0
     for layer in ("hidden_0", "hidden_1"):
         h = np.maximum(h @ p[layer]["kernel"] + p[layer]["bias"], 0)
     logits = h @ p["output"]["kernel"] + p["output"]["bias"]
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(130), small.test.labels]
-    np.testing.assert_array_equal(result.predictions, logits.argmax(1))
-    assert result.predictions.dtype == jnp.uint8
-    assert result.correct.dtype == jnp.int32
-    assert int(result.correct) == (logits.argmax(1) == small.test.labels).sum()
-    assert float(result.loss) == pytest.approx(losses.mean(), rel=1e-5)
+    np.testing.assert_array_equal(predictions, logits.argmax(1))
+    assert predictions.dtype == jnp.uint8
+    assert metrics["correct"].dtype == jnp.int32
+    assert int(metrics["correct"]) == (logits.argmax(1) == small.test.labels).sum()
+    assert float(metrics["loss"]) == pytest.approx(losses.mean(), rel=1e-5)
 
 
 def test_streams_are_independent_and_move_alone():
-    all_0 = step.run_keys(jnp.array(stream_seeds(0), jnp.uint32))
+    all_0 = step.run_keys(jnp.array(make_run(0, 1.0).seeds, jnp.uint32))
     data = [tuple(np.asarray(jax.random.key_data(key))) for key in all_0]
     assert len(set(data)) == len(STREAMS)
     for i, stream in enumerate(STREAMS):
-        moved = step.run_keys(jnp.array(stream_seeds(5, stream), jnp.uint32))
+        moved = step.run_keys(jnp.array(make_run(5, 1.0, stream).seeds, jnp.uint32))
         same = [
             np.array_equal(jax.random.key_data(a), jax.random.key_data(b))
             for a, b in zip(all_0, moved, strict=True)
@@ -170,16 +220,16 @@ def test_streams_are_independent_and_move_alone():
 def test_dropout_draws_anew_each_step(config):
     config = dataclasses.replace(config, dropout=0.5, learning_rate=1e-30)
     keys, state = start(config)
-    batch = step.Batch(np.full((4, 784), 200, np.uint8), np.zeros(4, np.int32), jnp.ones(4))
+    batch = Batch(np.full((4, 784), 200, np.uint8), np.zeros(4, np.int32), jnp.ones(4))
     losses = []
     for _ in range(3):
-        state, metrics = train_step(state, batch, keys.dropout, config=config)
-        losses.append(float(metrics.loss))
+        state, metrics = one_step(state, batch, keys, config)
+        losses.append(float(metrics["loss"]))
     assert len(set(losses)) == 3
 
 
 def test_it_learns(config, small):
     keys, state = start(config)
     for epoch in range(15):
-        state, _ = train_epoch(state, small.train, keys, epoch, config=config)
-    assert int(evaluate(state.params, small.test, config=config).correct) > 120
+        state, _ = one_epoch(state, small.train, keys, epoch, config)
+    assert int(evaluate(state.params, small.test, config=config)[0]["correct"]) > 120

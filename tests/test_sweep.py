@@ -12,10 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mlp_jax import sweep, train
+from mlp_jax import experiment
+from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store
+from mlp_jax.sweep import accuracy_line
+from mlp_jax.sweep import main as sweep_main
+from mlp_jax.train import main as train_main
 from mlp_jax.training import fit as fit_module
-from mlp_jax.training.config import UserError
+from mlp_jax.training.config import Config
+from mlp_jax.training.run import make_run
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8"),
@@ -24,7 +29,7 @@ TINY = [
 
 
 def run(small_dir, *flags):
-    sweep.main([*TINY, "--data-dir", str(small_dir), "--quiet", *flags])
+    sweep_main([*TINY, "--data-dir", str(small_dir), "--quiet", *flags])
 
 
 def rows(directory):
@@ -36,7 +41,7 @@ def test_a_row_is_the_run_of_the_train_command(small_dir, here):
     run(small_dir, "--seeds", "0:3", "--out", "s")
     for row in rows("s"):
         out = f"t{row['seed']}"
-        train.main(
+        train_main(
             [
                 *TINY,
                 "--data-dir",
@@ -60,13 +65,13 @@ def test_chunks_order_and_stops_change_nothing(small_dir, here):
     run(small_dir, "--seeds", "0:5", "--chunk", "2", "--devices", "1", "--out", "pieces")
     assert rows("whole") == rows("pieces")
     assert [row["seed"] for row in rows("whole")] == [0, 1, 2, 3, 4]
-    assert len(store.chunk_paths(Path("whole"))) < len(store.chunk_paths(Path("pieces")))
+    assert len(store.row_files(Path("whole"))) < len(store.row_files(Path("pieces")))
 
 
 def test_a_finished_sweep_trains_nothing(small_dir, here, monkeypatch):
     run(small_dir, "--seeds", "0:2", "--out", "s")
     before = {path: path.read_bytes() for path in Path("s").rglob("*") if path.is_file()}
-    monkeypatch.setattr(fit_module, "fit", None)
+    monkeypatch.setattr(experiment, "fit", None)
     run(small_dir, "--seeds", "0:2", "--out", "s")
     assert before == {path: path.read_bytes() for path in Path("s").rglob("*") if path.is_file()}
 
@@ -92,15 +97,15 @@ def test_families_are_interleaved_and_move_one_stream(small_dir, here, small):
     losses = {(row["vary"], row["seed"]): row["test_loss"] for row in stored}
     assert len({losses[vary, 0] for vary in ("all", "init", "order", "dropout")}) == 1
     assert len(set(losses.values())) == 9
-    for path in store.chunk_paths(Path("s")):
+    for path in store.row_files(Path("s")):
         assert set(pq.read_table(path)["vary"].to_pylist()) == {"all", "init", "order", "dropout"}
 
 
 def test_a_grid_is_one_program(small_dir, here, small):
-    fit_module.compile_programs.cache_clear()
+    fit_module._compile.cache_clear()
     rates = ["0.03", "0.1", "0.3"]
     run(small_dir, "--seeds", "0:2", "--learning-rate", *rates, "--chunk", "4", "--out", "grid")
-    assert fit_module.compile_programs.cache_info().misses == 1
+    assert fit_module._compile.cache_info().misses == 1
     stored = rows("grid")
     assert sorted({row["learning_rate"] for row in stored}) == [0.03, 0.1, 0.3]
     run(small_dir, "--seeds", "0:2", "--learning-rate", "0.3", "--out", "alone")
@@ -114,7 +119,7 @@ def test_what_is_stored_reads_as_it_is(small_dir, here, small):
     assert predictions.shape == (3, 130)
     correct = (predictions == small.test.labels).sum(1)
     np.testing.assert_array_equal(correct, table["test_correct"].to_numpy())
-    (path,) = store.chunk_paths(Path("s"))
+    (path,) = store.row_files(Path("s"))
     about = json.loads(pq.read_schema(path).metadata[b"about"])["environment"]
     assert about["backend"] == "cpu"
     assert about["cores"] == os.cpu_count()
@@ -125,10 +130,9 @@ def test_what_is_stored_reads_as_it_is(small_dir, here, small):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--epochs 2", "s holds results of epochs 3, not 2; name another --out"),
-        ("--hidden 16", r"s holds results of hidden \[16, 8\], not \[16\]"),
-        ("--recipe short", "s holds results of recipe keras-sgd, not short"),
-        ("--learning-rate 0.1 0.2", r"learning rate \[0.1\], not \[0.1, 0.2\]"),
+        ("--epochs 2", "s has epochs=3; you asked for epochs=2"),
+        ("--hidden 16", r"s has hidden=\(16, 8\); you asked for hidden=\(16,\)"),
+        ("--recipe short", "s has recipe=keras-sgd; you asked for recipe=short"),
     ],
 )
 def test_another_config_is_refused(flags, message, small_dir, here):
@@ -145,11 +149,16 @@ def test_another_config_is_refused(flags, message, small_dir, here):
     [
         ("--seeds 5:5 --out s", "--seeds 5:5 names no seed"),
         ("--seeds 5-7 --out s", "--seeds takes first:end or a list"),
-        ("--seeds 0:4294967297 --out s", "a seed must lie in 0"),
+        ("--seeds 0:4294967297 --out s", "seeds must be in 0"),
         ("--seeds 0:4294967296 --out s", "at most 10,000,000 runs, not 4,294,967,296"),
         ("--vary al --out s", "invalid choice 'al'"),
         ("--learning-rate 0.1 -1 --out s", "learning rate must be positive"),
-        ("--learning-rate 0.1 0.1 --out s", "different"),
+        ("--learning-rate 0.1 0.1000000001 --out s", "values that differ in float32"),
+        ("--learning-rate --out s", "--learning-rate needs at least one value"),
+        ("--vary --out s", "--vary needs at least one value"),
+        ("--data-dir= --out s", "--data-dir"),
+        ("--shard 2/2 --out s", "--shard 2/2: shards are numbered from 0"),
+        ("--shard 1of2 --out s", "--shard takes I/N"),
         ("--devices 0 --out s", "--devices must be at least 1"),
         ("--devices 3 --out s", "--devices 3: there are 2"),
         ("--lanes two --out s", "^--lanes: no type matching {auto}.INT"),
@@ -157,7 +166,7 @@ def test_another_config_is_refused(flags, message, small_dir, here):
         ("--checkpoint-every -1 --out s", "--checkpoint-every must be at least 0"),
         ("--seed 0:3 --out s", "did you mean --seeds"),
         ("--seeds 0:3", "--out"),
-        ("--out full", "full is not empty, and holds no results"),
+        ("--out full", "full is not empty and has no results of mlp_jax"),
         ("--out full/mine.txt", "mine.txt is not a directory"),
     ],
 )
@@ -176,7 +185,7 @@ def test_killed_anywhere_and_rerun_gives_the_same_rows(small_dir, here):
     subprocess.run([*command, "whole"], check=True)
     rng = np.random.default_rng(0)
     process = subprocess.Popen([*command, "killed"])
-    while not store.chunk_paths(Path("killed")):
+    while not store.row_files(Path("killed")):
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.2))
@@ -203,11 +212,58 @@ def test_a_row_of_mnist_is_the_run_of_the_train_command(mnist, here):
             assert row[name] == epoch[name]
 
 
+def test_learning_rates_can_be_added(small_dir, here):
+    run(small_dir, "--seeds", "0:2", "--out", "s")
+    run(small_dir, "--seeds", "0:2", "--learning-rate", "0.1", "0.03", "--out", "s")
+    assert [row["learning_rate"] for row in rows("s")] == [0.03, 0.03, 0.1, 0.1]
+    assert len(store.row_files(Path("s"))) == 2
+
+
+def test_a_stop_is_heard_after_the_epoch_of_a_group(small_dir, here, small):
+    """Not after that of a whole chunk: the finished runs of the chunk are stored, and the rest
+    resumes."""
+    config = Config(hidden=(16, 8), batch_size=32, epochs=3, learning_rate=0.1)
+    wanted = [make_run(seed, 0.1) for seed in range(8)]
+    options = {"recipe": "custom", "chunk": 8, "devices": 2}
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) > 4  # after each epoch and group: in the second group's first epoch
+
+    with experiment.open_experiment(Path("s"), config, small, wanted, **options) as opened:
+        seen = [len(epoch.progress.runs) for epoch in opened.train(wanted, stop)]
+        assert len(opened.missing(wanted)) == 6
+    assert seen == [2] * 4
+    assert len(rows("s")) == 2
+    assert len(list(Path("s/checkpoints").glob("*.npz"))) == 1
+    with experiment.open_experiment(Path("s"), config, small, wanted, **options) as opened:
+        resumed = [epoch.progress.epoch for epoch in opened.train(wanted)]
+    assert resumed == [2, 3, 1, 2, 3, 1, 2, 3]
+    with experiment.open_experiment(Path("t"), config, small, wanted, **options) as opened:
+        list(opened.train(wanted))
+    assert rows("s") == rows("t")
+    assert not Path("s/checkpoints").exists()
+
+
+def test_seconds_are_those_that_passed(small_dir, here):
+    began = time.perf_counter()
+    run(small_dir, "--seeds", "0:6", "--devices", "1", "--out", "s")
+    passed = time.perf_counter() - began
+    seconds = store.read_runs(Path("s"))["seconds"].to_pylist()
+    assert len(set(seconds)) == 6
+    assert 0 < sum(seconds) < passed
+
+
 def test_progress_line():
-    done = {("all", 0.1, 0): 91, ("all", 0.1, 1): 93, ("all", 0.1, 2): 95, ("order", 0.1, 1): 9}
-    line = sweep.progress([("all", 0.1, 1), ("order", 0.1, 1), ("all", 0.1, 2)], done)
-    assert (
-        line == "all at 0.1: 3 runs, mean 93.0 right, SD 2.0; order at 0.1: 1 runs, mean 9.0 right"
+    def row(correct, loss=1.0):
+        return {"test_correct": correct, "test_loss": loss, "train_loss": 1.0}
+
+    finished = {make_run(seed, 0.1): row(right) for seed, right in enumerate((91, 93, 95))}
+    finished |= {make_run(1, 0.1, "order"): row(9), make_run(2, 0.1, "order"): row(10, np.nan)}
+    assert accuracy_line(finished, 100) == (
+        "all at 0.1: 3 runs, mean 93.000 %, SD 2.000 points;"
+        " order at 0.1: 2 runs, mean 9.000 %, 1 diverged"
     )
 
 
@@ -222,4 +278,4 @@ def test_progress_line():
     ],
 )
 def test_chunk_size(wanted, epochs, width, size):
-    assert sweep.chunk_size(wanted, epochs, width) == size
+    assert experiment.chunk_size(wanted, epochs, width) == size

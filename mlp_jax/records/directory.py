@@ -66,18 +66,15 @@ def check_out_dir(directory: Path) -> bool:
         return False
     try:
         _from_config(directory)
+        return True
     except FileNotFoundError:
-        if not _from_files(directory):
-            line = f"{directory} is not empty and has no results of mlp_jax: name another --out"
-            raise UserError(line) from None
+        refusal = f"{directory} is not empty and has no results of mlp_jax"
     except Damaged as damaged:
-        if not (_from_files(directory) or any(directory.glob(f"{LOCK}*"))):
-            raise UserError(
-                f"{damaged.path} is not mlp_jax's, or damaged ({damaged.reason}), and nothing else"
-                f" in {directory} shows that it is ours: name another --out"
-            ) from None
+        refusal = f"{damaged.path} is not mlp_jax's, or damaged ({damaged.reason})"
     except OSError as error:
         raise UserError(f"{directory / CONFIG} cannot be read: {error.strerror}") from None
+    if not (_from_files(directory) or any(directory.glob(f"{LOCK}*"))):
+        raise UserError(f"{refusal}: name another --out")
     return True
 
 
@@ -115,6 +112,9 @@ def clear(directory: Path) -> None:
         path.unlink()
     for name in (*SINGLE_RUN_FILES, CONFIG):  # config.json last: it shows whose the rest is
         (directory / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "weights", "runs"):
+        with contextlib.suppress(OSError):  # not there, or with files of others
+            (directory / name).rmdir()
 
 
 def _is_ours(path: Path) -> bool:

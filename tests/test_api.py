@@ -1,0 +1,110 @@
+"""The Python API: what README shows, weights that travel, and an import that costs nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlp_jax as mj
+from mlp_jax.records.checkpoint import weights_path
+from mlp_jax.sweep import main as sweep_main
+from mlp_jax.train import main as train_main
+
+TINY = [
+    *("--dataset", "kmnist", "--hidden", "16", "8", "--quiet"),
+    *("--batch-size", "32", "--epochs", "3", "--learning-rate", "0.1"),
+]
+CONFIG = mj.Config(hidden=(16, 8), batch_size=32, epochs=3, learning_rate=0.1)
+
+
+def test_the_import_loads_nothing():
+    code = "import sys, mlp_jax\nassert not {'jax', 'numpy', 'tyro'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_has_a_docstring():
+    for name in mj.__all__:
+        assert getattr(mj, name).__doc__
+    assert set(mj.__all__) <= set(dir(mj))
+    with pytest.raises(AttributeError, match="no attribute 'sweeep'"):
+        mj.sweeep  # noqa: B018
+
+
+def test_a_command_of_the_same_name_hides_no_function():
+    assert callable(sweep_main)  # the module mlp_jax.sweep is imported
+    assert mj.sweep.__module__ == "mlp_jax.experiment"
+
+
+def test_fit_prints_nothing_and_is_the_command(small_dir, here, capfd):
+    data = mj.load_dataset("kmnist", small_dir)
+    accuracy = [epoch.test_accuracy for epoch in mj.fit(CONFIG, data, seeds=range(2))]
+    assert np.shape(accuracy) == (3, 2)
+    assert capfd.readouterr() == ("", "")
+    train_main([*TINY, "--data-dir", str(small_dir), "--seed", "1", "--out", "a"])
+    assert mj.load_run("a").metrics["test_correct"] == round(accuracy[-1][1] * 130)
+
+
+def test_sweep_prints_nothing_resumes_and_is_the_command(small_dir, here, capfd):
+    data = mj.load_dataset("kmnist", small_dir)
+    mj.sweep(CONFIG, data, "s", seeds=[2, 0], recipe="keras-sgd")
+    table = mj.sweep(CONFIG, data, "s", seeds=range(3), vary=("all", "init"), recipe="keras-sgd")
+    assert capfd.readouterr() == ("", "")
+    assert table.select(["vary", "seed"]).to_pydict() == {
+        "vary": ["all"] * 3 + ["init"] * 3,
+        "seed": [0, 1, 2] * 2,
+    }
+    families = ["--seeds", "0:3", "--vary", "all", "init"]
+    sweep_main([*TINY, "--data-dir", str(small_dir), *families, "--out", "t"])
+    assert mj.read_runs("t").drop_columns("seconds") == table.drop_columns("seconds")
+
+
+def test_a_sweep_in_a_process_that_has_used_jax_says_what_that_costs(small_dir, here):
+    code = f"""
+import jax, logging
+jax.devices()
+import mlp_jax as mj
+data = mj.load_dataset("kmnist", {str(small_dir)!r})
+config = mj.Config(hidden=(8,), batch_size=32, epochs=1, learning_rate=0.1)
+print(len(mj.sweep(config, data, "s", seeds=range(2))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "2\n", done.stderr
+    if (cores := mj.training.parallel.n_cores()) > 1:
+        assert f"JAX already runs on 1 of {cores} cores" in done.stderr
+
+
+def test_weights_are_those_of_the_run(small_dir, here, small):
+    train_main([*TINY, "--data-dir", str(small_dir), "--out", "a"])
+    run = mj.load_run("a")
+    assert run.config == mj.training.arrays.for_dataset(CONFIG, small)
+    classes = mj.predict(run, small.test.images).argmax(axis=1)
+    assert (classes == small.test.labels).sum() == run.metrics["test_correct"]
+    stored = np.frombuffer(mj.read_runs("a")["predictions"][0].as_py(), np.uint8)
+    np.testing.assert_array_equal(classes, stored)
+
+
+def test_a_sweep_keeps_weights_if_asked(small_dir, here, small):
+    flags = [*TINY, "--data-dir", str(small_dir), "--seeds", "0:3", "--out", "s"]
+    sweep_main(flags)
+    with pytest.raises(mj.UserError, match="s has no weights of a finished run"):
+        mj.load_run("s")
+    sweep_main([*flags, "--seeds", "0:5", "--keep-weights"])
+    with pytest.raises(mj.UserError, match="s has weights of 2 runs: choose one by its seed"):
+        mj.load_run("s")
+    run = mj.load_run("s", seed=4)
+    assert (run.run.seed, run.run.vary) == (4, "all")
+    correct = (mj.predict(run, small.test.images).argmax(axis=1) == small.test.labels).sum()
+    assert correct == run.metrics["test_correct"]
+    assert correct == mj.read_runs("s")["test_correct"].to_pylist()[4]
+
+
+def test_damaged_weights_are_named_and_left_alone(small_dir, here):
+    train_main([*TINY, "--data-dir", str(small_dir), "--out", "a"])
+    path = weights_path(Path("a"), mj.load_run("a").run)
+    content = path.read_bytes()
+    path.write_bytes(content[:-40])
+    with pytest.raises(mj.UserError, match="is damaged"):
+        mj.load_run("a")
+    assert path.read_bytes() == content[:-40]

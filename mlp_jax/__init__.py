@@ -16,32 +16,11 @@ Names are imported when they are first used, so importing the package costs noth
 import importlib
 import sys
 import types
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mlp_jax.data.dataset import load_dataset
-    from mlp_jax.errors import UserError
-    from mlp_jax.experiment import sweep
-    from mlp_jax.records.checkpoint import load_run, predict
-    from mlp_jax.records.rows import read_runs
-    from mlp_jax.training.config import RECIPES, Config
-    from mlp_jax.training.fit import fit
-
-__all__ = [
-    "RECIPES",
-    "Config",
-    "UserError",
-    "fit",
-    "load_dataset",
-    "load_run",
-    "predict",
-    "read_runs",
-    "sweep",
-]
+from typing import Any
 
 _HOMES = {
-    "RECIPES": "training.config",
     "Config": "training.config",
+    "RECIPES": "training.config",
     "UserError": "errors",
     "fit": "training.fit",
     "load_dataset": "data.dataset",
@@ -50,6 +29,7 @@ _HOMES = {
     "read_runs": "records.rows",
     "sweep": "experiment",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

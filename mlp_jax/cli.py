@@ -63,7 +63,7 @@ def parse_args(default: Args, argv: Sequence[str] | None, **texts: str) -> Args:
         args = tyro.cli(type(default), args=argv, default=default, config=OFF, **texts)
     words = _words(argv)
     for flag, value in itertools.pairwise([*words, "-"]):
-        if value == "" or flag.startswith("--") and flag.endswith("="):
+        if value == "" or (flag.startswith("--") and flag.endswith("=")):
             raise UserError(f"{flag.rstrip('=')} has an empty value")
     return args
 

@@ -24,7 +24,7 @@ from mlp_jax.training.arrays import Dataset, for_dataset
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.fit import Progress, compile_programs, fit, run_bytes
 from mlp_jax.training.parallel import Placement, n_cores, place, use_cores
-from mlp_jax.training.run import Run, make_run
+from mlp_jax.training.run import Run, make_runs
 
 
 class Epoch(NamedTuple):
@@ -211,14 +211,6 @@ def sweep(
         for _ in experiment.train(runs):
             pass
     return rows.read_runs(directory)
-
-
-def make_runs(
-    seeds: Iterable[int], vary: Iterable[str], learning_rates: Iterable[float]
-) -> list[Run]:
-    """Seeds x families x learning rates, so that all families grow together."""
-    families = [(name, rate) for name in dict.fromkeys(vary) for rate in learning_rates]
-    return [make_run(seed, rate, name) for seed in seeds for name, rate in families]
 
 
 def recipe_name(config: Config, dataset: Dataset) -> str:

@@ -6,14 +6,15 @@ files they lie, and predictions are read as a stream: memory does not grow with 
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import tyro
 
-from mlp_jax.cli import parse_args, run_cli
+from mlp_jax import cli, files
 from mlp_jax.errors import UserError
-from mlp_jax.files import atomic_write, check_writable, make_directory, write_json
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import Metadata, check_same
@@ -34,11 +35,11 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     """Report on one sweep; raises UserError."""
     default = Args(directory=tyro.MISSING)
-    args = parse_args(default, argv, prog="python -m mlp_jax.report", description=DESCRIPTION)
+    args = cli.parse_args(default, argv, prog="python -m mlp_jax.report", description=DESCRIPTION)
     metadata, out = read_metadata(args.directory), args.out or args.directory
     if metadata.seed is not None:
         raise UserError(f"{args.directory} has a single run, which has no spread")
-    check_writable(out)
+    files.check_writable(out)
     paths = rows.checked_files(args.directory)
     processors = count_processors(paths, metadata)
 
@@ -55,12 +56,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     families = read_families(paths, dataset.test.labels, dataset.n_classes)
     summary = summarize(families, metadata.recipe, metadata.config, processors)
-    make_directory(out / "figures")
-    write_json(out / "summary.json", summary)
+    files.make_directory(out / "figures")
+    files.write_json(out / "summary.json", summary)
     saved = [out / "summary.json"]
     for name, figure in figures(families, summary, dataset.test.images):
         saved.append(out / "figures" / name)
-        with atomic_write(saved[-1]) as temporary:
+        with files.atomic_write(saved[-1]) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
     print(format_table(summary), "", *saved, sep="\n")
 
@@ -76,26 +77,18 @@ def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int
     return dict(counts)
 
 
-def read_families(paths: Sequence[Path], labels, n_classes: int) -> list:
+def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> list:
     """The families of a sweep; UserError for rows that cannot be true."""
-    from mlp_jax.analysis.summary import Block, Rows, make_families
+    from mlp_jax.analysis.summary import make_families
 
-    histories = [f"{name}_by_epoch" for name in ("test_correct", "test_loss", "train_loss")]
-    table = rows.read_table(paths, [*histories, "seconds"])
-    vary, rate, seed = (table[name].to_numpy() for name in rows.ROW_ID)
-    correct, *losses = (
-        table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-        for name in histories
-    )
-
-    def blocks() -> Iterator[Block]:
-        for batch in rows.read_batches(paths, ["predictions"]):
-            names = (batch[name].to_numpy(zero_copy_only=False) for name in rows.ROW_ID)
-            yield Block(*names, rows.predictions(batch["predictions"]))
-
-    finished = Rows(vary, rate, seed, table["seconds"].to_numpy(), correct, tuple(losses))
-    return make_families(finished, blocks, labels, n_classes)
+    names = ("test_correct", "test_loss", "train_loss")
+    table = rows.read_table(paths, [*(f"{name}_by_epoch" for name in names), "seconds"])
+    columns = (table[f"{name}_by_epoch"].combine_chunks().flatten().to_numpy() for name in names)
+    history = {n: c.reshape(len(table), -1) for n, c in zip(names, columns, strict=True)}
+    read_predictions = functools.partial(rows.read_predictions, paths)
+    finished = (rows.run_ids(table), history, table["seconds"].to_numpy())
+    return make_families(*finished, read_predictions, labels, n_classes)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    cli.run_cli(main)

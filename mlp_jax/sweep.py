@@ -1,7 +1,6 @@
 """`python -m mlp_jax.sweep`: many runs of one recipe, in a directory that can be resumed."""
 
 import dataclasses
-import itertools
 import math
 import re
 import statistics
@@ -11,20 +10,11 @@ from typing import Literal
 
 import tyro
 
-from mlp_jax.cli import (
-    StopSignals,
-    TrainingArgs,
-    check_at_least,
-    command_line,
-    parse_args,
-    parse_recipe,
-    parse_shard,
-    run_cli,
-)
+from mlp_jax import cli
 from mlp_jax.errors import UserError
 from mlp_jax.records import directory as directories
 from mlp_jax.training.config import RECIPES, Config
-from mlp_jax.training.run import Run, make_run
+from mlp_jax.training.run import Run, make_run, make_runs
 
 PROG = "python -m mlp_jax.sweep"
 MAX_RUNS = 10_000_000  # their list takes gigabytes
@@ -46,7 +36,7 @@ class Grid(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(TrainingArgs):
+class Args(cli.TrainingArgs):
     config: tyro.conf.OmitArgPrefixes[Grid]
     out: Path
     """Directory of the sweep: new, or one to resume or extend."""
@@ -70,16 +60,15 @@ class Args(TrainingArgs):
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing from --out; raises UserError."""
-    recipe = parse_recipe(argv)
-    config = RECIPES[recipe]
-    grid = Grid(**vars(config) | {"learning_rate": (config.learning_rate,)})
+    recipe = cli.parse_recipe(argv)
+    grid = Grid(**vars(RECIPES[recipe]) | {"learning_rate": (RECIPES[recipe].learning_rate,)})
     default = Args(config=grid, recipe=recipe, out=tyro.MISSING)
-    args = parse_args(default, argv, prog=PROG, description=DESCRIPTION)
-    index, count = parse_shard(args.shard)
-    wanted = wanted_runs(args)[index::count]  # interleaved, so that no family waits for another
-    check_at_least(args, {"devices": 1, "lanes": 1, "chunk": 1, "checkpoint_every": 0})
+    args = cli.parse_args(default, argv, prog=PROG, description=DESCRIPTION)
+    cli.check_at_least(args, {"devices": 1, "lanes": 1, "chunk": 1, "checkpoint_every": 0})
+    index, count = cli.parse_shard(args.shard)
+    runs = wanted_runs(args)[index::count]  # interleaved, so that all families grow together
     directories.check_out_dir(args.out)
-    if not wanted:  # more shards than runs
+    if not runs:  # more shards than runs
         return
 
     # these take a second, and bad flags are answered without them
@@ -92,32 +81,31 @@ def main(argv: list[str] | None = None) -> None:
     config = args.config.at(args.config.learning_rate[0])
     names = ("recipe", "devices", "lanes", "chunk", "checkpoint_every", "keep_weights")
     options = {name: getattr(args, name) for name in names} | {"shard": (index, count)}
-    opened = open_experiment(args.out, config, dataset, wanted, **options)
-    with opened as experiment, StopSignals() as stop:
-        bar = Bar(experiment, wanted, args.quiet)
-        for epoch in experiment.train(wanted, lambda: stop.requested):
+    opened = open_experiment(args.out, config, dataset, runs, **options)
+    with opened as experiment, cli.StopSignals() as stop:
+        bar = Bar(experiment, len(runs), len(experiment.missing(runs)), args.quiet)
+        for epoch in experiment.train(runs, lambda: stop.requested):
             bar.update(epoch)
         bar.close()
-        if missing := experiment.missing(wanted):
-            line = f"{len(wanted) - len(missing)} of {len(wanted)} runs finished, the epochs of the"
-            line += " others saved; resume with: "
-            stop.exit(line + command_line(PROG, argv))
+        if missing := len(experiment.missing(runs)):
+            counts = f"{len(runs) - missing} of {len(runs)} runs finished"
+            again = cli.command_line(PROG, argv)
+            stop.exit(f"{counts}, the epochs of the others saved; resume with: {again}")
 
 
 def wanted_runs(args: Args) -> list[Run]:
-    """Seeds x families x learning rates; UserError for values that name no run, or one twice."""
+    """The runs that the flags name; UserError if they name none, or one twice."""
     seeds, rates = parse_seeds(args.seeds), args.config.learning_rate
     for name, values in (("vary", args.vary), ("learning-rate", rates)):
         if not values:
             raise UserError(f"--{name} needs at least one value")
     for rate in rates:
         args.config.at(rate)
-    families = list(itertools.product(dict.fromkeys(args.vary), rates))
-    if (n_runs := len(seeds) * len(families)) > MAX_RUNS:
+    if (n_runs := len(seeds) * len(set(args.vary)) * len(rates)) > MAX_RUNS:
         raise UserError(f"a sweep has at most {MAX_RUNS:,} runs, not {n_runs:,}")
     if len({make_run(0, rate) for rate in rates}) < len(rates):
         raise UserError("--learning-rate takes values that differ in float32")
-    return [make_run(seed, rate, vary) for seed in seeds for vary, rate in families]
+    return make_runs(seeds, args.vary, rates)
 
 
 def parse_seeds(text: str) -> Sequence[int]:
@@ -139,33 +127,28 @@ def parse_seeds(text: str) -> Sequence[int]:
 class Bar:
     """A progress bar: finished runs, runs an hour, the time left; and a line for each file."""
 
-    def __init__(self, experiment, wanted: Sequence[Run], quiet: bool):
+    def __init__(self, experiment, n_runs: int, n_missing: int, quiet: bool):
         from tqdm import tqdm
 
-        self._experiment, self._wanted = experiment, wanted
-        self._stored = len(experiment.finished)
-        self._trained, self._seconds = 0, 0.0  # epochs of runs, and the time that they took
-        epochs = len(experiment.missing(wanted)) * experiment.metadata.config.epochs
+        self._experiment, self._n_runs, self._seconds = experiment, n_runs, 0.0
+        self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.epochs
         shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
-        self._bar = tqdm(total=epochs, bar_format=shape, disable=quiet)
+        self._bar = tqdm(total=n_missing * self._epochs, bar_format=shape, disable=quiet)
 
     def update(self, epoch) -> None:
         self._write_stored()
-        runs, epochs = len(epoch.progress.runs), self._experiment.metadata.config.epochs
-        self._trained += runs
         self._seconds += epoch.seconds[-1]
-        finished = len(self._wanted) - (self._bar.total - self._trained) // epochs
-        rate = self._trained / epochs / self._seconds * 3600
-        text = f"{finished} of {len(self._wanted)} runs, {rate:.0f} runs an hour"
+        trained = self._bar.n + len(epoch.progress.runs)
+        finished = self._n_runs - (self._bar.total - trained) // self._epochs
+        rate = trained / self._epochs / self._seconds * 3600
+        text = f"{finished} of {self._n_runs} runs, {rate:.0f} runs an hour"
         self._bar.set_description_str(text, refresh=False)
-        self._bar.update(runs)
+        self._bar.update(len(epoch.progress.runs))
 
     def _write_stored(self) -> None:
-        if len(self._experiment.finished) > self._stored:
-            self._stored = len(self._experiment.finished)
-            if not self._bar.disable:
-                n_test = len(self._experiment.dataset.test.labels)
-                self._bar.write(accuracy_line(self._experiment.finished, n_test))
+        if len(self._experiment.finished) > self._stored and not self._bar.disable:
+            self._stored, n_test = len(self._experiment.finished), self._experiment.dataset.test
+            self._bar.write(accuracy_line(self._experiment.finished, len(n_test.labels)))
 
     def close(self) -> None:
         self._write_stored()
@@ -178,22 +161,16 @@ def accuracy_line(finished: dict[Run, dict], n_test: int) -> str:
     for run, row in finished.items():
         families.setdefault((run.vary, run.learning_rate), []).append(row)
     texts = []
-    for (vary, rate), family in families.items():
-        scores = [100 * row["test_correct"] / n_test for row in family if is_finite(row)]
-        text = f"{vary} at {rate:g}: {len(family)} runs"
-        if scores:
-            text += f", mean {statistics.mean(scores):.3f} %"
-        if len(scores) > 1:
-            text += f", SD {statistics.stdev(scores):.3f} points"
-        if diverged := len(family) - len(scores):
-            text += f", {diverged} diverged"
+    for (vary, rate), rows in families.items():
+        kept = [row for row in rows if math.isfinite(row["train_loss"] + row["test_loss"])]
+        scores = [100 * row["test_correct"] / n_test for row in kept]
+        text = f"{vary} at {rate:g}: {len(rows)} runs"
+        text += f", mean {statistics.mean(scores):.3f} %" if scores else ""
+        text += f", SD {statistics.stdev(scores):.3f} points" if len(scores) > 1 else ""
+        text += f", {len(rows) - len(kept)} diverged" if len(kept) < len(rows) else ""
         texts.append(text)
     return "; ".join(texts)
 
 
-def is_finite(row: dict) -> bool:
-    return math.isfinite(row["train_loss"]) and math.isfinite(row["test_loss"])
-
-
 if __name__ == "__main__":
-    run_cli(main)
+    cli.run_cli(main)

@@ -7,17 +7,8 @@ import math
 import statistics
 from pathlib import Path
 
-from mlp_jax.cli import (
-    StopSignals,
-    TrainingArgs,
-    check_at_least,
-    command_line,
-    parse_args,
-    parse_recipe,
-    run_cli,
-)
+from mlp_jax import cli, files
 from mlp_jax.errors import Diverged, UserError
-from mlp_jax.files import locked, write_json, write_text
 from mlp_jax.records import directory as directories
 from mlp_jax.training.arrays import for_dataset
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
@@ -28,7 +19,7 @@ DESCRIPTION = "Train an MLP on MNIST, or on another TFDS data set of 28x28x1 ima
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(TrainingArgs):
+class Args(cli.TrainingArgs):
     seed: int = 0
     """Decides the initial weights, the order of the examples and the dropout."""
     out: Path | None = None
@@ -41,9 +32,9 @@ class Args(TrainingArgs):
 
 def main(argv: list[str] | None = None) -> None:
     """Train one run; raises UserError, or Diverged at a loss that is not finite."""
-    recipe = parse_recipe(argv)
+    recipe = cli.parse_recipe(argv)
     default = Args(config=RECIPES[recipe], recipe=recipe)
-    args = parse_args(default, argv, prog=PROG, description=DESCRIPTION)
+    args = cli.parse_args(default, argv, prog=PROG, description=DESCRIPTION)
     check_args(args)
     run = make_run(args.seed, args.config.learning_rate)
 
@@ -55,70 +46,70 @@ def main(argv: list[str] | None = None) -> None:
     config = for_dataset(args.config, dataset)
     out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
     if args.overwrite:
-        with locked(out):
-            directories.clear(out)
+        directories.clear(out)
     options = {"recipe": args.recipe, "seed": args.seed, "devices": 1, "lanes": 1}
     options |= {"checkpoint_every": args.checkpoint_every, "keep_weights": True}
     opened = open_experiment(out, config, dataset, [run], **options)
-    with opened as experiment, StopSignals() as stop:
+    with opened as experiment, cli.StopSignals() as stop:
         say = (lambda *_: None) if args.quiet else functools.partial(print, flush=True)
         say(header(experiment))
         for epoch in experiment.train([run], lambda: stop.requested):
             lines = metrics_by_epoch(epoch)
-            write_text(out / "metrics.jsonl", "".join(map(json_line, lines)))
+            files.write_text(out / "metrics.jsonl", "".join(map(json_line, lines)))
             say(table_line(lines, config.epochs))
             check_finite(lines[-1], out)
         if run not in experiment.finished:
             more = () if args.out else ("--out", str(out))
-            again = command_line(PROG, argv, *more, *(() if args.resume else ("--resume",)))
+            again = cli.command_line(PROG, argv, *more, *(() if args.resume else ("--resume",)))
             stop.exit(f"{len(lines)} of {config.epochs} epochs saved; resume with: {again}")
         summary = summarize(experiment, run)
         if experiment.compile_seconds or not (out / "summary.json").exists():
-            write_json(out / "summary.json", summary)
+            files.write_json(out / "summary.json", summary)
     say()
     print(verdict(args.recipe, config, summary))
 
 
 def check_args(args: Args) -> None:
-    """UserError for flags that cannot go together, or not with what --out holds."""
-    check_at_least(args, {"checkpoint_every": 0})
+    """UserError for flags that cannot go together, or not with what --out has."""
+    cli.check_at_least(args, {"checkpoint_every": 0})
     if args.resume and (args.overwrite or not args.out):
         raise UserError("--resume needs --out, and no --overwrite")
-    if not args.out or not directories.check_out_dir(args.out):
-        return
-    stored = directories.stored_metadata(args.out)
-    if stored and stored.seed is None:
-        raise UserError(f"{args.out} has a sweep: name another --out")
-    if not (args.resume or args.overwrite):
-        raise UserError(f"{args.out} has results: add --resume or --overwrite, or name another")
+    if args.out and directories.check_out_dir(args.out):
+        stored = directories.stored_metadata(args.out)
+        if stored and stored.seed is None:
+            raise UserError(f"{args.out} has a sweep: name another --out")
+        if not (args.resume or args.overwrite):
+            raise UserError(f"{args.out} has results: add --resume or --overwrite, or name another")
 
 
 def header(experiment) -> str:
-    """The network, the data and where they train, above the table of epochs."""
+    """The network, the data and where they train, above the columns of `table_line`."""
     from mlp_jax.training.fit import state_shapes
     from mlp_jax.training.model import parameter_table
 
     config, dataset = experiment.metadata.config, experiment.dataset
+    table = parameter_table(config, state_shapes(config).params)
     n_train, n_test = (len(split.labels) for split in (dataset.train, dataset.test))
+    device, columns = (
+        experiment.placement.devices[0].device_kind,
+        "".join(
+            f"{name:>14}"
+            for name in ("epoch", "train loss", "test loss", "test accuracy", "seconds", "left")
+        ),
+    )
     return (
-        f"{parameter_table(config, state_shapes(config).params)}\n\n"
-        f"{config.dataset}: {n_train:,} training and {n_test:,} test images; training on"
-        f" {experiment.placement.devices[0].device_kind}, results in {experiment.directory}\n\n"
-        + " ".join(f"{name:>13}" for name in COLUMNS)
+        f"{table}\n\n{config.dataset}: {n_train:,} training and {n_test:,} test images; training on"
+        f" {device}, results in {experiment.directory}\n\n{columns}"
     )
 
 
 def metrics_by_epoch(epoch) -> list[dict]:
-    """An object for each epoch so far, as metrics.jsonl has them."""
-    progress, seconds = epoch
-    n_test = progress.predictions.shape[1]
-    lines = []
-    for i in range(progress.epoch):
-        metrics = {name: values[0, i].item() for name, values in progress.history.items()}
-        line = {"epoch": i + 1} | metrics
-        lines.append(
-            line | {"test_accuracy": metrics["test_correct"] / n_test, "seconds": seconds[i]}
-        )
+    """The object of each epoch so far in metrics.jsonl."""
+    n_test, lines = epoch.progress.predictions.shape[1], []
+    for i, seconds in enumerate(epoch.seconds):
+        metrics = {name: by_run[0, i].item() for name, by_run in epoch.progress.history.items()}
+        timed = {"test_accuracy": metrics["test_correct"] / n_test, "seconds": seconds}
+        lines.append({"epoch": i + 1} | metrics | timed)
     return lines
 
 
@@ -128,22 +119,15 @@ def json_line(metrics: dict) -> str:
     return json.dumps(finite) + "\n"
 
 
-COLUMNS = ("epoch", "train loss", "test loss", "test accuracy", "seconds", "left")
-
-
 def table_line(lines: list[dict], epochs: int) -> str:
-    """The last epoch under COLUMNS; the time left is that of median epochs."""
+    """The last epoch, as it is printed; the time left is that of median epochs."""
     last = lines[-1]
     left = (epochs - last["epoch"]) * statistics.median(line["seconds"] for line in lines)
-    cells = (
-        f"{last['epoch']} / {epochs}",
-        f"{last['train_loss']:.4f}",
-        f"{last['test_loss']:.4f}",
-        f"{last['test_accuracy']:.2%}",
-        f"{last['seconds']:.2f}",
-        f"{int(left) // 60}:{int(left) % 60:02d}",
+    return (
+        f"{last['epoch']:>10} / {epochs}{last['train_loss']:14.4f}{last['test_loss']:14.4f}"
+        f"{last['test_accuracy']:14.2%}{last['seconds']:14.2f}"
+        f"{int(left) // 60:>11}:{int(left) % 60:02d}"
     )
-    return " ".join(f"{cell:>13}" for cell in cells)
 
 
 def check_finite(line: dict, out: Path) -> None:
@@ -189,4 +173,4 @@ def verdict(recipe: str, config: Config, summary: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    cli.run_cli(main)

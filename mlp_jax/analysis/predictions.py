@@ -66,31 +66,19 @@ class Disagreement(NamedTuple):
     calibration_error: float
 
 
-class PredictionCounter:
-    """Counts blocks of predictions, integers [r, n] of any r each, as they come."""
+def count_block(block: ArrayLike, labels: NDArray, classes: NDArray[np.int64]) -> NDArray:
+    """Add predictions [r, n] to `classes`, n_ic [n, k], in place.
 
-    def __init__(self, labels: ArrayLike, n_classes: int):
-        self._labels = np.asarray(labels).astype(np.int64)
-        self._classes = np.zeros((self._labels.size, n_classes), np.int64)
-        self._correct = [np.zeros((2, 0), np.int64)]
-
-    def add(self, block: ArrayLike) -> None:
-        for part in _parts(block):
-            for c in range(self._classes.shape[1]):
-                # A uint8 sum over at most 255 rows cannot wrap, and is 9 times as fast as bincount.
-                counts = (part == c).view(np.uint8).sum(axis=0, dtype=np.uint8)
-                self._classes[:, c] += counts
-            right = part == self._labels
-            halves = (right[:, ::2], right[:, 1::2])
-            self._correct.append([np.count_nonzero(half, axis=1) for half in halves])
-
-    def counts(self) -> PredictionCounts:
-        """Of all blocks so far; ValueError for a prediction that is no class."""
-        correct = np.concatenate(self._correct, axis=1)
-        counts = PredictionCounts(self._labels, self._classes, *correct)
-        if self._classes.sum() != counts.runs * self._labels.size:
-            raise ValueError(f"a prediction is not in 0..{self._classes.shape[1] - 1}")
-        return counts
+    Returns the images that each run gets right among those of even and of odd index, [2, r].
+    """
+    correct = [np.zeros((2, 0), np.int64)]
+    for part in _parts(block):
+        for c in range(classes.shape[1]):
+            # A uint8 sum over at most 255 rows cannot wrap, and is 9 times as fast as bincount.
+            classes[:, c] += (part == c).view(np.uint8).sum(axis=0, dtype=np.uint8)
+        right = part == labels
+        correct.append([np.count_nonzero(half, axis=1) for half in (right[:, ::2], right[:, 1::2])])
+    return np.concatenate(correct, axis=1)
 
 
 def _parts(block: ArrayLike) -> list[NDArray[np.integer]]:
@@ -101,11 +89,14 @@ def _parts(block: ArrayLike) -> list[NDArray[np.integer]]:
 def count_predictions(
     blocks: Iterable[ArrayLike], labels: ArrayLike, *, n_classes: int = 10
 ) -> PredictionCounts:
-    """The counts of `PredictionCounter` of all blocks."""
-    counter = PredictionCounter(labels, n_classes)
-    for block in blocks:
-        counter.add(block)
-    return counter.counts()
+    """Counts of blocks of predictions, integers [r, n] of any r each; ValueError for no class."""
+    labels = np.asarray(labels).astype(np.int64)
+    classes = np.zeros((labels.size, n_classes), np.int64)
+    correct = [count_block(block, labels, classes) for block in blocks]
+    counts = PredictionCounts(labels, classes, *np.concatenate(correct, axis=1))
+    if classes.sum() != counts.runs * labels.size:
+        raise ValueError(f"a prediction is not in 0..{n_classes - 1}")
+    return counts
 
 
 def error_overlaps(block: ArrayLike, counts: PredictionCounts) -> NDArray[np.int64]:

@@ -14,25 +14,7 @@ from mlp_jax.errors import UserError
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
 from mlp_jax.training.run import STREAMS
 
-
-class Rows(NamedTuple):
-    """Finished runs as arrays: `vary`, `rate` and `seed` [R], and by epoch [R, epochs]."""
-
-    vary: np.ndarray
-    rate: np.ndarray
-    seed: np.ndarray
-    seconds: np.ndarray
-    correct: np.ndarray  # int32
-    losses: tuple[np.ndarray, ...]
-
-
-class Block(NamedTuple):
-    """The predictions of some runs, uint8 [r, n], and which they are."""
-
-    vary: np.ndarray
-    rate: np.ndarray
-    seed: np.ndarray
-    predictions: np.ndarray
+RunId = tuple[str, float, int]  # vary, learning rate, seed
 
 
 class Family(NamedTuple):
@@ -55,51 +37,53 @@ class Family(NamedTuple):
 
 
 def make_families(
-    rows: Rows, blocks: Callable[[], Iterable[Block]], labels: np.ndarray, n_classes: int
+    runs: list[RunId],
+    history: dict[str, np.ndarray],
+    seconds: np.ndarray,
+    read_predictions: Callable[[], Iterable[tuple[list[RunId], np.ndarray]]],
+    labels: np.ndarray,
+    n_classes: int,
 ) -> list[Family]:
-    """All families, "all" first; `blocks()` reads the predictions, and is called twice.
+    """All families, "all" first, of sorted runs, their metrics [R, epochs] and seconds [R].
 
+    `read_predictions()` yields some runs and their predictions, uint8 [r, n]; it is called twice.
     UserError for a run that is there twice, or whose predictions do not give its accuracy.
     """
-    runs = list(zip(rows.vary, rows.rate.tolist(), rows.seed.tolist(), strict=True))
     if len(set(runs)) < len(runs):
         raise UserError("a run is stored twice: remove one of its files")
-    finite = np.isfinite(rows.losses).all(axis=(0, 2))
-    kept = {run for run, is_finite in zip(runs, finite, strict=True) if is_finite}
+    finite = np.isfinite([history["train_loss"], history["test_loss"]]).all(axis=(0, 2))
+    position = {run: i for i, run in enumerate(runs)}
     known = ("all", *STREAMS)
     names = sorted({run[:2] for run in runs}, key=lambda n: ([*known, n[0]].index(n[0]), *n))
-    counters = {name: predictions.PredictionCounter(labels, n_classes) for name in names}
-    seeds: dict[tuple, list] = {name: [] for name in names}
-    for name, some_seeds, block in _by_family(blocks(), kept):
-        counters[name].add(block)
-        seeds[name] += some_seeds
-    counts = {name: counter.counts() for name, counter in counters.items()}
-    overlaps: dict[tuple, list] = {name: [np.zeros(0, np.int64)] for name in names}
-    for name, _, block in _by_family(blocks(), kept):
-        overlaps[name].append(predictions.error_overlaps(block, counts[name]))
+
+    def blocks():
+        for ids, block in read_predictions():
+            at = np.array([position[run] for run in ids])
+            for name in dict.fromkeys(run[:2] for run in ids):
+                here = finite[at] & [run[:2] == name for run in ids]
+                yield name, at[here], block[here]
+
+    labels = labels.astype(np.int64)
+    classes = {name: np.zeros((len(labels), n_classes), np.int64) for name in names}
+    halves, overlaps = np.zeros((2, len(runs)), np.int64), np.zeros(len(runs), np.int64)
+    for name, at, block in blocks():
+        halves[:, at] = predictions.count_block(block, labels, classes[name])
+    if not np.array_equal(halves.sum(axis=0)[finite], history["test_correct"][finite, -1]):
+        raise UserError("some predictions do not give their row's test_correct")
+    family_of = {name: np.array([run[:2] == name for run in runs]) for name in names}
+    counts = {
+        name: PredictionCounts(labels, classes[name], *halves[:, mine & finite])
+        for name, mine in family_of.items()
+    }
+    for name, at, block in blocks():
+        overlaps[at] = predictions.error_overlaps(block, counts[name])
+    seeds = np.array([seed for *_, seed in runs])
     families = []
-    for name in names:
-        here = (rows.vary == name[0]) & (rows.rate == name[1])
-        mine = here & finite
-        order = np.argsort(seeds[name])  # the rows are sorted already
-        even, odd = counts[name].correct_even[order], counts[name].correct_odd[order]
-        sorted_counts = counts[name]._replace(correct_even=even, correct_odd=odd)
-        if not np.array_equal(sorted_counts.correct, rows.correct[mine, -1]):
-            raise UserError("some predictions do not give their row's test_correct")
-        diverged = rows.seed[here & ~finite].tolist()
-        per_run = (rows.seed[mine], rows.correct[mine], rows.seconds[mine], diverged)
-        shared = np.concatenate(overlaps[name])[order]
-        families.append(Family(*name, *per_run, sorted_counts, shared))
+    for name, mine in family_of.items():
+        kept, diverged = mine & finite, seeds[mine & ~finite].tolist()
+        per_run = (seeds[kept], history["test_correct"][kept], seconds[kept], diverged)
+        families.append(Family(*name, *per_run, counts[name], overlaps[kept]))
     return families
-
-
-def _by_family(blocks: Iterable[Block], kept: set[tuple]):
-    """(vary, rate), seeds and predictions of the runs of a block that are in `kept`."""
-    for block in blocks:
-        runs = list(zip(block.vary, block.rate.tolist(), block.seed.tolist(), strict=True))
-        for name in dict.fromkeys(run[:2] for run in runs):
-            here = [i for i, run in enumerate(runs) if run[:2] == name and run in kept]
-            yield name, [runs[i][2] for i in here], block.predictions[here]
 
 
 def summarize(

@@ -192,6 +192,17 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
     return finished
 
 
+def run_ids(table) -> list[tuple[str, float, int]]:
+    """ROW_ID of each row of a table or batch."""
+    return list(zip(*(table[name].to_pylist() for name in ROW_ID), strict=True))
+
+
+def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[list[tuple], np.ndarray]]:
+    """`run_ids` of some runs and their predictions, uint8 [runs, images], until all are read."""
+    for batch in read_batches(paths, ["predictions"]):
+        yield run_ids(batch), predictions(batch["predictions"])
+
+
 def predictions(column) -> np.ndarray:
     """uint8 [runs, images] of a Parquet column of predictions."""
     return np.stack([np.frombuffer(row.as_buffer(), np.uint8) for row in column])

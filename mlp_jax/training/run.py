@@ -3,6 +3,7 @@
 Imports no jax. A new stream is appended to Streams, so the keys of the others stay as they are.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,3 +50,11 @@ def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
     check_learning_rate(learning_rate)
     seeds = Streams(*(seed if vary in ("all", name) else HELD_SEED for name in STREAMS))
     return Run(seeds, float(str(np.float32(learning_rate))), vary)
+
+
+def make_runs(
+    seeds: Iterable[int], vary: Iterable[str], learning_rates: Iterable[float]
+) -> list[Run]:
+    """Seeds x families x learning rates, so that all families grow together."""
+    families = [(name, rate) for name in dict.fromkeys(vary) for rate in learning_rates]
+    return [make_run(seed, rate, name) for seed in seeds for name, rate in families]

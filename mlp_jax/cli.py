@@ -38,6 +38,8 @@ class TrainingArgs:
     """Directory of the four IDX files, to use them in place of a download."""
     checkpoint_every: int = 10
     """Epochs between checkpoints; 0: save only when stopped."""
+    allow_mixed: bool = False
+    """Continue although the code, a version or the numerics changed; the new rows are marked."""
     quiet: bool = False
     """Print only the result, and errors."""
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter as clock
 from typing import Literal, NamedTuple
@@ -22,7 +23,7 @@ from mlp_jax.records.checkpoint import load_checkpoint, save_checkpoint, save_we
 from mlp_jax.records.provenance import Metadata, run_metadata
 from mlp_jax.training.arrays import Dataset, for_dataset
 from mlp_jax.training.config import RECIPES, Config
-from mlp_jax.training.fit import Progress, compile_programs, fit, run_bytes
+from mlp_jax.training.fit import Progress, compile_programs, fit, program_text, run_bytes
 from mlp_jax.training.parallel import Placement, n_cores, place, use_cores
 from mlp_jax.training.run import Run, make_runs
 
@@ -61,9 +62,13 @@ class Experiment:
         missing = self.missing(runs)
         if not missing:
             return
-        start = clock()
-        sizes = (len(split.labels) for split in (self.dataset.train, self.dataset.test))
-        compile_programs(self.metadata.config, self.placement, *sizes)
+        start, sizes = clock(), _sizes(self.dataset)
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            compiling = beside.submit(
+                compile_programs, self.metadata.config, self.placement, *sizes
+            )
+            self.metadata = with_program(self.metadata, self.dataset)  # while XLA compiles
+            compiling.result()
         self.compile_seconds = clock() - start
         for chunk in _split(missing, self.chunk):
             yield from self._train_chunk(chunk, stop)
@@ -147,6 +152,7 @@ def open_experiment(
     chunk: Literal["auto"] | int = "auto",
     checkpoint_every: int = 10,
     keep_weights: bool = False,
+    allow_mixed: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Experiment]:
     """Hold `directory`, new or with runs of the same kind, to train `runs` in it.
@@ -156,11 +162,21 @@ def open_experiment(
     """
     config = for_dataset(config, dataset)
     placement = place(len(runs), run_bytes(config), devices=devices, lanes=lanes)
-    metadata = run_metadata(recipe, config, dataset.fingerprint, placement.devices, seed)
+    metadata = run_metadata(
+        recipe,
+        config,
+        dataset.fingerprint,
+        placement.devices,
+        seed,
+        images=dataset.image_fingerprint,
+        lanes=placement.lanes,
+    )._replace(mixed=allow_mixed)
     train, test = jax.device_put((dataset.train, dataset.test), placement.replicated)
     directories.check_out_dir(directory)
     with files.locked(directory, *shard):
         directories.claim(directory, metadata)
+        if rows.row_files(directory):
+            metadata = with_program(metadata, dataset)
         files.make_directory(directory / "runs")
         yield Experiment(
             directory,
@@ -172,6 +188,18 @@ def open_experiment(
             keep_weights,
             rows.finished_runs(directory, metadata),
         )
+
+
+def with_program(metadata: Metadata, dataset: Dataset) -> Metadata:
+    """`metadata` with the fingerprint of the training code, which takes half a second."""
+    if metadata.program:
+        return metadata
+    text = program_text(metadata.config, *_sizes(dataset))
+    return metadata._replace(program=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _sizes(dataset: Dataset) -> tuple[int, int]:
+    return len(dataset.train.labels), len(dataset.test.labels)
 
 
 def chunk_size(chunk: Literal["auto"] | int, epochs: int, width: int) -> int:

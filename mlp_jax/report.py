@@ -46,15 +46,14 @@ def main(argv: list[str] | None = None) -> None:
     # --help does without
     from mlp_jax.analysis.figures import figures
     from mlp_jax.analysis.summary import format_table, summarize
-    from mlp_jax.data.dataset import load_dataset
+    from mlp_jax.data.dataset import check_dataset, load_dataset
 
     dataset = load_dataset(metadata.config.dataset, args.data_dir, quiet=False)
-    if dataset.fingerprint != metadata.fingerprint:
-        raise UserError(
-            f"{args.directory} was trained on other images than {dataset.name} has here (SHA-256"
-            f" {metadata.fingerprint[:12]}..., not {dataset.fingerprint[:12]}...)"
-        )
-    families = read_families(paths, dataset.test.labels, dataset.n_classes)
+    check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
+    try:
+        families = read_families(paths, dataset.test.labels, dataset.n_classes)
+    except UserError as error:
+        raise UserError(f"{args.directory}: {error}") from None
     summary = summarize(families, metadata.recipe, metadata.config, processors)
     files.make_directory(out / "figures")
     files.write_json(out / "summary.json", summary)
@@ -73,6 +72,8 @@ def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int
         stored = rows.read_metadata(path)
         check_same(path, stored, metadata)
         name = "{processor}, {cores} cores, {device_kind}".format(**stored.environment)
+        if stored.mixed:
+            name += " (--allow-mixed)"
         counts[name] += rows.count_rows(path)
     return dict(counts)
 

@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
     config = args.config.at(args.config.learning_rate[0])
     names = ("recipe", "devices", "lanes", "chunk", "checkpoint_every", "keep_weights")
+    names += ("allow_mixed",)
     options = {name: getattr(args, name) for name in names} | {"shard": (index, count)}
     opened = open_experiment(args.out, config, dataset, runs, **options)
     with opened as experiment, cli.StopSignals() as stop:

@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.overwrite:
         directories.clear(out)
     options = {"recipe": args.recipe, "seed": args.seed, "devices": 1, "lanes": 1}
-    options |= {"checkpoint_every": args.checkpoint_every, "keep_weights": True}
-    opened = open_experiment(out, config, dataset, [run], **options)
+    options |= {"checkpoint_every": args.checkpoint_every, "allow_mixed": args.allow_mixed}
+    opened = open_experiment(out, config, dataset, [run], keep_weights=True, **options)
     with opened as experiment, cli.StopSignals() as stop:
         say = (lambda *_: None) if args.quiet else functools.partial(print, flush=True)
         say(header(experiment))

@@ -1,8 +1,6 @@
 """Every test runs on two CPU devices and raises on rank promotion; pyproject.toml makes warnings
 errors."""
 
-import hashlib
-
 import jax
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from mlp_jax.data import dataset as datasets  # noqa: E402
-from mlp_jax.training.arrays import Dataset, Split  # noqa: E402
+from mlp_jax.training.arrays import Dataset, Split, make_dataset  # noqa: E402
 from mlp_jax.training.config import Config  # noqa: E402
 
 
@@ -27,9 +25,7 @@ def make_split(seed: int, n: int) -> Split:
 @pytest.fixture(scope="session")
 def small() -> Dataset:
     """300 training images, not a multiple of any batch size in use, and 130 test images."""
-    train = make_split(0, 300)
-    fingerprint = hashlib.sha256(train.images).hexdigest()
-    return Dataset("kmnist", train, make_split(1, 130), 4, fingerprint)
+    return make_dataset("kmnist", make_split(0, 300), make_split(1, 130), 4)
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,8 @@ def make_families(
     """All families, "all" first, of sorted runs, their metrics [R, epochs] and seconds [R].
 
     `read_predictions()` yields some runs and their predictions, uint8 [r, n]; it is called twice.
-    UserError for a run that is there twice, or whose predictions do not give its accuracy.
+    UserError for a run that is there twice, or whose predictions cannot be or do not give its
+    accuracy.
     """
     if len(set(runs)) < len(runs):
         raise UserError("a run is stored twice: remove one of its files")
@@ -75,6 +76,8 @@ def make_families(
         name: PredictionCounts(labels, classes[name], *halves[:, mine & finite])
         for name, mine in family_of.items()
     }
+    if any((each.classes.sum(axis=1) != each.runs).any() for each in counts.values()):
+        raise UserError(f"a prediction is not in 0..{n_classes - 1}")
     for name, at, block in blocks():
         overlaps[at] = predictions.error_overlaps(block, counts[name])
     seeds = np.array([seed for *_, seed in runs])
@@ -232,6 +235,9 @@ def format_table(summary: dict) -> str:
         "{recipe} on {dataset}: epochs {epochs}, test images {n_test:,}".format(**summary),
         "accuracies and errors in per cent, SDs in percentage points, intervals at 95 %",
     ]
+    if marked := [name for name in summary["processors"] if "--allow-mixed" in name]:
+        n_mixed = sum(summary["processors"][name] for name in marked)
+        lines.append(f"{n_mixed} runs were pooled with others by --allow-mixed: see their files")
     _, source = REFERENCES.get(summary["recipe"], (0, ""))
     for family in summary["families"]:
         lines.append("\nvary {vary}, learning rate {learning_rate:g}: {runs} runs".format(**family))

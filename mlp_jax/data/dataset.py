@@ -4,7 +4,6 @@ The cache is hashed on every load, and MNIST, wherever it came from, against a c
 """
 
 import contextlib
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from mlp_jax.data import sources
 from mlp_jax.errors import UserError, one_line
 from mlp_jax.files import Damaged, load_arrays, quarantine, save_arrays
-from mlp_jax.training.arrays import Dataset, Split
+from mlp_jax.training.arrays import Dataset, Split, make_dataset
 
 # SHA-256 of MNIST's four arrays as Split has them, in the order of TFDS's records.
 MNIST_SHA256 = "bd58c4704eea5663d1e60918ceccceebe201a1af6e8a8ebe8c86a631515c2c48"
@@ -43,13 +42,22 @@ def load_dataset(
     if dataset is None:
         dataset = _decode(name, directory, quiet)
         _write_cache(directory, dataset)
-    if name == "mnist":
-        content = hashlib.sha256()
-        for array in (*dataset.train, *dataset.test):
-            content.update(array)
-        if content.hexdigest() != MNIST_SHA256:
-            raise UserError(f"{directory} does not hold MNIST as it was published: remove it")
+    if name == "mnist" and dataset.fingerprint != MNIST_SHA256:
+        raise UserError(f"{directory} does not hold MNIST as it was published: remove it")
     return dataset
+
+
+def check_dataset(place: Path, fingerprint: str, images: str | None, dataset: Dataset) -> None:
+    """UserError if the record in `place` has other fingerprints than `dataset`.
+
+    Older records have that of the training images alone, and `images` is None.
+    """
+    here = dataset.fingerprint if images else dataset.image_fingerprint
+    if here != fingerprint:
+        raise UserError(
+            f"{place} was trained on other data than {dataset.name} has here (SHA-256"
+            f" {fingerprint[:12]}..., not {here[:12]}...)"
+        )
 
 
 def _cached_directory(name: str, data_dir: Path) -> Path | None:
@@ -75,8 +83,7 @@ def _decode(name: str, directory: Path, quiet: bool) -> Dataset:
     except Exception as error:  # array_record, protobuf and Pillow each raise their own
         reason = one_line(error)
         raise UserError(f"{directory} cannot be read ({reason}): remove it") from error
-    fingerprint = hashlib.sha256(splits[0].images).hexdigest()
-    return Dataset(name, *splits, builder.info.features["label"].num_classes, fingerprint)
+    return make_dataset(name, *splits, builder.info.features["label"].num_classes)
 
 
 def _read_cache(name: str, directory: Path) -> Dataset | None:
@@ -91,8 +98,7 @@ def _read_cache(name: str, directory: Path) -> Dataset | None:
     train, test = (
         Split(*(arrays[f"{split}_{part}"] for part in Split._fields)) for split in SPLITS
     )
-    fingerprint = hashlib.sha256(train.images).hexdigest()
-    return Dataset(name, train, test, about["n_classes"], fingerprint)
+    return make_dataset(name, train, test, about["n_classes"])
 
 
 def _write_cache(directory: Path, dataset: Dataset) -> None:

@@ -27,12 +27,11 @@ SINGLE_RUN_FILES = ("metrics.jsonl", "summary.json")
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Metadata of the results in `directory`; UserError if there are none, and Damaged."""
-    if not (metadata := stored_metadata(directory)):
-        with contextlib.suppress(FileNotFoundError):
-            _from_config(directory)  # which is damaged
-        raise UserError(f"{directory} has no results of mlp_jax")
-    return metadata
+    """Metadata of the results in `directory`; UserError if there are none."""
+    if metadata := stored_metadata(directory):
+        return metadata
+    reason = "is not mlp_jax's, or damaged" if (directory / CONFIG).exists() else "is missing"
+    raise UserError(f"{directory} has no results of mlp_jax: config.json {reason}")
 
 
 def _from_config(directory: Path) -> Metadata:

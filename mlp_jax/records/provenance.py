@@ -19,17 +19,25 @@ from mlp_jax.training.config import Config
 
 
 class Metadata(NamedTuple):
-    """What the runs of a directory share; `seed` is that of a single run, None for a sweep."""
+    """What the runs of a directory share; `seed` is that of a single run, None for a sweep.
+
+    The fields that have defaults are missing from older records.
+    """
 
     recipe: str
     config: Config
-    fingerprint: str  # of the data set
+    fingerprint: str  # of the data set; once of its training images alone
     environment: dict[str, Any]
     seed: int | None = None
+    images: str | None = None  # fingerprint of the training images
+    program: str | None = None  # fingerprint of the training code, see `fit.program_text`
+    mixed: bool = False  # stored, by --allow-mixed, beside rows with other numerics
 
     def to_json(self) -> dict:
         fields = self._asdict() | {"config": dataclasses.asdict(self.config)}
-        return {name: value for name, value in fields.items() if value is not None}
+        return {
+            name: value for name, value in fields.items() if not (value is None or value is False)
+        }
 
     @classmethod
     def from_json(cls, fields: dict) -> "Metadata":
@@ -40,17 +48,25 @@ class Metadata(NamedTuple):
             if isinstance(rates := settings["learning_rate"], list):
                 settings["learning_rate"] = rates[0]
             metadata = cls(**fields | {"config": Config.from_json(settings)})
-            _compatibility(metadata)
+            _settings(metadata), _numerics(metadata)
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise UserError("written by another version of mlp_jax") from error
         return metadata
 
 
 def run_metadata(
-    recipe: str, config: Config, fingerprint: str, devices: Sequence, seed: int | None = None
+    recipe: str,
+    config: Config,
+    fingerprint: str,
+    devices: Sequence,
+    seed: int | None = None,
+    *,
+    images: str | None = None,
+    lanes: int = 1,
 ) -> Metadata:
-    """Metadata of runs that train here and now, on these jax.Devices."""
-    return Metadata(recipe, config, fingerprint, describe_environment(devices), seed)
+    """Metadata of runs that train here and now on these jax.Devices, but for `program`."""
+    environment = describe_environment(devices) | {"lanes": lanes}
+    return Metadata(recipe, config, fingerprint, environment, seed, images)
 
 
 def describe_environment(devices: Sequence) -> dict[str, Any]:
@@ -60,7 +76,7 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
     packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        | {name: _version(name) for name in packages},
         "backend": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "n_devices": len(devices),
@@ -68,8 +84,28 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "prng": jax.config.jax_default_prng_impl,
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        "x64": jax.config.jax_enable_x64,
+        "threefry_partitionable": jax.config.jax_threefry_partitionable,
+        "random_seed_offset": jax.config.jax_random_seed_offset,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "git": _git_state(),
     }
+
+
+# What older records do not say of their environment, but had.
+FORMER_NUMERICS = {
+    "x64": False,
+    "threefry_partitionable": True,
+    "random_seed_offset": 0,
+    "xla_flags": "",
+    "lanes": 1,
+}
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a bare checkout
+        return importlib.metadata.version(package)
+    return None
 
 
 def _processor() -> str:
@@ -96,27 +132,50 @@ def _git_state() -> dict | None:
         return None
 
 
-def _compatibility(metadata: Metadata) -> dict[str, Any]:
-    """Everything that pooled numbers must share."""
-    settings, environment = dataclasses.asdict(metadata.config), metadata.environment
+def _settings(metadata: Metadata) -> dict[str, Any]:
+    """What the runs of a directory share for good."""
+    settings = dataclasses.asdict(metadata.config)
     if metadata.seed is None:
         del settings["learning_rate"]  # it tells the runs of a sweep apart
-    numerics = ("backend", "device_kind", "prng", "matmul_precision")
-    return (
-        {"recipe": metadata.recipe, "seed": metadata.seed}
-        | settings
-        | {"data": metadata.fingerprint}
-        | {name: environment[name] for name in numerics}
-        | {"jax": environment["versions"]["jax"]}
-    )
+    return {"recipe": metadata.recipe, "seed": metadata.seed} | settings
+
+
+def _numerics(metadata: Metadata) -> dict[str, Any]:
+    """What else can change a number."""
+    environment = FORMER_NUMERICS | metadata.environment
+    names = ("backend", "device_kind", "prng", "matmul_precision", *FORMER_NUMERICS)
+    if environment["backend"] != "cpu":
+        names = names[:-1]  # rows of any number of lanes above one agree in distribution
+    versions = environment["versions"]
+    numerics = {name: versions[name] for name in ("jax", "jaxlib", "flax", "optax")}
+    return numerics | {name: environment[name] for name in names} | {"program": metadata.program}
 
 
 def check_same(place: Path, stored: Metadata, asked: Metadata) -> None:
-    """UserError that names the first difference between two metadata, if they may not be pooled."""
-    there, here = _compatibility(stored), _compatibility(asked)
-    for name, value in there.items():
-        if value != here[name]:
+    """UserError that names the first difference between two metadata, if they may not be pooled.
+
+    Other numerics pass if either is marked as mixed; what an older record does not name passes.
+    """
+    if stored.images and asked.images:
+        data = (stored.fingerprint, asked.fingerprint)
+    else:
+        data = (stored.images or stored.fingerprint, asked.images or asked.fingerprint)
+    asked_settings = _settings(asked)
+    pairs = {name: (value, asked_settings[name]) for name, value in _settings(stored).items()}
+    for name, (before, now) in (pairs | {"data": data}).items():
+        if before != now:
+            advice = "change that, or name another --out"
+            raise UserError(f"{place} has {name}={before}; you asked for {name}={now}: {advice}")
+    if stored.mixed or asked.mixed:
+        return
+    here = _numerics(asked)
+    for name, before in _numerics(stored).items():
+        if name == "program" and None in (before, here[name]):
+            continue
+        if before != here[name]:
+            what = "other training code" if name == "program" else f"{name}={before}"
+            now = "" if name == "program" else f", and this is {name}={here[name]}"
             raise UserError(
-                f"{place} has {name}={value}; you asked for {name}={here[name]}:"
-                " change that, or name another --out"
+                f"{place} was trained with {what}{now}, which can change the numbers: restore it,"
+                " name another --out, or pool the rows, marked, with --allow-mixed"
             )

@@ -1,6 +1,7 @@
 """A data set as arrays, and how a Config is fitted to it."""
 
 import dataclasses
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,19 @@ class Dataset(NamedTuple):
     train: Split
     test: Split
     n_classes: int
-    fingerprint: str  # SHA-256 (hex) of the training images in TFDS's order
+    fingerprint: str  # SHA-256 (hex) of all four arrays, in TFDS's order
+    image_fingerprint: str = ""  # and of the training images, all that older records name
+
+
+def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Dataset:
+    """A Dataset with its fingerprints; UserError for more classes than a uint8 tells apart."""
+    if n_classes > 256:
+        raise UserError(f"{name} has {n_classes} classes; at most 256 are supported")
+    digest = hashlib.sha256(train.images)
+    images = digest.hexdigest()
+    for array in (train.labels, *test):
+        digest.update(array)
+    return Dataset(name, train, test, n_classes, digest.hexdigest(), images)
 
 
 def for_dataset(config: Config, dataset: Dataset) -> Config:

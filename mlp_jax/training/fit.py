@@ -137,6 +137,40 @@ def compile_programs(config: Config, placement: Placement, n_train: int, n_test:
     return _compile(program_config(config), placement, n_train, n_test)
 
 
+def _init(config: Config, _, run, shared):
+    """As `parallel.map_runs` wants it, and so is `_epoch`."""
+    seeds, _ = run
+    return init_state(run_keys(seeds), config=config), ()
+
+
+def _epoch(config: Config, state: TrainState, run, shared):
+    (seeds, learning_rate), (train, test, epoch, epochs) = run, shared
+    keys = run_keys(seeds)
+    state, trained = train_epoch(state, train, keys, learning_rate, epoch, epochs, config=config)
+    tested, predictions = evaluate(eval_params(state), test, config=config)
+    metrics = {f"train_{name}": value for name, value in trained.items()}
+    metrics |= {f"test_{name}": value for name, value in tested.items()}
+    return state, (metrics, predictions)
+
+
+def program_text(config: Config, n_train: int, n_test: int) -> str:
+    """The StableHLO that one run of `config` executes, whatever it is compiled for.
+
+    It changes with anything that can change a number, and neither with comments, names and files
+    nor with the rate, the epochs and the seeds.
+    """
+    array = jax.ShapeDtypeStruct
+    run = (array((len(STREAMS),), np.uint32), array((), np.float32))
+    splits = (
+        Split(array((n, N_PIXELS), np.uint8), array((n,), np.int32)) for n in (n_train, n_test)
+    )
+    shared, config = (*splits, *[array((), np.int32)] * 2), program_config(config)
+    init = jax.jit(functools.partial(_init, config)).lower((), run, ())
+    epoch = jax.jit(functools.partial(_epoch, config)).lower(init.out_info[0], run, shared)
+    # the first line of a module has the Python name of what was lowered
+    return "".join(each.as_text().partition("\n")[2] for each in (init, epoch))
+
+
 def program_config(config: Config) -> Config:
     """`config` with a fixed value for each setting that the compiled programs do not depend on."""
     return dataclasses.replace(config, learning_rate=1.0, epochs=1, dataset="")
@@ -144,20 +178,6 @@ def program_config(config: Config) -> Config:
 
 @functools.lru_cache(maxsize=8)
 def _compile(config: Config, placement: Placement, n_train: int, n_test: int) -> Programs:
-    def init(_, run, shared):
-        seeds, _ = run
-        return init_state(run_keys(seeds), config=config), ()
-
-    def epoch(state, run, shared):
-        (seeds, learning_rate), (train, test, epoch, epochs) = run, shared
-        state, trained = train_epoch(
-            state, train, run_keys(seeds), learning_rate, epoch, epochs, config=config
-        )
-        tested, predictions = evaluate(eval_params(state), test, config=config)
-        metrics = {f"train_{name}": value for name, value in trained.items()}
-        metrics |= {f"test_{name}": value for name, value in tested.items()}
-        return state, (metrics, predictions)
-
     def array(shape, dtype, sharding=placement.replicated):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -167,7 +187,10 @@ def _compile(config: Config, placement: Placement, n_train: int, n_test: int) ->
     width, by_run = placement.width, placement.one_run_a_place
     runs = (array((width, len(STREAMS)), np.uint32, by_run), array((width,), np.float32, by_run))
     count = jax.ShapeDtypeStruct((), np.int32)
-    init, epoch = (jax.jit(map_runs(fn, placement), donate_argnums=0) for fn in (init, epoch))
+    init, epoch = (
+        jax.jit(map_runs(functools.partial(fn, config), placement), donate_argnums=0)
+        for fn in (_init, _epoch)
+    )
     init = init.lower((), runs, ())
     epoch = epoch.lower(init.out_info[0], runs, (split(n_train), split(n_test), count, count))
     # without it XLA's CPU backend copies two of the kernels in every step

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlp_jax.errors import UserError
+from mlp_jax.errors import UserError, one_line
 
 RUNS = "runs"
 
@@ -75,10 +75,14 @@ def place(
 ) -> Placement:
     """Where to train `n_runs`, each of which needs `run_bytes` of memory while it trains.
 
-    "auto": all local devices, and the lanes of the module's docstring. UserError for more devices
-    than there are.
+    "auto": all local devices, and the lanes of the module's docstring. UserError if there are no
+    devices, or fewer than asked for.
     """
-    local = jax.local_devices()
+    try:
+        local = jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.jax_platforms or "any"
+        raise UserError(f"JAX finds no device (platforms: {asked}): {one_line(error)}") from error
     if devices == "auto":
         devices = len(local)
     if devices > len(local):
@@ -89,7 +93,8 @@ def place(
     elif lanes == "auto":
         memory = (chosen[0].memory_stats() or {}).get("bytes_limit", 8 * 2**30)
         lanes = min(MAX_AUTO_LANES, memory // 2 // run_bytes, math.ceil(n_runs / len(chosen)))
-    return Placement(chosen, max(1, lanes))
+    # more lanes than runs would train padding
+    return Placement(chosen, max(1, min(lanes, math.ceil(n_runs / len(chosen)))))
 
 
 def map_runs(fn: Callable, placement: Placement) -> Callable:

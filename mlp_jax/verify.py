@@ -1,0 +1,94 @@
+"""`python -m mlp_jax.verify`: train some stored runs again and compare them, as a reader would."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from mlp_jax import cli
+from mlp_jax.records import rows
+from mlp_jax.records.directory import read_metadata
+from mlp_jax.records.provenance import describe_environment
+from mlp_jax.training.run import make_run
+
+DESCRIPTION = "Train some runs of a directory again, and compare every number that is stored."
+TOLERANCE = 0.02
+"""Relative difference of losses allowed to other hardware or versions: their roundings grow from
+1e-7 to about 1e-3 over 50 epochs of keras-sgd, and to less than this in all recipes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    directory: tyro.conf.Positional[Path]
+    """Directory of a run or a sweep."""
+    rows: int = 3
+    """How many stored runs to train again, spread evenly over all of them."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exits with status 1 if a run differs; raises UserError."""
+    default = Args(directory=tyro.MISSING)
+    args = cli.parse_args(default, argv, prog="python -m mlp_jax.verify", description=DESCRIPTION)
+    cli.check_at_least(args, {"rows": 1})
+    metadata, paths = read_metadata(args.directory), rows.checked_files(args.directory)
+
+    # --help does without
+    import jax
+
+    from mlp_jax.data.dataset import check_dataset, load_dataset
+    from mlp_jax.training.fit import fit
+    from mlp_jax.training.parallel import Placement
+
+    dataset = load_dataset(metadata.config.dataset, args.data_dir, quiet=False)
+    check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
+    placement = Placement(tuple(jax.local_devices()[:1]), lanes=1)
+    environment = describe_environment(placement.devices)
+    ids = rows.run_ids(rows.read_table(paths, []))
+    chosen = np.unique(np.linspace(0, len(ids) - 1, args.rows).round().astype(int))
+    all_equal = True
+    for vary, rate, seed in (ids[i] for i in chosen):
+        path, stored = rows.find_row(paths, (vary, rate, seed))
+        *_, progress = fit(
+            metadata.config, dataset, [make_run(seed, rate, vary)], placement=placement
+        )
+        trained_there = rows.read_metadata(path).environment
+        result = compare(stored, progress, exact=same_machine(trained_there, environment))
+        all_equal &= result.startswith("equal")
+        print(f"{vary}, learning rate {rate:g}, seed {seed}: {result}", flush=True)
+    if not all_equal:
+        sys.exit(1)
+
+
+def same_machine(there: dict, here: dict) -> bool:
+    """Whether equal bits are promised: the same processor, versions and numerics."""
+    names = ("processor", "backend", "device_kind", "prng", "matmul_precision")
+    versions = ("jax", "jaxlib", "flax", "optax")
+    return all(there[name] == here[name] for name in names) and all(
+        there["versions"][name] == here["versions"][name] for name in versions
+    )
+
+
+def compare(stored: dict, progress, *, exact: bool) -> str:
+    """What a stored row and the run trained again have in common, in a line."""
+    correct = progress.history["test_correct"][0]
+    same = np.array_equal(correct, stored["test_correct_by_epoch"])
+    same &= progress.predictions[0].tobytes() == stored["predictions"]
+    worst = 0.0
+    for name in ("train_loss", "test_loss"):
+        then, now = np.float32(stored[f"{name}_by_epoch"]), progress.history[name][0]
+        same &= np.array_equal(then, now, equal_nan=True)
+        worst = max(worst, float(np.max(np.abs(now - then) / np.abs(then))))
+    if same:
+        return f"equal bit for bit, {correct[-1]} correct"
+    counts = f"{stored['test_correct']} correct stored, {correct[-1]} now"
+    if not exact and worst <= TOLERANCE:
+        return f"equal within rounding of other hardware or versions ({counts}; losses {worst:.1e})"
+    return f"DIFFERENT ({counts}; losses differ by up to {worst:.1e})"
+
+
+if __name__ == "__main__":
+    cli.run_cli(main)

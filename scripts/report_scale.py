@@ -1,12 +1,13 @@
-"""Memory, time and disk of a report by the number of its runs, on sweeps of made-up rows.
+"""Memory, time and disk space of a report by the number of its runs, on sweeps of made-up rows.
 
     python scripts/report_scale.py
     python scripts/report_scale.py --runs 1000 10000 100000 1000000 10000 \
         --chunk 256 256 256 256 2 --out results/scaling.json
 
-The rows are those of keras-sgd as the package itself stores them, with 10,000 predictions each;
-`python -m mlp_jax.report` then reads them as a process of its own. A sweep at a time, in a
-temporary directory (TMPDIR). Ends with status 1 where a report took more memory than --limit-mb.
+The rows are like those of keras-sgd, with 10,000 predictions each, and the package itself stores
+them; `python -m mlp_jax.report` then reads them in a process of its own. There is one sweep at a
+time, in a temporary directory (TMPDIR). Exits with status 1 if a report took more memory than
+--limit-mb.
 """
 
 import dataclasses
@@ -17,16 +18,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import tyro
 from benchmark import fresh, peak_mb
 
-from mlp_jax import sweep
-from mlp_jax.records import provenance
-from mlp_jax.records import rows as store
+from mlp_jax.files import make_directory, write_json
+from mlp_jax.records import directory as directories
+from mlp_jax.records import provenance, rows
 from mlp_jax.training.config import RECIPES
+from mlp_jax.training.run import make_run
 
 RECIPE = "keras-sgd"
 # An image's chance of error. A beta distribution with the mean error (2.7 %), the disagreement of
@@ -39,15 +40,15 @@ class Args:
     runs: tuple[int, ...] = (100_000,)
     """Rows of each sweep."""
     chunk: tuple[int, ...] = (256,)
-    """Rows of a file: of all sweeps, or of each."""
+    """Rows of a file: one number for all sweeps, or one for each."""
     limit_mb: float = 2000
     """Peak memory that a report may take, in 10^6 bytes."""
     seed: int = 0
-    """Of the made-up rows."""
+    """Seed of the made-up rows."""
     data_dir: Path | None = None
-    """Where TFDS keeps its data; else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     out: Path | None = None
-    """File for the numbers, as JSON."""
+    """File for the results, as JSON."""
 
 
 def describe() -> dict:
@@ -57,44 +58,44 @@ def describe() -> dict:
 
 
 def write_sweep(directory: Path, runs: int, chunk: int, args: Args) -> dict:
-    """A sweep of made-up rows; what it takes on disk, and how long to write and to check."""
+    """Write a sweep of made-up rows; its size on disk, and how long it took to write and check."""
     import jax
 
     from mlp_jax.data.dataset import load_dataset
 
     dataset = load_dataset("mnist", args.data_dir)
-    grid = sweep.Grid.of(RECIPES[RECIPE])
-    about = provenance.describe(RECIPE, grid, dataset.fingerprint, jax.devices())
+    about = (RECIPE, RECIPES[RECIPE], dataset.fingerprint, jax.devices())
+    metadata = provenance.run_metadata(*about, images=dataset.image_fingerprint)
     rng = np.random.default_rng(args.seed)
     labels = dataset.test.labels.astype(np.uint8)
     chances = rng.beta(*CHANCES, len(labels)).astype(np.float32)
     # runs that err on an image nearly always take it for the same class
     taken_for = ((labels + rng.integers(1, 10, len(labels))) % 10).astype(np.uint8)
-    store.open_directory(directory, about)
+    directories.claim(directory, metadata)
     seconds = 0.0
     for start in range(0, runs, chunk):
-        rows = make_rows(start, min(chunk, runs - start), labels, taken_for, chances, rng)
+        some = make_rows(start, min(chunk, runs - start), labels, taken_for, chances, rng)
         clock = time.perf_counter()
-        store.write_chunk(directory, rows, about)
+        rows.write_rows(directory, some, metadata)
         seconds += time.perf_counter() - clock
     clock = time.perf_counter()
-    assert len(store.finished(directory, about)) == runs
+    assert len(rows.finished_runs(directory, metadata)) == runs
     checked = time.perf_counter() - clock
-    sizes = [path.stat().st_size for path in store.chunk_paths(directory)]
+    sizes = [path.stat().st_size for path in rows.row_files(directory)]
     return {
         "runs": runs,
         "chunk": chunk,
         "files": len(sizes),
         "bytes a row": sum(sizes) / runs,
         "write seconds": seconds,
-        # what `sweep` does before it goes on
+        # what `sweep` does before it resumes
         "check seconds": checked,
     }
 
 
 def make_rows(first: int, n: int, labels, taken_for, chances, rng: np.random.Generator) -> list:
-    """Rows of `n` seeds from `first` on, whose losses fall, and accuracies rise, by the epoch."""
-    from mlp_jax.training.fit import EpochMetrics
+    """Rows of the seeds from `first`, `n` of them; by epoch, losses fall and accuracies rise."""
+    from mlp_jax.training.fit import Progress
 
     config = RECIPES[RECIPE]
     wrong = rng.random((n, len(labels)), dtype=np.float32) < chances
@@ -106,15 +107,14 @@ def make_rows(first: int, n: int, labels, taken_for, chances, rng: np.random.Gen
     correct = (right[:, None] - behind).astype(np.int32)
     test_loss = ((0.1 + 0.5 / epochs) * (1 + 0.01 * noise[1])).astype(np.float32)
     train_loss = ((0.1 + 1.2 / epochs) * (1 + 0.01 * noise[2])).astype(np.float32)
-    history = EpochMetrics(train_loss, test_loss, correct)
-    seconds = np.full(config.epochs, 1.44 * n)
-    result = SimpleNamespace(history=history, predictions=predictions, seconds=seconds)
-    chunk = [("all", config.learning_rate, first + i) for i in range(n)]
-    return sweep.make_rows(RECIPE, chunk, result)
+    history = {"train_loss": train_loss, "test_loss": test_loss, "test_correct": correct}
+    runs = tuple(make_run(first + i, config.learning_rate) for i in range(n))
+    progress = Progress(runs, config.epochs, history, predictions, states=[])
+    return rows.make_rows(RECIPE, progress, seconds=1.44 * config.epochs)
 
 
 def report(directory: Path, args: Args) -> dict:
-    """What `mlp_jax.report` takes from start to end: peak memory, and wall and CPU seconds."""
+    """What `mlp_jax.report` takes as a whole process: peak memory, and wall and CPU seconds."""
     data = ["--data-dir", str(args.data_dir)] if args.data_dir else []
     command = [sys.executable, "-m", "mlp_jax.report", str(directory), *data]
     start = time.perf_counter()
@@ -136,21 +136,21 @@ def report(directory: Path, args: Args) -> dict:
 def main(args: Args) -> None:
     chunks = args.chunk * len(args.runs) if len(args.chunk) == 1 else args.chunk
     if len(chunks) != len(args.runs) or min(*chunks, *args.runs) < 1:
-        sys.exit("error: --chunk takes one number from 1 on, or as many as --runs")
-    # not here: a process begins with the peak memory of its parent, which must stay small
+        sys.exit("error: --chunk takes one number, or as many as --runs, each at least 1")
+    # not here: a process starts with the peak memory of its parent, which must stay small
     environment = fresh(describe)
     sweeps = []
     for runs, chunk in zip(args.runs, chunks, strict=True):
         with tempfile.TemporaryDirectory() as place:
             directory = Path(place, "sweep")
-            store.make_directory(directory / "runs")
+            make_directory(directory / "runs")
             written = fresh(write_sweep, directory, runs, chunk, args)
             sweeps.append(written | report(directory, args))
         cells = {name: round(value, 2) for name, value in sweeps[-1].items()}
         print(", ".join(f"{name} {value:,}" for name, value in cells.items()), flush=True)
         if args.out:
             about = {"command": shlex.join(["python", *sys.argv]), "environment": environment}
-            store.write_json(args.out, about | {"limit MB": args.limit_mb, "sweeps": sweeps})
+            write_json(args.out, about | {"limit MB": args.limit_mb, "sweeps": sweeps})
     most = max(sweeps, key=lambda each: each["report peak MB"])
     if most["report peak MB"] > args.limit_mb:
         sys.exit(

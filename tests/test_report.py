@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import weakref
@@ -12,9 +13,15 @@ from scipy import stats as scipy_stats
 
 from mlp_jax import report
 from mlp_jax.analysis import figures
-from mlp_jax.data import dataset as data
-from mlp_jax.records import rows as store
-from mlp_jax.training.config import RECIPES, UserError
+from mlp_jax.analysis.summary import format_table, summarize
+from mlp_jax.data import dataset as datasets
+from mlp_jax.errors import UserError
+from mlp_jax.files import Damaged
+from mlp_jax.records import directory as directories
+from mlp_jax.records import rows as records
+from mlp_jax.records.provenance import Metadata
+from mlp_jax.training.arrays import Split, make_dataset
+from mlp_jax.training.config import RECIPES
 
 N_TEST = 200
 ENVIRONMENT = {
@@ -24,20 +31,20 @@ ENVIRONMENT = {
     "cores": 2,
     "prng": "threefry2x32",
     "matmul_precision": "default",
-    "versions": {"jax": "0"},
+    "versions": dict.fromkeys(("jax", "jaxlib", "flax", "optax"), "0"),
 }
 
 
 @pytest.fixture(autouse=True)
 def dataset(monkeypatch):
-    """Random images, which the report takes for those that were trained on."""
+    """Random images that the report takes for those that the runs were trained on."""
     rng = np.random.default_rng(0)
-    split = data.Split(
+    split = Split(
         rng.integers(0, 256, (N_TEST, 784)).astype(np.uint8),
         rng.integers(0, 10, N_TEST).astype(np.int32),
     )
-    found = data.Dataset(split, split, 10, "f" * 64)
-    monkeypatch.setattr(data, "load_dataset", lambda name, data_dir: found)
+    found = make_dataset("mnist", split, split, 10)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
     return found
 
 
@@ -45,7 +52,7 @@ def make_row(labels, seed, wrong, *, vary="all", rate=0.01, loss=0.1, epochs=2):
     """A run that takes each of the images `wrong` for the next class."""
     predictions = labels.astype(np.uint8)
     predictions[wrong] = (predictions[wrong] + 1) % 10
-    correct = len(labels) - len(wrong)
+    correct, loss = np.int32(len(labels) - len(wrong)), np.float32(loss)
     return {
         "recipe": "keras-sgd",
         "vary": vary,
@@ -54,30 +61,31 @@ def make_row(labels, seed, wrong, *, vary="all", rate=0.01, loss=0.1, epochs=2):
         "test_correct": correct,
         "test_loss": loss,
         "train_loss": loss,
-        "test_correct_by_epoch": [correct - 10] * (epochs - 1) + [correct],
-        "test_loss_by_epoch": [0.1] * (epochs - 1) + [loss],
-        "train_loss_by_epoch": [0.1] * epochs,
+        "test_correct_by_epoch": np.array([correct - 10] * (epochs - 1) + [correct], np.int32),
+        "test_loss_by_epoch": np.array([0.1] * (epochs - 1) + [loss], np.float32),
+        "train_loss_by_epoch": np.full(epochs, 0.1, np.float32),
         "predictions": predictions.tobytes(),
         "seconds": 2.0 + seed,
     }
 
 
-def random_rows(dataset, n, vary="all", rate=0.01, share=0.05):
+def random_rows(dataset, n, vary="all", rate=0.01, share=0.05, **kwargs):
     rng = np.random.default_rng([n, len(vary), int(rate * 1000)])
     chances = rng.random(N_TEST) * 2 * share
     wrong = [np.flatnonzero(rng.random(N_TEST) < chances) for _ in range(n)]
     labels = dataset.test.labels
-    return [make_row(labels, seed, w, vary=vary, rate=rate) for seed, w in enumerate(wrong)]
+    same = {"vary": vary, "rate": rate} | kwargs
+    return [make_row(labels, seed, which, **same) for seed, which in enumerate(wrong)]
 
 
 def write_sweep(directory, rows, per_file=4, **settings):
-    config = dataclasses.asdict(RECIPES["keras-sgd"]) | {"learning_rate": [0.01]} | settings
-    about = {"recipe": "keras-sgd", "config": config, "fingerprint": "f" * 64}
-    about |= {"environment": ENVIRONMENT}
-    store.make_directory(directory / "runs")
-    store.open_directory(directory, about)
+    config, dataset = dataclasses.replace(RECIPES["keras-sgd"], **settings), datasets.load_dataset()
+    metadata = Metadata("keras-sgd", config, dataset.fingerprint, ENVIRONMENT)
+    metadata = metadata._replace(images=dataset.image_fingerprint)
+    (directory / "runs").mkdir(parents=True)
+    directories.claim(directory, metadata)
     for start in range(0, len(rows), per_file):
-        store.write_chunk(directory, rows[start : start + per_file], about)
+        records.write_rows(directory, rows[start : start + per_file], metadata)
     return directory
 
 
@@ -86,12 +94,12 @@ def summary_of(directory):
     return json.loads((directory / "summary.json").read_text())
 
 
-def family_of(directory, dataset):
+def summarized(directory, dataset):
     """A sweep's summary without its figures."""
-    families = report.read_families(directory, dataset.test.labels, 10)
-    about = store.read_config(directory)
-    processors = store.processors(directory, about)
-    return report.summarize(families, "keras-sgd", about["config"], processors)
+    paths, metadata = records.row_files(directory), directories.read_metadata(directory)
+    families = report.read_families(paths, dataset.test.labels, 10)
+    processors = report.count_processors(paths, metadata)
+    return summarize(families, metadata.recipe, metadata.config, processors)
 
 
 def errors_of(rows, labels):
@@ -101,7 +109,7 @@ def errors_of(rows, labels):
 
 def test_summary_holds_the_statistics_of_the_rows(tmp_path, dataset):
     rows = random_rows(dataset, 12)
-    said = family_of(write_sweep(tmp_path / "s", rows), dataset)
+    said = summarized(write_sweep(tmp_path / "s", rows), dataset)
     (family,) = said["families"]
     errors = errors_of(rows, dataset.test.labels)
     accuracy = 1 - errors.mean(axis=1)
@@ -139,7 +147,7 @@ def test_summary_holds_the_statistics_of_the_rows(tmp_path, dataset):
 def test_the_vote_of_all_runs_counts_as_the_ensemble(tmp_path, dataset):
     labels = dataset.test.labels
     rows = [make_row(labels, 0, [0, 1]), make_row(labels, 1, [0, 2]), make_row(labels, 2, [0, 3])]
-    (family,) = family_of(write_sweep(tmp_path / "s", rows), dataset)["families"]
+    (family,) = summarized(write_sweep(tmp_path / "s", rows), dataset)["families"]
     assert family["vote_accuracy"] == (N_TEST - 1) / N_TEST
     assert family["max"] == (N_TEST - 2) / N_TEST
 
@@ -151,7 +159,7 @@ def test_the_reference_is_given_only_for_its_own_settings(tmp_path, dataset, cha
     rows = [make_row(labels, seed, range(wrong)) for seed, wrong in enumerate([7, 6, 5, 5, 4])]
     rows += [row | {"vary": "init"} for row in rows]
     sweep = write_sweep(tmp_path / "s", rows, **changed)
-    whole, init = family_of(sweep, dataset)["families"]
+    whole, init = summarized(sweep, dataset)["families"]
     assert init["reference"] is None
     if not kept:
         assert whole["reference"] is whole["share_below"] is whole["z"] is None
@@ -165,8 +173,8 @@ def test_the_reference_is_given_only_for_its_own_settings(tmp_path, dataset, cha
 def test_families_are_set_beside_all_and_rates_beside_each_other(tmp_path, dataset, capsys):
     rows = random_rows(dataset, 9, "init") + random_rows(dataset, 8)
     rows += random_rows(dataset, 7, rate=0.03, share=0.15)
-    sweep = write_sweep(tmp_path / "s", rows, learning_rate=[0.01, 0.03])
-    said = family_of(sweep, dataset)
+    sweep = write_sweep(tmp_path / "s", rows)
+    said = summarized(sweep, dataset)
     families = {(each["vary"], each["learning_rate"]): each for each in said["families"]}
     assert list(families) == [("all", 0.01), ("all", 0.03), ("init", 0.01)]
     whole, init = families["all", 0.01], families["init", 0.01]
@@ -182,13 +190,13 @@ def test_families_are_set_beside_all_and_rates_beside_each_other(tmp_path, datas
     wins = np.mean([(np.sign(better[s] - worse[s]) + 1) / 2 for s in range(7)])
     assert (pair["a"], pair["b"], pair["pairs"]) == (0.01, 0.03, 7)
     assert pair["probability"]["estimate"] == pytest.approx(wins)
-    assert "P(learning rate 0.01 beats 0.03)" in report.table(said)
+    assert "P(learning rate 0.01 beats 0.03)" in format_table(said)
 
 
 def test_twenty_pairs_can_be_significant(tmp_path, dataset):
     rows = random_rows(dataset, 20) + random_rows(dataset, 20, rate=0.03, share=0.15)
-    sweep = write_sweep(tmp_path, rows, learning_rate=[0.01, 0.03])
-    (pair,) = family_of(sweep, dataset)["learning_rates"]
+    sweep = write_sweep(tmp_path / "s", rows)
+    (pair,) = summarized(sweep, dataset)["learning_rates"]
     assert (pair["a"], pair["pairs"]) == (0.01, 20)
     assert (pair["significant"], pair["meaningful"]) == (True, True)
     assert pair["probability"]["low"] > 0.5
@@ -200,9 +208,8 @@ def test_a_run_that_diverged_loses_its_pairs(tmp_path, dataset):
         make_row(dataset.test.labels, seed, range(0), rate=0.03, loss=np.nan if seed < 3 else 0.1)
         for seed in range(4)
     ]
-    (pair,) = family_of(write_sweep(tmp_path, rows + broken, learning_rate=[0.01, 0.03]), dataset)[
-        "learning_rates"
-    ]
+    sweep = write_sweep(tmp_path / "s", rows + broken)
+    (pair,) = summarized(sweep, dataset)["learning_rates"]
     assert (pair["a"], pair["pairs"]) == (0.01, 4)
     assert pair["probability"]["estimate"] == 0.75  # seed 3 alone, without an error, wins
 
@@ -211,7 +218,7 @@ def test_equal_rows_give_equal_bytes_in_whichever_files_they_lie(tmp_path, datas
     rows = random_rows(dataset, 10) + random_rows(dataset, 6, "order")
     mixed = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     sweeps = [write_sweep(tmp_path / "a", rows, 4), write_sweep(tmp_path / "b", mixed, 3)]
-    texts = [json.dumps(family_of(sweep, dataset)) for sweep in (*sweeps, sweeps[0])]
+    texts = [json.dumps(summarized(sweep, dataset)) for sweep in (*sweeps, sweeps[0])]
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -220,11 +227,11 @@ def test_diverged_runs_are_listed_and_in_no_statistic(tmp_path, dataset, loss):
     rows = random_rows(dataset, 6)
     broken = [make_row(dataset.test.labels, seed, range(150), loss=loss) for seed in (77, 78)]
     sweep, clean = write_sweep(tmp_path / "a", rows + broken), write_sweep(tmp_path / "b", rows)
-    said = family_of(sweep, dataset)
+    said = summarized(sweep, dataset)
     (family,) = said["families"]
     assert family["diverged"] == [77, 78]
-    assert "2 that diverged, in no statistic: seeds [77, 78]" in report.table(said)
-    (expected,) = family_of(clean, dataset)["families"]
+    assert "2 that diverged, in no statistic: seeds [77, 78]" in format_table(said)
+    (expected,) = summarized(clean, dataset)["families"]
     assert family | {"diverged": []} == expected
 
 
@@ -275,12 +282,7 @@ def test_figures_show_something(tmp_path, dataset):
 
 
 def test_one_epoch_has_no_figure_by_epoch(tmp_path, dataset):
-    rows = [
-        row | {"test_correct_by_epoch": [row["test_correct"]]} for row in random_rows(dataset, 3)
-    ]
-    for row in rows:
-        row["test_loss_by_epoch"] = row["train_loss_by_epoch"] = [0.1]
-    sweep = write_sweep(tmp_path / "s", rows, epochs=1)
+    sweep = write_sweep(tmp_path / "s", random_rows(dataset, 3, epochs=1), epochs=1)
     assert summary_of(sweep)["epochs"] == 1
     names = {path.name for path in (sweep / "figures").iterdir()}
     assert names == {"accuracy.png", "hardest.png"}
@@ -289,7 +291,8 @@ def test_one_epoch_has_no_figure_by_epoch(tmp_path, dataset):
 def test_the_hardest_images_come_first_with_their_captions(tmp_path, dataset):
     labels = dataset.test.labels
     rows = [make_row(labels, 0, [5, 9]), make_row(labels, 1, [9]), make_row(labels, 2, [9])]
-    (family,) = report.read_families(write_sweep(tmp_path / "s", rows), labels, 10)
+    sweep = write_sweep(tmp_path / "s", rows)
+    (family,) = report.read_families(records.row_files(sweep), labels, 10)
     figure = figures.draw_hardest(family.counts, dataset.test.images, "x")
     captions = [ax.get_xlabel() for ax in figure.axes if ax.axison]
     assert captions == [
@@ -303,19 +306,19 @@ def test_the_hardest_images_come_first_with_their_captions(tmp_path, dataset):
 def test_predictions_are_read_as_a_stream(tmp_path, dataset, monkeypatch):
     rows = random_rows(dataset, 1100)
     sweep = write_sweep(tmp_path / "s", rows, per_file=1100)
-    read, blocks, alive = store.predictions, [], []
+    read, blocks, alive = records.predictions, [], []
 
     def watched(column):
         alive.append(sum(block() is not None for block in blocks))
         block = read(column)
         blocks.append(weakref.ref(block))
-        assert block.nbytes <= store.READ_ROWS * N_TEST
+        assert block.nbytes <= records.READ_ROWS * N_TEST
         return block
 
-    monkeypatch.setattr(store, "predictions", watched)
-    (family,) = report.read_families(sweep, dataset.test.labels, 10)
+    monkeypatch.setattr(records, "predictions", watched)
+    (family,) = report.read_families(records.row_files(sweep), dataset.test.labels, 10)
     assert len(family.seeds) == 1100
-    assert len(blocks) >= 2 * 1100 / store.READ_ROWS
+    assert len(blocks) == 2 * math.ceil(1100 / records.READ_ROWS)
     # the block that is counted, while the next is read
     assert max(alive) <= 1
     assert pa.total_allocated_bytes() < 1100 * N_TEST
@@ -329,38 +332,62 @@ def one_line(argv):
 
 
 def test_what_is_no_sweep_is_refused_in_one_line(tmp_path, dataset):
-    assert "no config.json" in one_line([tmp_path / "missing"])
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert "is another's" in one_line([tmp_path])
-    (tmp_path / "config.json").write_text("[1]")
-    assert "is another's" in one_line([tmp_path])
-    assert "no finished runs" in one_line([write_sweep(tmp_path / "s", [])])
+    assert "has no results of mlp_jax" in one_line([tmp_path / "missing"])
+    for foreign in ('{"model_type": "bert"}', "[1]"):
+        (tmp_path / "config.json").write_text(foreign)
+        assert "is not mlp_jax's" in one_line([tmp_path])
+    assert "has no finished runs" in one_line([write_sweep(tmp_path / "s", [])])
     assert "--foo" in one_line([tmp_path, "--foo"])
 
 
-def test_other_images_are_refused(tmp_path, dataset, monkeypatch):
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_other_data_are_refused(tmp_path, dataset, monkeypatch, part):
     sweep = write_sweep(tmp_path / "s", random_rows(dataset, 3))
-    other = dataset._replace(fingerprint="0" * 64)
-    monkeypatch.setattr(data, "load_dataset", lambda name, data_dir: other)
-    assert "other images" in one_line([sweep])
+    train = dataset.train._replace(**{part: getattr(dataset.train, part)[::-1]})
+    other = make_dataset("mnist", Split(*map(np.ascontiguousarray, train)), dataset.test, 10)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: other)
+    assert "trained on other data" in one_line([sweep])
     assert not (sweep / "summary.json").exists()
+
+
+def test_older_records_have_the_fingerprint_of_the_training_images_alone(
+    tmp_path, dataset, monkeypatch
+):
+    former = dataset._replace(fingerprint=dataset.image_fingerprint, image_fingerprint=None)
+    with monkeypatch.context() as patched:
+        patched.setattr(datasets, "load_dataset", lambda *_, **__: former)
+        sweep = write_sweep(tmp_path / "s", random_rows(dataset, 3))
+    assert summary_of(sweep)["families"][0]["runs"] == 3
 
 
 def test_rows_that_cannot_be_true_are_refused(tmp_path, dataset):
     rows = random_rows(dataset, 4)
     twice = write_sweep(tmp_path / "a", [*rows, rows[0] | {"seed": 9}, rows[1]])
-    assert "a run twice" in one_line([twice])
-    wrong = rows[0] | {"test_correct_by_epoch": [3, rows[0]["test_correct"] - 1]}
+    assert "a run is stored twice" in one_line([twice])
+    wrong = rows[0] | {"test_correct_by_epoch": rows[0]["test_correct_by_epoch"] - 1}
     assert "do not give" in one_line([write_sweep(tmp_path / "b", [wrong, *rows[1:]])])
+    # an image that is wrong either way: the accuracy stays, and its class does not exist
+    classes = np.frombuffer(rows[0]["predictions"], np.uint8).copy()
+    classes[np.flatnonzero(classes != dataset.test.labels)[0]] = 10
+    unknown = rows[0] | {"predictions": classes.tobytes()}
+    sweep = write_sweep(tmp_path / "c", [unknown, *rows[1:]])
+    with pytest.raises((UserError, ValueError), match="prediction"):
+        report.main([str(sweep)])
 
 
-def test_a_damaged_file_is_named(tmp_path, dataset):
-    sweep = write_sweep(tmp_path / "s", random_rows(dataset, 3))
-    (path,) = store.chunk_paths(sweep)
-    blocks = report.prediction_blocks(sweep, "all", 0.01, np.arange(3))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=f"{path.name} is damaged"):
-        next(blocks)
+def test_each_file_is_checked_once_and_a_damaged_one_named(tmp_path, dataset, monkeypatch):
+    sweep = write_sweep(tmp_path / "s", random_rows(dataset, 9))
+    check, checked = records.check_content, []
+    monkeypatch.setattr(records, "check_content", lambda path: check(path) or checked.append(path))
+    report.main([str(sweep)])
+    paths = records.row_files(sweep)
+    assert len(paths) == 3
+    assert checked == paths
+    paths[1].write_bytes(paths[1].read_bytes()[:-20])
+    (sweep / "summary.json").unlink()
+    with pytest.raises(Damaged, match=f"{paths[1].name} is damaged"):
+        report.main([str(sweep)])
+    assert not (sweep / "summary.json").exists()
 
 
 def test_help_imports_no_jax_and_nothing_slow():

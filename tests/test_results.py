@@ -1,21 +1,25 @@
 """README's numbers follow from results/, and these from the committed rows.
 
-Without the images what a row says of itself is recomputed, by NumPy and SciPy in place of stats.py;
-with them (`-m network`) the report is made again, all of it.
+Without the images, what the rows alone determine is recomputed, with NumPy and SciPy instead of
+stats.py; with them (`-m network`), the whole report is made again.
 """
 
+import dataclasses
 import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
 
 from mlp_jax import report
-from mlp_jax.records import rows as store
-from mlp_jax.training.config import REFERENCES
+from mlp_jax.analysis.summary import beside_reference, to_json
+from mlp_jax.records.directory import read_metadata
+from mlp_jax.records.rows import checked_files, read_runs
+from mlp_jax.training.config import RECIPES, REFERENCES, Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -194,7 +198,7 @@ def time_line():
 @pytest.mark.parametrize("directory", SWEEPS, ids=by_name)
 def test_summaries_follow_from_the_rows(directory):
     summary = json.loads((directory / "summary.json").read_text())
-    rows = store.read_runs(directory, ["test_correct"]).to_pylist()
+    rows = read_runs(directory, ["test_correct"]).to_pylist()
     assert len(rows) == sum(f["runs"] + len(f["diverged"]) for f in summary["families"])
     for family in summary["families"]:
         where = (family["vary"], family["learning_rate"])
@@ -223,16 +227,32 @@ def test_summaries_follow_from_the_rows(directory):
             assert [below["low"], below["high"]] == pytest.approx(ends.tolist())
 
 
+@pytest.mark.parametrize("directory", SWEEPS, ids=by_name)
+def test_a_record_without_a_newer_setting_is_still_that_of_its_recipe(directory):
+    recorded = json.loads((directory / "config.json").read_text())["config"]
+    assert "schedule" in {field.name for field in dataclasses.fields(Config)} - recorded.keys()
+    metadata = read_metadata(directory)
+    assert metadata.config == RECIPES[metadata.recipe]
+    # so the report still compares it with the reference
+    stored = json.loads((directory / "summary.json").read_text())["families"][0]
+    ids = {name: stored[name] for name in ("vary", "learning_rate")}
+    rows = read_runs(directory, ["test_correct"]).to_pylist()
+    correct = np.array([[row["test_correct"]] for row in rows if ids.items() <= row.items()])
+    counts = SimpleNamespace(labels=range(10_000))
+    family = SimpleNamespace(vary="all", rate=ids["learning_rate"], correct=correct, counts=counts)
+    made = to_json(beside_reference(family, metadata.recipe, metadata.config))
+    names = ("reference", "share_below", "z") if metadata.recipe in REFERENCES else ()
+    assert close(made, {name: stored[name] for name in names})
+
+
 @pytest.mark.network
 @pytest.mark.parametrize("directory", SWEEPS, ids=by_name)
-def test_summaries_are_what_the_report_makes(directory, mnist):
-    about = store.read_config(directory)
-    assert about["fingerprint"] == mnist.fingerprint
-    families = report.read_families(directory, mnist.test.labels, mnist.n_classes)
-    made = report.summarize(
-        families, about["recipe"], about["config"], store.processors(directory, about)
+def test_summaries_are_what_the_report_makes(directory, tmp_path):
+    report.main([str(directory), "--out", str(tmp_path)])
+    made, stored = (
+        json.loads((place / "summary.json").read_text()) for place in (tmp_path, directory)
     )
-    assert close(json.loads(json.dumps(made)), json.loads((directory / "summary.json").read_text()))
+    assert close(made, stored)
 
 
 @pytest.mark.parametrize("directory", SWEEPS, ids=by_name)
@@ -261,11 +281,14 @@ def test_there_are_records():
 
 def test_another_processor_trains_the_same_rows():
     ours, theirs = (ROOT / "results" / name for name in ("keras-sgd", "keras-sgd-epyc"))
-    about = store.read_config(ours)
-    here, there = (store.processors(directory, about).keys() for directory in (ours, theirs))
+    metadata = read_metadata(ours)
+    here, there = (
+        report.count_processors(checked_files(directory), metadata).keys()
+        for directory in (ours, theirs)
+    )
     assert not here & there
     rows, others = (
-        {row.pop("seed"): row | {"seconds": 0} for row in store.read_runs(directory).to_pylist()}
+        {row.pop("seed"): row | {"seconds": 0} for row in read_runs(directory).to_pylist()}
         for directory in (ours, theirs)
     )
     assert others == {seed: rows[seed] for seed in others}

@@ -9,17 +9,17 @@ from types import SimpleNamespace
 import jax
 import pyarrow.parquet as pq
 
-from mlp_jax import sweep
+from mlp_jax.experiment import chunk_size
 from mlp_jax.training import parallel
 from mlp_jax.training.config import RECIPES
-from mlp_jax.training.fit import abstract_state, run_bytes
+from mlp_jax.training.fit import run_bytes, state_shapes
 
 RESULTS = Path(__file__).parents[1] / "results"
 PAGE = (RESULTS / "scaling.md").read_text()
 SWEEPS = json.loads((RESULTS / "scaling.json").read_text())["sweeps"]
 BY_SIZE = {(each["runs"], each["chunk"]): each for each in SWEEPS}
 CONFIG = RECIPES["keras-sgd"]
-P = sum(leaf.size for leaf in jax.tree.leaves(abstract_state(CONFIG).params))
+P = sum(leaf.size for leaf in jax.tree.leaves(state_shapes(CONFIG).params))
 STEPS = CONFIG.epochs * math.ceil(60_000 / CONFIG.batch_size)
 # processes, devices of each, memory that JAX may use of a device, bytes a second
 MACHINES = {"H200": (1, 1, 105 * 10**9, 4.8e12), "64 v5e chips": (16, 4, 16 * 10**9, 0.819e12)}
@@ -56,7 +56,7 @@ def modelled(name, seeds, monkeypatch):
     hours, files = 0, 0
     for own in (len(range(process, seeds, processes)) for process in range(processes)):
         placement = parallel.place(own, run_bytes(CONFIG))
-        chunks = math.ceil(own / sweep.chunk_size("auto", CONFIG.epochs, placement.width))
+        chunks = math.ceil(own / chunk_size("auto", CONFIG.epochs, placement.width))
         hours = max(hours, chunks * placement.lanes * A_SEED[name] / 3600)
         files += chunks
     return hours, A * seeds + B * files, files
@@ -68,7 +68,7 @@ def quoted(mark):
 
 
 def test_the_tables_follow_from_the_measurements_and_the_formulas(monkeypatch):
-    hours, chunk = CPU_SECONDS / 3600, sweep.chunk_size("auto", CONFIG.epochs, 2)
+    hours, chunk = CPU_SECONDS / 3600, chunk_size("auto", CONFIG.epochs, 2)
     name, sizes = "2 CPU cores, measured rate", [10**power for power in range(2, 7)]
     lines = [line(name, n, n * hours, n * STORED, math.ceil(n / chunk)) for n in sizes]
     for name in MACHINES:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mlp_jax.analysis import predictions as preds
 from mlp_jax.analysis import stats
 
 LABELS = np.array([0, 1, 2, 0])
@@ -26,12 +27,12 @@ tables = hnp.arrays(
 
 def count(predictions, labels=None, k=3):
     labels = np.zeros(predictions.shape[1], int) if labels is None else labels
-    return stats.count_predictions([predictions], labels, n_classes=k)
+    return preds.count_predictions([predictions], labels, n_classes=k)
 
 
 def distribution_sd(predictions, **kwargs):
     counts = count(predictions)
-    return stats.distribution_sd(counts, stats.error_overlaps([predictions], counts), **kwargs)
+    return preds.distribution_sd(counts, preds.error_overlaps(predictions, counts), **kwargs)
 
 
 def test_mean_and_sd_goldens():
@@ -143,11 +144,11 @@ def test_counts_goldens():
     assert counts.correct.tolist() == [4, 3, 2]
     assert counts.errors.tolist() == [1, 0, 0, 2]
     # run 1 errs on image 3 (2 runs do), run 2 on images 0 and 3 (1 + 2)
-    assert stats.error_overlaps([PREDICTIONS], counts).tolist() == [0, 2, 3]
+    assert preds.error_overlaps(PREDICTIONS, counts).tolist() == [0, 2, 3]
 
 
 def test_variance_parts_goldens():
-    parts = stats.variance_parts(count(PREDICTIONS, LABELS))
+    parts = preds.variance_parts(count(PREDICTIONS, LABELS))
     # totals 4, 3, 2 have variance 1, over 4^2; sum e (3 - e) = 2 + 2, over 3 x 2 x 4^2;
     # 4/3 (1/16 - 1/24) = 1/36; halves 2,2,1 and 2,1,1 have covariance 1/6, over 2 x 2
     np.testing.assert_allclose(parts, (1 / 16, 1 / 24, 1 / 36, 1 / 24))
@@ -158,7 +159,7 @@ def test_variance_parts_goldens():
 def test_distribution_variance_is_mean_off_diagonal_covariance(predictions):
     covariance = np.cov((predictions != 0).T.astype(float))
     n = len(covariance)
-    parts = stats.variance_parts(count(predictions))
+    parts = preds.variance_parts(count(predictions))
     off = covariance.sum() - covariance.trace()
     assert parts.distribution == pytest.approx(off / (n * (n - 1)), abs=1e-12)
     assert parts.test == pytest.approx(covariance.mean(), abs=1e-12)
@@ -172,12 +173,13 @@ def test_blocks_equal_all_at_once(predictions, cuts):
     labels = np.arange(predictions.shape[1]) % 3
     blocks = np.split(predictions, np.sort(np.minimum(cuts, len(predictions))).astype(int))
     whole, streamed = (
-        stats.count_predictions(iter(b), labels, n_classes=3) for b in ([predictions], blocks)
+        preds.count_predictions(iter(b), labels, n_classes=3) for b in ([predictions], blocks)
     )
     for a, b in zip(whole, streamed, strict=True):
         np.testing.assert_array_equal(a, b)
-    overlaps = stats.error_overlaps([predictions], whole)
-    np.testing.assert_array_equal(overlaps, stats.error_overlaps(blocks, whole))
+    overlaps = preds.error_overlaps(predictions, whole)
+    by_block = [preds.error_overlaps(block, whole) for block in blocks]
+    np.testing.assert_array_equal(overlaps, np.concatenate(by_block))
     errors = (predictions != labels).astype(int)
     np.testing.assert_array_equal(overlaps, (errors @ errors.T).sum(axis=1))
 
@@ -187,10 +189,10 @@ def test_identical_runs_vary_by_nothing():
     predictions = np.tile(np.array([0, 1, 2, 1, 0], np.uint8), (600, 1))
     counts = count(predictions)
     assert counts.classes.max() == 600
-    assert stats.variance_parts(counts) == (0, 0, 0, 0)
+    assert preds.variance_parts(counts) == (0, 0, 0, 0)
     assert distribution_sd(predictions, n_resamples=50) == (0, 0, 0)
-    assert stats.predicted_sd(counts).label_free == 0
-    assert stats.disagreement(counts).disagreement == 0
+    assert preds.predicted_sd(counts).label_free == 0
+    assert preds.disagreement(counts).disagreement == 0
 
 
 def bernoulli(rng, runs, n, shift=0.0):
@@ -206,7 +208,7 @@ def test_distribution_variance_is_unbiased(shift):
     # independent errors: E = 0; a shift of +/- .05 common to a run's errors: E = Var(p_r) = .05^2
     rng = np.random.default_rng(6)
     draws = np.array(
-        [stats.variance_parts(count(bernoulli(rng, 20, 60, shift))) for _ in range(600)]
+        [preds.variance_parts(count(bernoulli(rng, 20, 60, shift))) for _ in range(600)]
     )
     error = draws.std(axis=0, ddof=1) / math.sqrt(600)
     assert error[2:].max() < 0.0025 / 10  # sharp enough to tell the two cases apart
@@ -214,11 +216,11 @@ def test_distribution_variance_is_unbiased(shift):
 
 
 def test_signed_sqrt():
-    assert stats.signed_sqrt([-4, 0, 9]).tolist() == [-2, 0, 3]
+    assert preds.signed_sqrt([-4, 0, 9]).tolist() == [-2, 0, 3]
 
 
 def test_distribution_sd_golden(monkeypatch):
-    monkeypatch.setattr(stats, "FEW_RUNS", 3)
+    monkeypatch.setattr(preds, "FEW_RUNS", 3)
     # One of three runs errs, on image 0: T = g = (0, 0, 1), e = (1, 0), h = 3 T - 2 g = (0, 0, 1);
     # V_test = V_ind = 1/12. A resample with that run k times has n^2 V_test = k (3 - k) / 6 and
     # n^2 V_ind = (2 + (k - 1) - 2/3) / 6, the 2/3 for sum delta^2, hence, over n (n - 1) = 2,
@@ -233,7 +235,10 @@ def test_distribution_sd_is_the_gram_bootstrap(shift):
     runs, n = predictions.shape
     drawn = np.random.default_rng(8).integers(runs, size=(4000, runs))
     weights = np.stack([np.bincount(row, minlength=runs) for row in drawn]).astype(float)
-    errors = predictions.astype(float)
+    counts = count(predictions)
+    overlaps = preds.error_overlaps(predictions, counts)
+    order = np.lexsort((overlaps, counts.correct_odd, counts.correct_even))
+    errors = predictions[order].astype(float)
     seen = weights @ errors
     test = ((weights @ errors.sum(1) ** 2) - seen.sum(1) ** 2 / runs) / (runs - 1)
     independent = (seen * (runs - seen)).sum(1) / (runs * (runs - 1))
@@ -243,10 +248,16 @@ def test_distribution_sd_is_the_gram_bootstrap(shift):
     np.testing.assert_allclose(np.sign(got) * got**2, exact, atol=0.01 * np.ptp(exact))
 
 
+def test_distribution_sd_does_not_depend_on_the_order_of_the_runs():
+    predictions = bernoulli(7, 50, 400)
+    shuffled = np.random.default_rng(0).permutation(predictions)
+    assert distribution_sd(shuffled) == distribution_sd(predictions)
+
+
 def test_distribution_sd_of_few_runs_has_no_interval():
     few, enough = bernoulli(12, 19, 60), bernoulli(12, 20, 60)
-    got, parts = distribution_sd(few), stats.variance_parts(count(few))
-    assert got.estimate == stats.signed_sqrt(parts.distribution)
+    got, parts = distribution_sd(few), preds.variance_parts(count(few))
+    assert got.estimate == preds.signed_sqrt(parts.distribution)
     assert np.isnan(got[1:]).all()
     assert np.isfinite(distribution_sd(enough, n_resamples=50)).all()
 
@@ -263,25 +274,25 @@ def test_distribution_sd_covers():
 def test_predicted_sd_goldens():
     # err 3/12; sum n_ic (n_ic - 1) (3 - n_ic) = 2 (image 0) + 2 (image 3), over 3 x 2 x 1, 4^2
     want = np.sqrt([1 / 4 / 8, 1 / 4 / 12, 4 / 6 / 16])
-    np.testing.assert_allclose(stats.predicted_sd(count(PREDICTIONS, LABELS)), want)
+    np.testing.assert_allclose(preds.predicted_sd(count(PREDICTIONS, LABELS)), want)
 
 
 def one_image(votes, label=0):
     runs = np.zeros(sum(votes), int)
-    return stats.PredictionCounts(np.array([label]), np.array([votes]), runs, runs)
+    return preds.PredictionCounts(np.array([label]), np.array([votes]), runs, runs)
 
 
 @pytest.mark.parametrize("q", [0.1, 0.5, 0.8])
 def test_label_free_variance_is_unbiased_at_few_runs(q):
     # over all outcomes of 5 runs, weighed: q^2 (1 - q) + (1 - q)^2 q = q (1 - q), with no tolerance
     votes = [(m, 5 - m) for m in range(6)]
-    variance = [stats.predicted_sd(one_image(v)).label_free ** 2 for v in votes]
+    variance = [preds.predicted_sd(one_image(v)).label_free ** 2 for v in votes]
     mean = np.dot(scipy.stats.binom.pmf(np.arange(6), 5, q), variance)
     assert mean == pytest.approx(q * (1 - q))
     # as Jordan's Eq. 6 has it: calibrated labels err at 2 q (1 - q), and V = err / (2n)
     label_shares = [q, 1 - q]
     binary = [
-        np.dot(label_shares, [stats.predicted_sd(one_image(v, c)).binary ** 2 for c in (0, 1)])
+        np.dot(label_shares, [preds.predicted_sd(one_image(v, c)).binary ** 2 for c in (0, 1)])
         for v in votes
     ]
     assert np.dot(scipy.stats.binom.pmf(np.arange(6), 5, q), binary) == pytest.approx(mean)
@@ -289,7 +300,7 @@ def test_label_free_variance_is_unbiased_at_few_runs(q):
 
 def test_k_class_bound_is_tight_for_even_votes():
     # q = 1/3 thrice: 3 (1/9) (2/3) = 2/9, and err / (n k) = (2/3) / 3
-    even, uneven = (stats.predicted_sd(one_image(v)) for v in ([4000] * 3, [6000, 4000, 2000]))
+    even, uneven = (preds.predicted_sd(one_image(v)) for v in ([4000] * 3, [6000, 4000, 2000]))
     assert even.k_class**2 == pytest.approx(2 / 9)
     assert even.label_free**2 == pytest.approx(2 / 9, rel=1e-3)
     # q = 1/2, 1/3, 1/6: 1/8 + 2/27 + 5/216 = 2/9 above (1 - 14/36) / 3 = 11/54
@@ -300,12 +311,12 @@ def test_k_class_bound_is_tight_for_even_votes():
 def test_disagreement_goldens():
     # agreeing ordered pairs 2 + 6 + 6 + 2 of 4 x 6; errors 3 of 12; gaps at q = 1/3: -1/3 + 2/3,
     # at q = 2/3: 1/3 - 2/3, at q = 0 and 1: 0, so (1/3 + 1/3) / 4
-    got = stats.disagreement(count(PREDICTIONS, LABELS))
+    got = preds.disagreement(count(PREDICTIONS, LABELS))
     np.testing.assert_allclose(got, (1 / 3, 1 / 4, 1 / 6))
     # q = .95 and 1 share the last of ten bins: gaps +.05 - 1 there and -.05 + 1 in the first
     runs = np.zeros(20, int)
-    shared = stats.PredictionCounts(np.array([0, 1]), np.array([[19, 1], [20, 0]]), runs, runs)
-    assert stats.disagreement(shared).calibration_error == pytest.approx((0.95 + 0.95) / 2)
+    shared = preds.PredictionCounts(np.array([0, 1]), np.array([[19, 1], [20, 0]]), runs, runs)
+    assert preds.disagreement(shared).calibration_error == pytest.approx((0.95 + 0.95) / 2)
 
 
 @repeatable
@@ -313,7 +324,7 @@ def test_disagreement_goldens():
 def test_disagreement_of_all_pairs_and_its_bound(predictions):
     labels = np.arange(predictions.shape[1]) % 3
     runs = len(predictions)
-    got = stats.disagreement(count(predictions, labels), bins=runs + 1)  # a bin for every q
+    got = preds.disagreement(count(predictions, labels), bins=runs + 1)  # a bin for every q
     pairs = [(a != b).mean() for i, a in enumerate(predictions) for b in predictions[:i]]
     assert got.disagreement == pytest.approx(np.mean(pairs))
     assert got.error == pytest.approx((predictions != labels).mean())
@@ -323,9 +334,9 @@ def test_disagreement_of_all_pairs_and_its_bound(predictions):
 
 
 def test_ensemble_correct():
-    assert stats.ensemble_correct(count(PREDICTIONS, LABELS)) == 3  # image 3 is outvoted 2 to 1
+    assert preds.ensemble_correct(count(PREDICTIONS, LABELS)) == 3  # image 3 is outvoted 2 to 1
     tie = np.array([[1, 2], [0, 1]], np.uint8)  # votes go to 0 and to 1
-    assert stats.ensemble_correct(count(tie, np.array([0, 2]))) == 1
+    assert preds.ensemble_correct(count(tie, np.array([0, 2]))) == 1
 
 
 def test_paired_improvement_goldens():
@@ -400,12 +411,12 @@ def test_intervals_hold_their_estimates(x):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: count(np.array([[0, 3]], np.uint8)), "outside 0..2"),
-        (lambda: count(np.array([[0, -1]])), "outside 0..2"),
-        (lambda: count(np.array([[0.5, 1.0]])), "outside 0..2"),
+        (lambda: count(np.array([[0, 3]], np.uint8)), "not in 0..2"),
+        (lambda: count(np.array([[0, -1]])), "not in 0..2"),
+        (lambda: count(np.array([[0.5, 1.0]])), "not in 0..2"),
         (lambda: count(PREDICTIONS, LABELS[:3]), "broadcast"),
-        (lambda: stats.distribution_sd(count(PREDICTIONS), np.zeros(3, int)), "other blocks"),
-        (lambda: stats.distribution_sd(count(PREDICTIONS), np.zeros(2, int)), "other blocks"),
+        (lambda: preds.distribution_sd(count(PREDICTIONS), np.zeros(3, int)), "other blocks"),
+        (lambda: preds.distribution_sd(count(PREDICTIONS), np.zeros(2, int)), "other blocks"),
         (lambda: stats.paired_improvement([1, 2], [1, 2, 3]), "broadcast"),
     ],
 )
@@ -417,6 +428,6 @@ def test_what_cannot_be_estimated_is_refused(call, message):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_too_few_runs_give_no_number():
     one, two = count(PREDICTIONS[:1]), count(PREDICTIONS[:2])
-    unknown = [*stats.mean_interval([1])[1:], *stats.sd_interval([1]), *stats.variance_parts(one)]
-    unknown += [stats.disagreement(one).disagreement, stats.predicted_sd(two).label_free]
+    unknown = [*stats.mean_interval([1])[1:], *stats.sd_interval([1]), *preds.variance_parts(one)]
+    unknown += [preds.disagreement(one).disagreement, preds.predicted_sd(two).label_free]
     assert np.isnan(unknown).all()

@@ -100,6 +100,18 @@ def test_a_sweep_keeps_weights_if_asked(small_dir, here, small):
     assert correct == mj.read_runs("s")["test_correct"].to_pylist()[4]
 
 
+@pytest.mark.network
+def test_what_readme_shows_runs(mnist, here):
+    """As it stands there, but for the number of seeds."""
+    readme = (Path(mj.__file__).parents[1] / "README.md").read_text()
+    example = readme.partition("<!-- api -->\n```python\n")[2].partition("```")[0]
+    assert example.count("range(8)") == 2
+    code = example.replace("range(8)", "range(4)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "test_correct" in done.stdout
+
+
 def test_damaged_weights_are_named_and_left_alone(small_dir, here):
     train_main([*TINY, "--data-dir", str(small_dir), "--out", "a"])
     path = weights_path(Path("a"), mj.load_run("a").run)

@@ -86,7 +86,7 @@ def endless_line():
         errors = f"{100 * family['independent_sd']:.3f}"
         rest = points(family["distribution_sd"])
         said.append(f"`{directory.name}`: {errors} of independent errors, {rest} distribution-wise")
-    return f"SDs in points (below 0: of a variance estimated below 0). {'; '.join(said)}."
+    return f"SDs in points (negative where the estimated variance is). {'; '.join(said)}."
 
 
 def source_lines():
@@ -147,27 +147,27 @@ def speed_lines():
         return "| {} | {:.2f} ({:.2f} to {:.2f}) | {} |".format(what, *ends, goal)
 
     yield line(
-        "an epoch of one run, in times of Keras 3 on JAX",
+        "an epoch of one run, relative to Keras 3 on JAX",
         epoch["Keras on JAX"],
         "0.75 at most",
         turned=True,
     )
-    runs = "seeds an hour of a sweep, in times of"
+    runs = "seeds an hour of a sweep, relative to"
     yield line(f"{runs} single runs, as whole processes", whole[ONE_BY_ONE], "1.25 at least")
     goals = {"single runs": "1.25 at least", "one process a core": ""}
     goals |= {"Keras on JAX": "1.8 at least", "Keras on TF": "3 at least"}
     for name, goal in goals.items():
         best = min((row for what, row in sweep.items() if name in what), key=lambda r: r["ratio"])
         yield line(f"{runs} {best['what']}, epochs alone", best, goal)
-    yield line("its matrix products alone, in times of a sweep's epoch", sweep[PRODUCTS])
+    yield line("its matrix products alone, relative to a sweep's epoch", sweep[PRODUCTS])
     sizes = speed["scaling"]
     seconds, peak, state = ([row[n] for row in sizes] for n in ("seconds", "peak MB", "state MB"))
     yield (
-        f"| a seed and epoch, sweeps of {sizes[0]['seeds']} to {sizes[-1]['seeds']} seeds |"
+        f"| per seed and epoch, sweeps of {sizes[0]['seeds']} to {sizes[-1]['seeds']} seeds |"
         f" {min(seconds):.2f} to {max(seconds):.2f} s | flat |"
     )
     grown = (peak[-1] - peak[0]) / (state[-1] - state[0])
-    yield f"| their memory grows, in times of the runs' state, by | {grown:.2f} | 1 |"
+    yield f"| their memory grows, relative to the runs' state | {grown:.2f} | 1 |"
     for row, goal in zip(speed["process"], ("1 s", "8 s, 1,500 MB"), strict=True):
         low, high = row["seconds min"], row["seconds max"]
         took = f"{row['seconds']:.1f} s ({low:.1f} to {high:.1f}), {row['peak MB']:.0f} MB"

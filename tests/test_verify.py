@@ -1,0 +1,97 @@
+"""A record proves itself: stored runs trained again are equal, and forged ones are found out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mlp_jax.files import write_signed_json
+from mlp_jax.records import rows as store
+from mlp_jax.records.directory import read_metadata
+from mlp_jax.sweep import main as sweep_main
+from mlp_jax.train import main as train_main
+from mlp_jax.verify import compare
+from mlp_jax.verify import main as verify_main
+
+TINY = [
+    *("--dataset", "kmnist", "--hidden", "16", "8", "--quiet"),
+    *("--batch-size", "32", "--epochs", "2", "--learning-rate", "0.1"),
+]
+
+
+def verify(small_dir, *flags):
+    verify_main([*flags, "--data-dir", str(small_dir)])
+
+
+def test_runs_of_every_kind_are_equal(small_dir, here, capsys):
+    flags = [*TINY, "--data-dir", str(small_dir)]
+    train_main([*flags, "--seed", "3", "--out", "a"])
+    families = ["--vary", "all", "order", "--learning-rate", "0.1", "0.03"]
+    sweep_main([*flags, "--seeds", "0:2", *families, "--out", "s"])
+    capsys.readouterr()
+    verify(small_dir, "a")
+    verify(small_dir, "s", "--rows", "20")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 8
+    assert all("equal bit for bit" in line for line in lines)
+
+
+def forge(directory, change):
+    """Rows that were changed, and hashed again, as a forger would."""
+    metadata = read_metadata(Path(directory))
+    (path,) = store.row_files(Path(directory))
+    rows = pq.read_table(path).to_pylist()
+    change(rows[0])
+    for row in rows:
+        for name in ("test_correct", "test_loss", "train_loss"):
+            kind = np.int32 if name == "test_correct" else np.float32
+            row[f"{name}_by_epoch"] = np.array(row[f"{name}_by_epoch"], kind)
+            row[name] = kind(row[name])
+    path.unlink()
+    store.write_rows(Path(directory), rows, metadata)
+
+
+@pytest.mark.parametrize("name", ["test_correct_by_epoch", "train_loss_by_epoch", "predictions"])
+def test_a_forged_row_is_found_out(name, small_dir, here, capsys):
+    sweep_main([*TINY, "--data-dir", str(small_dir), "--seeds", "0:2", "--out", "s"])
+
+    def change(row):
+        if name == "predictions":
+            row[name] = bytes([(row[name][0] + 1) % 4]) + row[name][1:]
+        else:
+            row[name][0] += 1
+
+    forge("s", change)
+    with pytest.raises(SystemExit) as left:
+        verify(small_dir, "s")
+    assert left.value.code == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert "DIFFERENT" in first
+    assert "equal bit for bit" in second
+
+
+def test_other_hardware_may_round_otherwise(small_dir, here, small):
+    import mlp_jax as mj
+
+    sweep_main([*TINY, "--data-dir", str(small_dir), "--seeds", "0:1", "--out", "s"])
+    row = mj.read_runs("s").to_pylist()[0]
+    config = read_metadata(Path("s")).config
+    *_, progress = mj.fit(config, small, seeds=[0])
+    row["train_loss_by_epoch"][0] *= 1 + 1e-5
+    assert compare(row, progress, exact=True).startswith("DIFFERENT")
+    assert compare(row, progress, exact=False).startswith("equal within rounding")
+    row["train_loss_by_epoch"][0] *= 1.1
+    assert compare(row, progress, exact=False).startswith("DIFFERENT")
+
+
+def test_a_config_that_was_changed_and_signed_is_found_out(small_dir, here, capsys):
+    sweep_main([*TINY, "--data-dir", str(small_dir), "--seeds", "0:1", "--out", "s"])
+    config = json.loads(Path("s/config.json").read_text())
+    del config["sha256"]
+    config["config"]["dropout"] = 0.5
+    write_signed_json(Path("s/config.json"), config)
+    with pytest.raises(SystemExit):
+        verify(small_dir, "s")
+    assert "DIFFERENT" in capsys.readouterr().out

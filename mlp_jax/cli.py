@@ -182,10 +182,12 @@ def run_cli(main: Callable[[], None]) -> None:
         place = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{place}", file=sys.stderr)
         sys.exit(1)
-    except RuntimeError as error:  # XLA's own, which cannot be imported without jax
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+    except (MemoryError, RuntimeError) as error:
+        # XLA's own error cannot be imported without jax
+        words = ("RESOURCE_EXHAUSTED", "Out of memory")
+        if not (isinstance(error, MemoryError) or any(word in str(error) for word in words)):
             raise
-        print("error: the devices have too little memory: try fewer --lanes", file=sys.stderr)
+        print("error: too little memory: try fewer --lanes, or a smaller net", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -124,11 +124,11 @@ def check_writable(directory: Path) -> None:
     """UserError unless files can be made in `directory`, which need not exist; creates nothing."""
     existing = directory
     try:
-        os.fsencode(directory)
+        str(directory).encode()
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
-    except (OSError, ValueError) as error:  # a name that is too long or cannot be encoded
-        reason = error.strerror if isinstance(error, OSError) else "not a valid file name"
+    except (OSError, ValueError) as error:  # a name that is too long, or is no text
+        reason = getattr(error, "strerror", None) or "its name is not valid text"
         raise UserError(f"cannot write to {str(directory)!r}: {reason}") from None
     if not existing.is_dir():
         raise UserError(f"cannot write to {directory}: {existing} is not a directory")

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -134,6 +135,7 @@ class Bar:
         self._experiment, self._n_runs, self._seconds = experiment, n_runs, 0.0
         self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.epochs
         shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
+        quiet |= sys.stderr is None  # closed
         self._bar = tqdm(total=n_missing * self._epochs, bar_format=shape, disable=quiet)
 
     def update(self, epoch) -> None:

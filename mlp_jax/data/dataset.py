@@ -12,7 +12,7 @@ import numpy as np
 
 from mlp_jax.data import sources
 from mlp_jax.errors import UserError, one_line
-from mlp_jax.files import Damaged, load_arrays, quarantine, save_arrays
+from mlp_jax.files import Damaged, check_writable, load_arrays, quarantine, save_arrays
 from mlp_jax.training.arrays import Dataset, Split, make_dataset
 
 # SHA-256 of MNIST's four arrays as Split has them, in the order of TFDS's records.
@@ -32,11 +32,16 @@ def load_dataset(
     `data_dir` defaults to TFDS's own choice. Raises UserError where the data cannot be had or
     is not what was published.
     """
-    data_dir = Path(data_dir or os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    manual_dir = Path(manual_dir).expanduser() if manual_dir else None
+    try:
+        data_dir = data_dir or os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        data_dir = Path(data_dir).expanduser()
+        manual_dir = Path(manual_dir).expanduser() if manual_dir else None
+    except RuntimeError as error:
+        raise UserError(f"{one_line(error)}: name a --data-dir") from None
     # Files given by hand are to be checked, which only `sources.prepare` does.
     directory = None if manual_dir else _cached_directory(name, data_dir)
     if directory is None:
+        check_writable(data_dir)  # before a download
         directory = Path(sources.prepare(name, data_dir, manual_dir, quiet).data_dir)
     dataset = _read_cache(name, directory)
     if dataset is None:

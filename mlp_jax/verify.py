@@ -14,9 +14,12 @@ from mlp_jax.records.provenance import describe_environment
 from mlp_jax.training.run import make_run
 
 DESCRIPTION = "Train some runs of a directory again, and compare every number that is stored."
-TOLERANCE = 0.02
-"""Relative difference of losses allowed to other hardware or versions: their roundings grow from
-1e-7 to about 1e-3 over 50 epochs of keras-sgd, and to less than this in all recipes."""
+TOLERANCE = 0.01
+"""Relative difference of the first epoch's training loss allowed to other hardware or versions.
+
+Rounded otherwise (XLA's AVX2 code and fast math), that of seed 3 differed by 4e-6 in keras-sgd,
+6e-4 in keras-rmsprop and 1e-3 in short. Later losses drift apart as far as those of two seeds.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +80,18 @@ def compare(stored: dict, progress, *, exact: bool) -> str:
     correct = progress.history["test_correct"][0]
     same = np.array_equal(correct, stored["test_correct_by_epoch"])
     same &= progress.predictions[0].tobytes() == stored["predictions"]
-    worst = 0.0
     for name in ("train_loss", "test_loss"):
         then, now = np.float32(stored[f"{name}_by_epoch"]), progress.history[name][0]
         same &= np.array_equal(then, now, equal_nan=True)
-        worst = max(worst, float(np.max(np.abs(now - then) / np.abs(then))))
     if same:
         return f"equal bit for bit, {correct[-1]} correct"
-    counts = f"{stored['test_correct']} correct stored, {correct[-1]} now"
-    if not exact and worst <= TOLERANCE:
-        return f"equal within rounding of other hardware or versions ({counts}; losses {worst:.1e})"
-    return f"DIFFERENT ({counts}; losses differ by up to {worst:.1e})"
+    first = stored["train_loss_by_epoch"][0]
+    drift = abs(progress.history["train_loss"][0, 0] - first) / first
+    numbers = f"{stored['test_correct']} correct stored, {correct[-1]} now; the first epoch's"
+    numbers += f" training loss differs by {drift:.1e}"
+    if not exact and drift <= TOLERANCE:
+        return f"equal as far as other hardware or versions allow ({numbers})"
+    return f"DIFFERENT ({numbers})"
 
 
 if __name__ == "__main__":

@@ -45,16 +45,12 @@ def _from_config(directory: Path) -> Metadata:
 def _from_files(directory: Path) -> Metadata | None:
     """Metadata of the first intact rows, or else of a checkpoint."""
     for path in rows.row_files(directory):
-        try:
+        with contextlib.suppress(UserError):
             rows.check_content(path)
             return rows.read_metadata(path)
-        except UserError:
-            continue
     for path in sorted((directory / "checkpoints").glob("*.npz")):
-        try:
+        with contextlib.suppress(UserError, KeyError):
             return Metadata.from_json(load_arrays(path)[1]["run"])
-        except (UserError, KeyError):
-            continue
     return None
 
 

@@ -27,7 +27,7 @@ ROW_ID = ("vary", "learning_rate", "seed")
 READ_ROWS = 255
 """Runs whose predictions are in memory at a time: as many as stats.py counts at once."""
 
-OUR_NAME = re.compile(r".+-lr.+-seed\d+-[0-9a-f]{16}\.parquet")
+OUR_NAME = re.compile(r"[a-z]+-lr[0-9.e+-]+-seed\d+-[0-9a-f]{16}\.parquet")
 
 
 def make_rows(recipe: str, progress: "Progress", seconds: float) -> list[dict]:
@@ -97,16 +97,12 @@ def _name_digest(content) -> str:
 
 
 def row_files(directory: Path) -> list[Path]:
-    """The Parquet files of a sweep, each content once; others are named in a warning."""
-    files = {}
-    for path in sorted((directory / "runs").glob("*.parquet")):
+    """The Parquet files that mlp_jax wrote; others are named in a warning."""
+    files = sorted((directory / "runs").glob("[!_]*.parquet"))  # _ marks those in quarantine
+    for path in files:
         if not OUR_NAME.fullmatch(path.name):
             log.warning("%s is ignored: mlp_jax does not name its files so", path)
-        elif path.name.startswith("_"):  # quarantined
-            continue
-        elif (first := files.setdefault(path.stem[-16:], path)) != path:
-            log.warning("%s is ignored: it is a copy of %s", path, first.name)
-    return list(files.values())
+    return [path for path in files if OUR_NAME.fullmatch(path.name)]
 
 
 def check_content(path: Path) -> None:
@@ -161,8 +157,7 @@ def read_runs(directory: str | Path, columns: Sequence[str] | None = None):
 
 def checked_files(directory: Path) -> list[Path]:
     """`row_files`, all intact; UserError if there are none, and Damaged."""
-    paths = row_files(directory)
-    if not paths:
+    if not (paths := row_files(directory)):
         raise UserError(f"{directory} has no finished runs")
     for path in paths:
         check_content(path)
@@ -184,9 +179,8 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
         except FileNotFoundError:  # another shard quarantined it
             continue
         check_same(path, read_metadata(path), metadata)
-        for row in read_table(
-            [path], ["test_correct", "test_loss", "train_loss", "seconds"]
-        ).to_pylist():
+        columns = ["test_correct", "test_loss", "train_loss", "seconds"]
+        for row in read_table([path], columns).to_pylist():
             run = make_run(row.pop("seed"), row.pop("learning_rate"), row.pop("vary"))
             finished[run] = row
     return finished

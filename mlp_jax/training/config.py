@@ -69,7 +69,7 @@ def check_learning_rate(rate: float) -> None:
     """UserError for a rate that is not positive and finite in float32, in which it is used."""
     try:
         (used,) = struct.unpack("f", struct.pack("f", rate))
-    except OverflowError:
+    except (OverflowError, struct.error):  # too large, or no number
         used = float("inf")
     if not 0 < used < float("inf"):
         raise UserError(f"learning rate must be positive and finite in float32, not {rate}")

@@ -19,7 +19,12 @@ import jax
 from mlp_jax import files
 from mlp_jax.records import directory as directories
 from mlp_jax.records import rows
-from mlp_jax.records.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from mlp_jax.records.checkpoint import (
+    has_weights,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from mlp_jax.records.provenance import Metadata, run_metadata
 from mlp_jax.training.arrays import Dataset, for_dataset
 from mlp_jax.training.config import RECIPES, Config
@@ -46,11 +51,12 @@ class Experiment:
     chunk: int  # runs that share a file
     checkpoint_every: int
     keep_weights: bool
-    finished: dict[Run, dict]  # rows.last_values of the stored runs
+    stored: frozenset[Run]
+    finished: dict[Run, dict]  # rows.last_values of the stored runs, if their weights are there too
     compile_seconds: float = 0.0
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
-        return [run for run in runs if run not in self.finished]
+        return [run for run in dict.fromkeys(runs) if run not in self.finished]
 
     def train(
         self, runs: Sequence[Run], stop: Callable[[], bool] = lambda: False
@@ -118,13 +124,15 @@ class Experiment:
         return progress._replace(states=[])
 
     def _store(self, ended: Sequence[Epoch]) -> None:
-        stored = []
+        new: dict[Run, dict] = {}
         for progress, seconds in ended:
             share = sum(seconds) / len(progress.runs)
-            new = rows.make_rows(self.metadata.recipe, progress, share)
-            stored += new
-            self.finished |= zip(progress.runs, map(rows.last_values, new), strict=True)
-        rows.write_rows(self.directory, stored, self.metadata)
+            made = rows.make_rows(self.metadata.recipe, progress, share)
+            new |= zip(progress.runs, made, strict=True)
+        # a run that is trained again for its weights has its row already
+        if wanted := [row for run, row in new.items() if run not in self.stored]:
+            rows.write_rows(self.directory, wanted, self.metadata)
+        self.finished |= {run: rows.last_values(row) for run, row in new.items()}
         for progress, _ in ended:
             files.remove(self._checkpoint(progress.runs))
 
@@ -153,12 +161,14 @@ def open_experiment(
     checkpoint_every: int = 10,
     keep_weights: bool = False,
     allow_mixed: bool = False,
+    overwrite: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Experiment]:
     """Hold `directory`, new or with runs of the same kind, to train `runs` in it.
 
-    `seed` marks a single run. `shard` is the part of the runs that this process trains, and how
-    many there are. UserError if the directory is another's, in use, or holds other numbers.
+    `seed` marks a single run, whose results `overwrite` removes first. `shard` is the part of the
+    runs that this process trains, and how many there are. UserError if the directory is another's,
+    in use, or holds other numbers.
     """
     config = for_dataset(config, dataset)
     placement = place(len(runs), run_bytes(config), devices=devices, lanes=lanes)
@@ -174,10 +184,18 @@ def open_experiment(
     train, test = jax.device_put((dataset.train, dataset.test), placement.replicated)
     directories.check_out_dir(directory)
     with files.locked(directory, *shard):
+        if overwrite:
+            directories.clear(directory)
         directories.claim(directory, metadata)
         if rows.row_files(directory):
             metadata = with_program(metadata, dataset)
         files.make_directory(directory / "runs")
+        stored = rows.finished_runs(directory, metadata)
+        finished = {
+            run: row
+            for run, row in stored.items()
+            if not keep_weights or has_weights(directory, run)
+        }
         yield Experiment(
             directory,
             metadata,
@@ -186,7 +204,8 @@ def open_experiment(
             chunk_size(chunk, config.epochs, placement.width),
             checkpoint_every,
             keep_weights,
-            rows.finished_runs(directory, metadata),
+            frozenset(stored),
+            finished,
         )
 
 

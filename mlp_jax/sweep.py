@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     names += ("allow_mixed",)
     options = {name: getattr(args, name) for name in names} | {"shard": (index, count)}
     opened = open_experiment(args.out, config, dataset, runs, **options)
-    with opened as experiment, cli.StopSignals() as stop:
+    with cli.StopSignals() as stop, opened as experiment:
         bar = Bar(experiment, len(runs), len(experiment.missing(runs)), args.quiet)
         for epoch in experiment.train(runs, lambda: stop.requested):
             bar.update(epoch)

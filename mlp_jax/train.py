@@ -45,12 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
     config = for_dataset(args.config, dataset)
     out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
-    if args.overwrite:
-        directories.clear(out)
     options = {"recipe": args.recipe, "seed": args.seed, "devices": 1, "lanes": 1}
-    options |= {"checkpoint_every": args.checkpoint_every, "allow_mixed": args.allow_mixed}
+    names = ("checkpoint_every", "allow_mixed", "overwrite")
+    options |= {name: getattr(args, name) for name in names}
     opened = open_experiment(out, config, dataset, [run], keep_weights=True, **options)
-    with opened as experiment, cli.StopSignals() as stop:
+    with cli.StopSignals() as stop, opened as experiment:
         say = (lambda *_: None) if args.quiet else functools.partial(print, flush=True)
         say(header(experiment))
         for epoch in experiment.train([run], lambda: stop.requested):

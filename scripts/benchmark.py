@@ -4,14 +4,14 @@
     python scripts/benchmark.py epoch       an epoch of one run, beside Keras on JAX
     python scripts/benchmark.py sweep       seeds an hour, beside single runs and Keras on JAX, TF
     python scripts/benchmark.py whole       the same beside single runs, as whole processes
-    python scripts/benchmark.py scaling     cost a seed, and memory, by the number of seeds
+    python scripts/benchmark.py scaling     time per seed, and memory, by the number of seeds
     python scripts/benchmark.py process     whole processes, from start to end
     python scripts/benchmark.py epoch sweep whole scaling process --out benchmark.json
 
-Each peer lives in processes of its own, which compile and warm up before anything is timed, then
-train and score two epochs whenever it is their turn: A B C A B C ... The second is timed; the first
-wakes the process, whose memory the machine may have taken meanwhile. A ratio compares the turns of
-one round, so that what else the machine does hits both. Keep the machine idle otherwise.
+Each peer has processes of its own, which compile and warm up before anything is timed. They take
+turns, A B C A B C ..., and train and score two epochs in each. The second is timed; the first warms
+the process up again. A ratio compares the turns of one round, so other load on the machine affects
+both. Keep the machine idle otherwise.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean, median
 from typing import Literal
@@ -34,10 +34,9 @@ from typing import Literal
 import tyro
 from _keras_peer import FOREVER, missing, train_keras
 
-from mlp_jax.data.dataset import load_dataset
-from mlp_jax.records import provenance
-from mlp_jax.records import rows as store
-from mlp_jax.training.config import RECIPES, stream_seeds
+import mlp_jax as mj
+from mlp_jax.files import write_json
+from mlp_jax.records.provenance import describe_environment
 
 RECIPE = "keras-sgd"
 Part = Literal["epoch", "sweep", "whole", "scaling", "process"]
@@ -45,7 +44,7 @@ EPOCHS_A_TURN = 2
 ROUNDS = {"epoch": 25, "sweep": 8, "process": 5}  # a few minutes a part on two cores
 WHOLE_ROUNDS, WHOLE_SEEDS = 2, 4  # a quarter of an hour
 SIZES = (2, 4, 8, 16, 32, 64)
-SEED_EPOCHS = 16  # what a size trains at least, so that small ones are timed as long as larger ones
+SEED_EPOCHS = 16  # timed for each size at least, so small sizes are timed as long as larger ones
 # Test accuracies after equally many epochs; the first epoch reaches about 0.87.
 MAX_APART, MIN_ACCURACY = 0.015, 0.8
 PRODUCTS = "the matrix products alone"
@@ -53,20 +52,18 @@ PRODUCTS = "the matrix products alone"
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    parts: tyro.conf.Positional[
-        tuple[Literal["epoch", "sweep", "whole", "scaling", "process"], ...]
-    ]
+    parts: tyro.conf.Positional[tuple[Part, ...]]
     """What to measure."""
     data_dir: Path | None = None
-    """Where TFDS keeps its data; else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     rounds: int | None = None
-    """Turns of each peer; else what takes a few minutes on two cores."""
+    """Turns of each peer; default: what takes a few minutes on two cores."""
     out: Path | None = None
-    """File for the numbers, as JSON."""
+    """File for the results, as JSON."""
 
 
 class Peer:
-    """A way to train, in one process or in several at once; `seconds`: a seed, turn by turn."""
+    """A way to train, in one process or in several at once; `seconds` per seed, by turn."""
 
     def __init__(self, name: str, train: Callable, *args, cores: list[set[int]] | None = None):
         self.name, self.seconds, self.pipes = name, [], []
@@ -80,11 +77,11 @@ class Peer:
         self.accuracies = self.results()
 
     def results(self) -> list[float]:
-        """Wait for the test accuracies of the seeds of all processes."""
+        """Wait for the test accuracies of all seeds in all processes."""
         try:
             return [accuracy for pipe in self.pipes for accuracy in pipe.recv()]
         except EOFError:
-            sys.exit(f"error: {self.name} ended early, as said above")
+            sys.exit(f"error: {self.name} ended early, see above")
 
     def turn(self) -> None:
         for _ in range(EPOCHS_A_TURN):
@@ -96,47 +93,40 @@ class Peer:
 
 
 def serve(pipe, pinned: set[int] | None, train: Callable, *args) -> None:
-    """A peer's process: `train` tells its accuracies after every epoch, and waits for its turn."""
+    """A peer's process: `train` sends its accuracies after each epoch, and waits for its turn."""
     if pinned:
-        os.sched_setaffinity(0, pinned)  # XLA counts its threads by it
+        os.sched_setaffinity(0, pinned)  # decides how many threads XLA starts
         os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 
     def turn(accuracies: list[float]) -> None:
         pipe.send(accuracies)
         try:
             pipe.recv()
-        except EOFError:  # the benchmark has had enough turns
+        except EOFError:  # the benchmark is done with this peer
             sys.exit()
 
     train(turn, *args)
 
 
 def train_mlp_jax(turn: Callable, seed: int, data_dir: Path | None, layout: str) -> None:
-    data = load_dataset("mnist", data_dir)
-    n_test = len(data.test.labels)
-    fit_as(layout, None, data, FOREVER, lambda epoch, m, s: turn(list(m.test_correct / n_test)))
+    """One run as mlp_jax.train places it ("single"), or one per core as mlp_jax.sweep ("sweep")."""
+    from mlp_jax.training.parallel import n_cores, use_cores
 
-
-def fit_as(layout: str, n_runs: int | None, dataset, epochs: int, on_epoch: Callable):
-    """`fit`, placed as mlp_jax.train ("single") or mlp_jax.sweep ("sweep"; a run a core) does."""
-    import jax
-
-    from mlp_jax.training.fit import fit, make_runs, run_bytes
-    from mlp_jax.training.parallel import Placement, n_cores, place, use_cores
-
-    config = dataclasses.replace(RECIPES[RECIPE], epochs=epochs)
-    if layout == "single":
-        n_runs, placement = 1, Placement(tuple(jax.local_devices()[:1]), lanes=1)
-    else:
+    seeds = [seed]
+    if layout == "sweep":
         use_cores()
-        n_runs = n_runs or n_cores()
-        placement = place(n_runs, run_bytes(config))
-    runs = make_runs([stream_seeds(i) for i in range(n_runs)], [config.learning_rate] * n_runs)
-    return fit(config, dataset, runs, placement=placement, on_epoch=on_epoch)
+        seeds = range(n_cores())
+    for progress in fit(seeds, FOREVER, data_dir):
+        turn(list(progress.test_accuracy))
+
+
+def fit(seeds: Iterable[int], epochs: int, data_dir: Path | None) -> Iterator:
+    config = dataclasses.replace(mj.RECIPES[RECIPE], epochs=epochs)
+    return mj.fit(config, mj.load_dataset("mnist", data_dir), seeds=seeds)
 
 
 def train_products(turn: Callable, seed: int, batch_size: int, hidden: tuple[int, ...]) -> None:
-    """The matrix products of an epoch and its evaluation alone, as XLA runs them."""
+    """Only the matrix products of an epoch and its evaluation, as XLA runs them."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -179,7 +169,7 @@ def add_keras(peers: list[Peer], name: str, backend: str, args: Args, cores=None
 
 
 def interleave(peers: list[Peer], rounds: int) -> list[dict]:
-    """`rounds` turns of each peer; rows with ratios to the first. Exits where accuracies differ."""
+    """`rounds` turns of each peer; rows with ratios to the first. Exits if accuracies differ."""
     for _ in range(rounds):
         for peer in peers:
             peer.turn()
@@ -189,16 +179,16 @@ def interleave(peers: list[Peer], rounds: int) -> list[dict]:
     for row, peer in zip(rows, peers, strict=True):
         accuracy = None if None in peer.accuracies else mean(peer.accuracies)
         row |= {"test accuracy": accuracy, "after epochs": EPOCHS_A_TURN * rounds + 1}
-        row["seeds an hour"] = 3600 / (row["seconds"] * RECIPES[RECIPE].epochs)
+        row["seeds an hour"] = 3600 / (row["seconds"] * mj.RECIPES[RECIPE].epochs)
     accuracies = [row["test accuracy"] for row in rows if row["test accuracy"]]
     if not (max(accuracies) - min(accuracies) <= MAX_APART and min(accuracies) >= MIN_ACCURACY):
-        show("FAILED: these accuracies are not those of one and the same training", rows)
+        show("FAILED: these accuracies are not those of the same training", rows)
         sys.exit(1)
     return rows
 
 
 def timed(seconds: dict[str, list[float]]) -> list[dict]:
-    """Rows of medians and ranges; the ratios are to the first, round by round."""
+    """Rows of medians and ranges; each ratio is to the first's turn of the same round."""
     first = next(iter(seconds.values()))
     rows = []
     for name, own in seconds.items():
@@ -230,7 +220,7 @@ def measure_sweep(args: Args) -> dict:
     for name, backend in (("JAX", "jax"), ("TF", "tensorflow")):
         add_keras(peers, f"Keras on {name}, one process", backend, args)
         add_keras(peers, f"Keras on {name}, one a core", backend, args, cores=cores)
-    shapes = RECIPES[RECIPE].batch_size, RECIPES[RECIPE].hidden
+    shapes = mj.RECIPES[RECIPE].batch_size, mj.RECIPES[RECIPE].hidden
     peers.append(Peer(PRODUCTS, train_products, *shapes, cores=cores))
     rows = interleave(peers, args.rounds or ROUNDS["sweep"])
     show("a seed and epoch with its evaluation, seconds; ratios to the first line", rows)
@@ -242,7 +232,7 @@ def measure_sweep(args: Args) -> dict:
 
 
 def measure_whole(args: Args) -> dict:
-    """`mlp_jax.sweep`, then as many `mlp_jax.train`, all epochs; exits where a result differs."""
+    """`mlp_jax.sweep`, then `mlp_jax.train` for each of its seeds; exits if a result differs."""
     sweeps, singles = [], []
     for _ in range(WHOLE_ROUNDS):
         with tempfile.TemporaryDirectory() as out:
@@ -253,14 +243,14 @@ def measure_whole(args: Args) -> dict:
                 for seed in range(WHOLE_SEEDS)
             ]
             singles.append(sum(alone))
-            table = store.read_runs(Path(out, "sweep"), ["test_correct"]).to_pydict()
+            table = mj.read_runs(Path(out, "sweep"), ["test_correct"]).to_pydict()
             for seed, correct in zip(table["seed"], table["test_correct"], strict=True):
                 summary = json.loads(Path(out, str(seed), "summary.json").read_text())
                 if summary["test_correct"] != correct:
-                    sys.exit(f"FAILED: seed {seed}: {correct} right in the sweep, alone {summary}")
+                    sys.exit(f"FAILED: seed {seed}: {correct} right in the sweep; alone {summary}")
     totals = {"mlp_jax.sweep": sweeps, "mlp_jax.train, one after another": singles}
     rows = timed({name: [s / WHOLE_SEEDS for s in total] for name, total in totals.items()})
-    epochs = RECIPES[RECIPE].epochs
+    epochs = mj.RECIPES[RECIPE].epochs
     show(f"whole processes, {WHOLE_SEEDS} seeds of {epochs} epochs: seconds a seed", rows)
     return {"whole": rows}
 
@@ -308,7 +298,7 @@ def measure_scaling(args: Args) -> dict:
 
 
 def fresh(function: Callable, *args):
-    """The result of `function` in a process of its own, whose peak memory is its alone."""
+    """The result of `function` in a new process, whose peak memory is its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
@@ -316,19 +306,24 @@ def fresh(function: Callable, *args):
 def train_size(data_dir: Path | None, size: int) -> dict:
     import jax
 
-    data = load_dataset("mnist", data_dir)
+    from mlp_jax.training.parallel import use_cores
+
+    use_cores()
     epochs = -(-SEED_EPOCHS // size)
-    result = fit_as("sweep", size, data, epochs, lambda *_: None)
+    training = fit(range(size), 1 + epochs, data_dir)
+    next(training)  # compiles, and makes the initial weights
+    start = time.perf_counter()
+    *_, progress = training
+    seconds = time.perf_counter() - start
     peak = peak_mb(resource.getrusage(resource.RUSAGE_SELF))
     return {
         "seeds": size,
-        "epochs": epochs,
-        "seconds": result.seconds.sum() / size / epochs,
+        "epochs": 1 + epochs,
+        "seconds": seconds / size / epochs,
         "peak MB": peak,
         # plain SGD: a run's state is its parameters
-        "state MB": sum(leaf.nbytes for leaf in jax.tree.leaves(result.progress.state.params))
-        / 1e6,
-        "test accuracy": float(result.history.test_correct[:, -1].mean() / len(data.test.labels)),
+        "state MB": sum(leaf.nbytes for leaf in jax.tree.leaves(progress.params)) / 1e6,
+        "test accuracy": float(progress.test_accuracy.mean()),
     }
 
 
@@ -343,10 +338,10 @@ def show(title: str, rows: list[dict]) -> None:
 
 
 def describe() -> dict:
-    """Processor, cores and versions, printed and kept beside the numbers."""
+    """Processor, cores and versions, which are printed and stored with the results."""
     import jax
 
-    environment = provenance.describe_environment(jax.devices())
+    environment = describe_environment(jax.devices())
     for name in ("keras", "tensorflow-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             environment["versions"][name] = importlib.metadata.version(name)
@@ -358,9 +353,9 @@ def describe() -> dict:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    # not here: a process begins with the peak memory of its parent, which must stay small
+    # not here: a process starts with the peak memory of its parent, which must stay small
     record = {"environment": fresh(describe)}
     for part in args.parts:
         record |= globals()[f"measure_{part}"](args)
         if args.out:
-            store.write_json(args.out, record)
+            write_json(args.out, record)

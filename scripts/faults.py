@@ -1,11 +1,12 @@
 """Kills, full disks and flipped bits: what a run and a sweep lose by them, counted.
 
     python scripts/faults.py --out results/faults.json     25 kills of each: half an hour, two cores
-    python scripts/faults.py --kills 2 --others 0          a short form
+    python scripts/faults.py --kills 2 --others 0          a short version
 
-A trial harms a command, or what it left, runs the same command again, and compares every number
-with those of the command left alone. Lost is a trial that ends in other numbers, or does not end
-well. Moments, files and bits are drawn from --seed. Disks are mounted, which needs root on Linux.
+A trial harms a command, or files that it left, runs the same command again, and compares all its
+numbers with those of an undisturbed command. A trial counts as lost if the numbers differ or the
+command fails. Moments, files and bits are drawn from --seed. The disk faults mount disks, which
+needs root on Linux.
 """
 
 import contextlib
@@ -15,7 +16,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,42 +26,42 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from mlp_jax.data.dataset import CACHE, load_dataset
-from mlp_jax.records import provenance
-from mlp_jax.records import rows as store
-from mlp_jax.training.config import UserError
+import mlp_jax as mj
+from mlp_jax.data.dataset import CACHE
+from mlp_jax.files import write_json
+from mlp_jax.records.provenance import describe_environment
 
-# a net that trains in seconds: what is at stake here are files and moments
+# a net that trains in seconds: only files and moments matter here
 SETTINGS = ["--hidden", "32", "--epochs", "16", "--checkpoint-every", "3", "--quiet"]
 COMMANDS = {
     "train": [*SETTINGS, "--resume"],
     "sweep": [*SETTINGS, "--seeds", "0:6", "--chunk", "2"],
 }
-ROOM = "200M"  # of a mounted disk that is not full
+ROOM = "200M"  # on a mounted disk that is not full
 TIMEOUT = 600
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     kills: int = 25
-    """Trials of kill -9, of each command."""
+    """Trials of kill -9 for each command."""
     others: int = 5
-    """Trials of each other fault."""
+    """Trials of each other fault, for each command."""
     seed: int = 0
-    """Of the moments, files and bits."""
+    """Decides the moments, files and bits."""
     data_dir: Path | None = None
-    """Where TFDS keeps its data; else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     out: Path | None = None
     """File for the table, as JSON."""
 
 
 class Lost(Exception):
-    """Numbers, or a good end."""
+    """A command failed, or ended with other numbers."""
 
 
 @dataclasses.dataclass
 class Job:
-    """A command whose results go to `out`, and what it leaves when it is left alone."""
+    """A command whose results go to `out`, and what it leaves if nothing disturbs it."""
 
     front: str
     out: Path
@@ -79,24 +79,27 @@ class Job:
         return (self.out / "config.json").exists()
 
     def results(self) -> list:
-        """All numbers that are left, but for the clock."""
+        """All numbers that the command left, except times."""
+        rows = mj.read_runs(self.out).drop_columns("seconds").to_pylist()
         if self.front == "sweep":
-            return store.read_runs(self.out).drop_columns("seconds").to_pylist()
-        lines = (self.out / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) | {"seconds": None} for line in lines]
+            return rows
+        lines = map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines())
+        correct = json.loads((self.out / "summary.json").read_text())["test_correct"]
+        layers = mj.load_run(self.out).params.values()
+        weights = [array.tobytes() for layer in layers for array in layer.values()]
+        return [*rows, *(line | {"seconds": None} for line in lines), correct, *weights]
 
-    def check(self) -> list[str]:
-        """Run it to its end; the lines that it says."""
+    def check(self) -> None:
+        """Run it to its end and compare its results; raises Lost."""
         status, said = ended(self.start())
         if status:
             raise Lost(f"status {status}: {said[-1:]}")
         if self.results() != self.numbers:
             raise Lost("other numbers")
-        return said
 
 
 def ended(process: subprocess.Popen) -> tuple[int, list[str]]:
-    """Exit status and the lines to stderr, which are never a traceback."""
+    """Exit status and the lines on stderr; raises Lost at a traceback."""
     try:
         said = process.communicate(timeout=TIMEOUT)[1].strip().splitlines()
     except subprocess.TimeoutExpired:
@@ -108,7 +111,7 @@ def ended(process: subprocess.Popen) -> tuple[int, list[str]]:
 
 
 def wait_for(process: subprocess.Popen, happened: Callable[[], object]) -> None:
-    """Until `happened()` or the process has ended."""
+    """Return once `happened()` is true or the process has ended."""
     while not happened() and process.poll() is None:
         time.sleep(0.01)
 
@@ -123,11 +126,11 @@ def stop(job: Job, rng, number: signal.Signals, after: Callable[[], object] | No
     process.send_signal(number)
     status, said = ended(process)
     if harmed and number != signal.SIGKILL:
-        # 0 where the signal came when all was trained
+        # 0 if everything was trained when the signal came
         if status not in (0, 128 + number):
             raise Lost(f"status {status} after {number.name}: {said[-1:]}")
-        if status and "go on with: python -m" not in said[-1]:
-            raise Lost(f"no word on how to go on: {said[-1]}")
+        if status and not (said and "resume with: python -m" in said[-1]):
+            raise Lost(f"does not say how to resume: {said[-1:]}")
     return harmed
 
 
@@ -140,7 +143,7 @@ def asked_to_stop(job: Job, rng) -> bool:
 
 
 def damaged(job: Job, rng, pattern: str) -> bool:
-    """A bit flipped, or the end cut off, of a file that a killed command left."""
+    """Flip a bit of a file that a killed command left, or cut off its end."""
 
     def files() -> list[Path]:
         try:
@@ -171,7 +174,7 @@ def damaged_cache(job: Job, rng) -> bool:
 
 
 def full_disk(job: Job, rng) -> bool:
-    """A disk on which half of the results would fit at most; then there is room."""
+    """A disk with room for half of the results at most, which then gets more room."""
     whole = sum(path.stat().st_size for path in job.out.with_name("alone").rglob("*"))
     with mounted(job.out, f"size={int(rng.uniform(4096, whole / 2))}"):
         status, said = ended(job.start())
@@ -221,11 +224,11 @@ def can_mount() -> bool:
 
 
 def two_at_once(job: Job, rng) -> bool:
-    """The second command is refused, and harms nothing."""
+    """The second command is refused, and does no harm."""
     first = job.start()
     wait_for(first, job.begun)
     status, said = ended(job.start())
-    harmed = first.poll() is None  # else the second came late
+    harmed = first.poll() is None  # else the second came too late
     if harmed and (status != 2 or "in use" not in said[-1]):
         raise Lost(f"status {status} beside another command: {said}")
     status, said = ended(first)
@@ -235,11 +238,8 @@ def two_at_once(job: Job, rng) -> bool:
 
 
 def one_of_three_killed(job: Job, rng) -> bool:
-    """Three processes share the seeds; the others end well, and one process goes on."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--num-processes", "3"]
-    processes = [job.start(*address, "--process-id", str(i)) for i in range(3)]
+    """Three shards train the sweep; two of them end well, and one command trains the rest."""
+    processes = [job.start("--shard", f"{i}/3") for i in range(3)]
     lost = processes.pop(rng.integers(3))
     wait_for(lost, job.begun)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -250,7 +250,7 @@ def one_of_three_killed(job: Job, rng) -> bool:
     for process in processes:
         status, said = ended(process)
         if status:
-            raise Lost(f"status {status} beside a lost process: {said[-1:]}")
+            raise Lost(f"status {status} beside a killed process: {said[-1:]}")
     return harmed
 
 
@@ -258,7 +258,7 @@ FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "kill -9 at a random moment": (killed, ("train", "sweep")),
     "SIGINT or SIGTERM at a random moment": (asked_to_stop, ("train", "sweep")),
     "a damaged checkpoint": (
-        functools.partial(damaged, pattern="checkpoints/**/*"),
+        functools.partial(damaged, pattern="checkpoints/*.npz"),
         ("train", "sweep"),
     ),
     "a damaged config.json": (
@@ -275,16 +275,16 @@ FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
 
 
 def count(fault: str, alone: Job, trials: int, seed: int) -> dict:
-    """A row of the table, of trials that did harm; what was lost is told at once."""
+    """A row of the table, of trials that did harm; prints it, and what was lost."""
     harm, tried, lost = FAULTS[fault][0], 0, []
-    for draw in range(4 * trials):  # some come too late to harm anything
+    for draw in range(4 * trials):  # some come too late to do harm
         if tried == trials:
             break
         job = dataclasses.replace(alone, out=alone.out.with_name("trial"))
         try:
             harmed = harm(job, np.random.default_rng([seed, draw]))
             job.check()
-        except (Lost, UserError) as error:
+        except (Lost, mj.UserError, OSError) as error:
             harmed = True
             lost.append(f"draw {draw}: {error}")
         finally:
@@ -299,16 +299,16 @@ def count(fault: str, alone: Job, trials: int, seed: int) -> dict:
 
 
 def main(args: Args) -> None:
-    load_dataset("mnist", args.data_dir)  # prepared where it is missing
+    mj.load_dataset("mnist", args.data_dir)  # prepares it if it is missing
     data_dir = args.data_dir or Path(os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     faults = dict(FAULTS)
     if not can_mount():
-        print("no disk can be mounted here: full and read-only disks are not tried")
+        print("cannot mount disks here: full and read-only disks are left out")
         faults = {name: fault for name, fault in FAULTS.items() if "disk" not in name}
     print(f"{'fault':<38}{'command':<8}{'tried':>6}{'survived':>10}{'lost':>6}", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch, "data")  # whose cache is to be damaged
+        copy = Path(scratch, "data")  # its cache will be damaged
         shutil.copytree(data_dir.expanduser() / "mnist", copy / "mnist")
         for front in COMMANDS:
             alone = Job(front, Path(scratch, front, "alone"), copy)
@@ -327,9 +327,9 @@ def main(args: Args) -> None:
         flags = f"--kills {args.kills} --others {args.others} --seed {args.seed}"
         about = {
             "command": f"python scripts/faults.py {flags}",
-            "environment": provenance.describe_environment(jax.devices()),
+            "environment": describe_environment(jax.devices()),
         }
-        store.write_json(args.out, about | {"faults": rows})
+        write_json(args.out, about | {"faults": rows})
     if lost := sum(row["lost"] for row in rows):
         sys.exit(f"error: {lost} trials lost something")
 

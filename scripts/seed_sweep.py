@@ -1,11 +1,11 @@
-"""The sweeps behind results/: each goes on where it stopped, and is then reported on.
+"""The sweeps behind results/: each resumes where it stopped, and is then summarized.
 
     python scripts/seed_sweep.py keras-sgd       100 seeds of 50 epochs: hours on two cores
     python scripts/seed_sweep.py short           1,900 runs of one epoch: all, init, order, dropout
     python scripts/seed_sweep.py keras-rmsprop   30 seeds of 20 epochs
 
-The rows are written into results/NAME/runs/ chunk by chunk. results/keras-sgd-epyc is the first of
-these on another processor, an AMD EPYC, with --seeds 0:30.
+The rows are written to results/NAME/runs/, one chunk after another. results/keras-sgd-epyc is the
+first of these on another processor, an AMD EPYC, with --seeds 0:30.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ SWEEPS = {
 @dataclasses.dataclass(frozen=True)
 class Args:
     names: tyro.conf.Positional[tuple[Literal[*SWEEPS], ...]]
-    """Sweeps to make, one after another."""
+    """Sweeps to run, one after another."""
 
 
 def main(args: Args) -> None:
@@ -42,7 +42,7 @@ def main(args: Args) -> None:
 
 
 def run(module: str, *flags: str) -> None:
-    """A process of its own, since a sweep sets up JAX's devices for itself."""
+    """Run a command in a new process, in which the sweep can set up JAX's devices."""
     command = [sys.executable, "-m", module, *flags]
     print("+", *command, flush=True)
     if status := subprocess.run(command).returncode:

@@ -112,7 +112,7 @@ def test_what_readme_shows_runs(mnist, here):
     assert "test_correct" in done.stdout
 
 
-def test_damaged_weights_are_named_and_left_alone(small_dir, here):
+def test_damaged_weights_are_left_alone_by_readers_and_trained_again(small_dir, here):
     train_main([*TINY, "--data-dir", str(small_dir), "--out", "a"])
     path = weights_path(Path("a"), mj.load_run("a").run)
     content = path.read_bytes()
@@ -120,3 +120,7 @@ def test_damaged_weights_are_named_and_left_alone(small_dir, here):
     with pytest.raises(mj.UserError, match="is damaged"):
         mj.load_run("a")
     assert path.read_bytes() == content[:-40]
+    before = mj.read_runs("a")
+    train_main([*TINY, "--data-dir", str(small_dir), "--out", "a", "--resume"])
+    assert path.read_bytes() == content
+    assert mj.read_runs("a") == before  # trained again for its weights, stored once

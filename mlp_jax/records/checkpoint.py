@@ -43,10 +43,12 @@ def load_checkpoint(path: Path, metadata: Metadata) -> tuple[Snapshot, list[floa
     except Damaged as damaged:
         quarantine(damaged)
         return None
-    shapes = state_shapes(metadata.config)
-    state = jax.tree_util.tree_map_with_path(
-        lambda path, _: arrays[f"state{jax.tree_util.keystr(path)}"], shapes
+    names = jax.tree_util.tree_map_with_path(
+        lambda path, _: f"state{jax.tree_util.keystr(path)}", state_shapes(metadata.config)
     )
+    if missing := set(jax.tree.leaves(names)) - arrays.keys():
+        raise UserError(f"{path} is of other training code: it lacks {min(missing)}")
+    state = jax.tree.map(arrays.__getitem__, names)
     prefix = "history/"
     history = {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
     snapshot = Snapshot(about["epoch"], state, history, arrays["predictions"])
@@ -73,6 +75,15 @@ def save_weights(directory: Path, run: Run, params: dict, metrics: dict, metadat
     about = {"vary": run.vary, "seed": run.seed, "learning_rate": run.learning_rate}
     about |= {"metrics": metrics, "run": metadata.to_json()}
     save_arrays(path, traverse_util.flatten_dict(params, sep="/"), about)
+
+
+def has_weights(directory: Path, run: Run) -> bool:
+    """Whether the weights of a run are there and intact."""
+    try:
+        load_arrays(weights_path(directory, run))
+        return True
+    except (FileNotFoundError, Damaged):
+        return False
 
 
 def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:

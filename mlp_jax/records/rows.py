@@ -112,10 +112,14 @@ def check_content(path: Path) -> None:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Metadata of the process that trained the rows of a Parquet file."""
+    """Metadata of the process that trained the rows of a Parquet file; UserError if not ours."""
     import pyarrow.parquet as pq
 
-    return Metadata.from_json(json.loads(pq.read_schema(path).metadata[b"about"]))
+    about = (pq.read_schema(path).metadata or {}).get(b"about", b"{}")
+    try:
+        return Metadata.from_json(json.loads(about))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def count_rows(path: Path) -> int:

@@ -45,4 +45,6 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
             f"batch size {config.batch_size} is larger than the {n_train} training examples"
             f" of {dataset.name}"
         )
+    if (n_steps := -(-n_train // config.batch_size) * config.epochs) >= 2**31:
+        raise UserError(f"{config.epochs} epochs are {n_steps} steps; at most {2**31 - 1} fit")
     return dataclasses.replace(config, dataset=dataset.name, n_classes=dataset.n_classes)

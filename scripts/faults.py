@@ -1,12 +1,12 @@
 """Kills, full disks and flipped bits: what a run and a sweep lose by them, counted.
 
-    python scripts/faults.py --out results/faults.json     25 kills of each: half an hour, two cores
+    python scripts/faults.py --out results/faults.json     hours on two cores; resumes what is there
     python scripts/faults.py --kills 2 --others 0          a short version
 
-A trial harms a command, or files that it left, runs the same command again, and compares all its
-numbers with those of an undisturbed command. A trial counts as lost if the numbers differ or the
-command fails. Moments, files and bits are drawn from --seed. The disk faults mount disks, which
-needs root on Linux.
+A trial harms a command, its surroundings, or files that it left, runs the same command again, and
+compares all its numbers with those of an undisturbed command. It counts as lost if the numbers
+differ, if the command fails, or if something that must be refused is not. Moments, files and bits
+are drawn from --seed. The disk faults mount disks, which needs root on Linux.
 """
 
 import contextlib
@@ -28,24 +28,24 @@ import tyro
 
 import mlp_jax as mj
 from mlp_jax.data.dataset import CACHE
-from mlp_jax.files import write_json
+from mlp_jax.files import load_arrays, save_arrays, write_json
 from mlp_jax.records.provenance import describe_environment
 
 # a net that trains in seconds: only files and moments matter here
 SETTINGS = ["--hidden", "32", "--epochs", "16", "--checkpoint-every", "3", "--quiet"]
-COMMANDS = {
-    "train": [*SETTINGS, "--resume"],
-    "sweep": [*SETTINGS, "--seeds", "0:6", "--chunk", "2"],
-}
+COMMANDS = {"train": SETTINGS, "sweep": [*SETTINGS, "--seeds", "0:6", "--chunk", "2"]}
+SHORT = ["--recipe", "short", "--seeds", "0:100", "--quiet"]
+PROMPT = 10  # seconds from a signal to the end; machines that are taken away give 30
+PACKAGE = Path(mj.__file__).parent
 ROOM = "200M"  # on a mounted disk that is not full
 TIMEOUT = 600
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    kills: int = 25
+    kills: int = 100
     """Trials of kill -9 for each command."""
-    others: int = 5
+    others: int = 30
     """Trials of each other fault, for each command."""
     seed: int = 0
     """Decides the moments, files and bits."""
@@ -69,11 +69,20 @@ class Job:
     numbers: list | None = None
     seconds: float = 0.0  # from config.json to the end
 
-    def start(self, *flags: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", f"mlp_jax.{self.front}", *COMMANDS[self.front], *flags]
-        command += ["--data-dir", str(self.data_dir), "--out", str(self.out)]
+    def start(self, *flags: str, **env: str) -> subprocess.Popen:
+        if self.front == "train" and "--overwrite" not in flags:
+            flags += ("--resume",)
+        return self.run(*COMMANDS[self.front], *flags, "--out", str(self.out), **env)
+
+    def run(self, *flags: str, **env: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", f"mlp_jax.{self.front}", *flags]
+        command += ["--data-dir", str(self.data_dir)]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, **pipes, text=True)
+        return subprocess.Popen(command, **pipes, text=True, env=os.environ | env)
+
+    def saved(self) -> bool:
+        """Whether there is something that other numbers could be mixed with."""
+        return any(self.out.glob("checkpoints/*.npz")) or any(self.out.glob("runs/*.parquet"))
 
     def begun(self) -> bool:
         return (self.out / "config.json").exists()
@@ -170,6 +179,126 @@ def spoil(path: Path, rng) -> None:
 def damaged_cache(job: Job, rng) -> bool:
     (cache,) = job.data_dir.rglob(CACHE)
     spoil(cache, rng)
+    return True
+
+
+def refused(job: Job, word: str, *flags: str, **env: str) -> None:
+    """Run a command that must end in one line and change nothing; raises Lost."""
+    before = content(job.out)
+    status, said = ended(job.start(*flags, **env))
+    if status == 0 or len(said) != 1 or word not in said[0]:
+        raise Lost(f"status {status}, not refused: {said[-1:]}")
+    if content(job.out) != before:
+        raise Lost("refused, but something was written")
+
+
+def content(directory: Path) -> dict[Path, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if not path.name.startswith(".")}
+
+
+def foreign_directory(job: Job, rng) -> bool:
+    """Another project's directory, with a config.json of any kind."""
+    configs = [b"model: bert\n", b'{"model": "bert"}', b'{"sha256": "0", "model": 1}', b"\xff{"]
+    (job.out / "checkpoints").mkdir(parents=True)
+    for name in ("model.bin", "summary.json", "metrics.jsonl", "checkpoints/1.npz"):
+        (job.out / name).write_bytes(rng.bytes(100))
+    (job.out / "config.json").write_bytes(configs[rng.integers(4)])
+    overwrite = job.front == "train" and rng.random() < 0.5
+    refused(job, "is not mlp_jax's", *(["--overwrite"] if overwrite else []))
+    shutil.rmtree(job.out)
+    return True
+
+
+NUMERICS = [
+    {"JAX_THREEFRY_PARTITIONABLE": "0"},
+    {"JAX_RANDOM_SEED_OFFSET": "7"},
+    {"JAX_ENABLE_X64": "1"},
+    {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"},
+    {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"},
+]
+
+
+def other_numerics(job: Job, rng) -> bool:
+    stop(job, rng, signal.SIGKILL, after=job.saved)
+    refused(job, "was trained with", **NUMERICS[rng.integers(len(NUMERICS))])
+    return True
+
+
+EDITS = [
+    ("training/optim.py", '"sgd": optax.identity', '"sgd": lambda: optax.trace(decay=0.5)'),
+    ("training/model.py", "/ 255", "/ 256"),
+    ("training/step.py", "fold_in(key, state.step)", "fold_in(key, state.step + 1)"),
+    ("training/losses.py", "jnp.sum(batch.mask)", "batch.mask.size"),
+]
+
+
+def edited_code(job: Job, rng) -> bool:
+    """The package with one line of the training changed."""
+    stop(job, rng, signal.SIGKILL, after=job.saved)
+    name, old, new = EDITS[rng.integers(len(EDITS))]
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copytree(PACKAGE, Path(scratch, "mlp_jax"))
+        path = Path(scratch, "mlp_jax", name)
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        refused(job, "other training code", PYTHONPATH=scratch)
+    return True
+
+
+def other_labels(job: Job, rng) -> bool:
+    """A data cache that is intact, but whose test labels are others."""
+    (cache,) = job.data_dir.rglob(CACHE)
+    before = cache.read_bytes()
+    arrays, about = load_arrays(cache)
+    arrays["test_labels"] = rng.permutation(arrays["test_labels"])
+    save_arrays(cache, arrays, about)
+    stop(job, rng, signal.SIGKILL)
+    refused(job, "MNIST as it was published")
+    cache.write_bytes(before)
+    return True
+
+
+FAILING_DISK = """
+import os, pathlib
+read_bytes = pathlib.Path.read_bytes
+def fail(self):
+    if self.match(os.environ["FAIL_TO_READ"]):
+        raise OSError(5, "Input/output error", str(self))
+    return read_bytes(self)
+pathlib.Path.read_bytes = fail
+"""
+
+
+def unreadable_file(job: Job, rng) -> bool:
+    """A disk that fails to read one kind of the files that a killed command left."""
+    kinds = {"checkpoints/*.npz": "*/checkpoints/*.npz", "runs/*.parquet": "*/runs/*.parquet"}
+    stop(job, rng, signal.SIGKILL, after=job.saved)
+    there = [pattern for kind, pattern in kinds.items() if any(job.out.glob(kind))]
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch, "sitecustomize.py").write_text(FAILING_DISK)
+        pattern = (there or ["*/config.json"])[rng.integers(max(1, len(there)))]
+        path = os.pathsep.join([scratch, str(PACKAGE.parent)])
+        refused(job, "Input/output error", PYTHONPATH=path, FAIL_TO_READ=pattern)
+    return True
+
+
+def stopped_in_time(job: Job, rng) -> bool:
+    """A sweep of a hundred short runs ends within PROMPT seconds, with what it finished."""
+    out = job.out.with_name("prompt")
+    process = job.run(*SHORT, "--out", str(out))
+    wait_for(process, (out / "config.json").exists)
+    time.sleep(rng.uniform(0, 20))
+    start = time.perf_counter()
+    process.send_signal(signal.SIGTERM)
+    status, said = ended(process)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(out, ignore_errors=True)
+    if status != 128 + signal.SIGTERM or "resume with: python -m" not in said[-1]:
+        raise Lost(f"status {status}: {said[-1:]}")
+    if seconds > PROMPT:
+        raise Lost(f"stopped after {seconds:.1f} s")
     return True
 
 
@@ -271,6 +400,12 @@ FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "a read-only disk": (read_only_disk, ("train", "sweep")),
     "two commands at once": (two_at_once, ("train", "sweep")),
     "one process of three killed": (one_of_three_killed, ("sweep",)),
+    "another project's directory": (foreign_directory, ("train", "sweep")),
+    "other numerics": (other_numerics, ("train", "sweep")),
+    "edited training code": (edited_code, ("train", "sweep")),
+    "other labels": (other_labels, ("train", "sweep")),
+    "a file that cannot be read": (unreadable_file, ("train", "sweep")),
+    "a stop within 10 seconds": (stopped_in_time, ("sweep",)),
 }
 
 
@@ -298,6 +433,12 @@ def count(fault: str, alone: Job, trials: int, seed: int) -> dict:
     return row
 
 
+def environment() -> dict:
+    import jax
+
+    return describe_environment(jax.devices())
+
+
 def main(args: Args) -> None:
     mj.load_dataset("mnist", args.data_dir)  # prepares it if it is missing
     data_dir = args.data_dir or Path(os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets")
@@ -306,7 +447,10 @@ def main(args: Args) -> None:
         print("cannot mount disks here: full and read-only disks are left out")
         faults = {name: fault for name, fault in FAULTS.items() if "disk" not in name}
     print(f"{'fault':<38}{'command':<8}{'tried':>6}{'survived':>10}{'lost':>6}", flush=True)
-    rows = []
+    rows = json.loads(args.out.read_text())["faults"] if args.out and args.out.exists() else []
+    done = {(row["fault"], row["command"]): row["tried"] for row in rows}
+    flags = f"--kills {args.kills} --others {args.others} --seed {args.seed}"
+    about = {"command": f"python scripts/faults.py {flags}", "environment": environment()}
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "data")  # its cache will be damaged
         shutil.copytree(data_dir.expanduser() / "mnist", copy / "mnist")
@@ -319,17 +463,12 @@ def main(args: Args) -> None:
             alone.seconds, alone.numbers = time.perf_counter() - start, alone.results()
             for fault, (harm, fronts) in faults.items():
                 trials = args.kills if harm is killed else args.others
-                if trials and front in fronts:
-                    rows.append(count(fault, alone, trials, args.seed))
-    if args.out:
-        import jax
-
-        flags = f"--kills {args.kills} --others {args.others} --seed {args.seed}"
-        about = {
-            "command": f"python scripts/faults.py {flags}",
-            "environment": describe_environment(jax.devices()),
-        }
-        write_json(args.out, about | {"faults": rows})
+                if front in fronts and trials > done.get((fault, front), 0):
+                    new = count(fault, alone, trials, args.seed)
+                    rows = [r for r in rows if (r["fault"], r["command"]) != (fault, front)]
+                    rows.append(new)
+                    if args.out:
+                        write_json(args.out, about | {"faults": rows})
     if lost := sum(row["lost"] for row in rows):
         sys.exit(f"error: {lost} trials lost something")
 

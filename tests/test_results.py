@@ -11,15 +11,22 @@ import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
 
 from mlp_jax import report
 from mlp_jax.analysis.summary import beside_reference, to_json
+from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
+from mlp_jax.records.provenance import describe_environment
 from mlp_jax.records.rows import checked_files, read_runs
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
+from mlp_jax.training.fit import fit
+from mlp_jax.training.parallel import Placement
+from mlp_jax.training.run import make_run
+from mlp_jax.verify import TOLERANCE, same_machine
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -305,3 +312,23 @@ def test_nothing_was_lost():
     assert f"**In {sum(trial['tried'] for trial in faults)} trials nothing" in README
     for line in fault_lines():
         assert line in README
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("recipe", ["keras-sgd", "keras-rmsprop", "short"])
+def test_seed_3_is_the_committed_row(recipe, mnist):
+    """Its first two epochs: bit for bit where that is promised, else in the first epoch's loss."""
+    config = dataclasses.replace(RECIPES[recipe], epochs=min(2, RECIPES[recipe].epochs))
+    placement = Placement(tuple(jax.devices()[:1]), lanes=1)
+    *_, progress = fit(config, mnist, [make_run(3, config.learning_rate)], placement=placement)
+    paths = rows.checked_files(ROOT / "results" / recipe)
+    path, row = rows.find_row(paths, ("all", config.learning_rate, 3))
+    there = rows.read_metadata(path).environment
+    names = ("train_loss", "test_loss", "test_correct")
+    stored = {name: row[f"{name}_by_epoch"][: config.epochs] for name in names}
+    if same_machine(there, describe_environment(placement.devices)):
+        assert {name: progress.history[name][0].tolist() for name in names} == stored
+    else:
+        assert progress.history["train_loss"][0, 0] == pytest.approx(
+            stored["train_loss"][0], rel=TOLERANCE
+        )

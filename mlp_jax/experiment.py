@@ -7,6 +7,7 @@ whatever was trained beside it, in which order, and however often the experiment
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,9 @@ class Experiment:
             compiling = beside.submit(
                 compile_programs, self.metadata.config, self.placement, *sizes
             )
-            self.metadata = with_program(self.metadata, self.dataset)  # while XLA compiles
+            # while XLA compiles; the rows need pyarrow, which takes a while to import
+            self.metadata = with_program(self.metadata, self.dataset)
+            importlib.import_module("pyarrow.parquet")
             compiling.result()
         self.compile_seconds = clock() - start
         for chunk in _split(missing, self.chunk):
@@ -182,6 +185,7 @@ def open_experiment(
         lanes=placement.lanes,
     )._replace(mixed=allow_mixed)
     train, test = jax.device_put((dataset.train, dataset.test), placement.replicated)
+    dataset = dataset._replace(train=train, test=test)  # and the host's arrays can be freed
     directories.check_out_dir(directory)
     with files.locked(directory, *shard):
         if overwrite:
@@ -199,7 +203,7 @@ def open_experiment(
         yield Experiment(
             directory,
             metadata,
-            dataset._replace(train=train, test=test),
+            dataset,
             placement,
             chunk_size(chunk, config.epochs, placement.width),
             checkpoint_every,
@@ -210,7 +214,7 @@ def open_experiment(
 
 
 def with_program(metadata: Metadata, dataset: Dataset) -> Metadata:
-    """`metadata` with the fingerprint of the training code, which takes half a second."""
+    """`metadata` with the fingerprint of the training code."""
     if metadata.program:
         return metadata
     text = program_text(metadata.config, *_sizes(dataset))

@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     names += ("allow_mixed",)
     options = {name: getattr(args, name) for name in names} | {"shard": (index, count)}
     opened = open_experiment(args.out, config, dataset, runs, **options)
+    del dataset  # the devices have their own
     with cli.StopSignals() as stop, opened as experiment:
         bar = Bar(experiment, len(runs), len(experiment.missing(runs)), args.quiet)
         for epoch in experiment.train(runs, lambda: stop.requested):

@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     names = ("checkpoint_every", "allow_mixed", "overwrite")
     options |= {name: getattr(args, name) for name in names}
     opened = open_experiment(out, config, dataset, [run], keep_weights=True, **options)
+    del dataset  # the devices have their own
     with cli.StopSignals() as stop, opened as experiment:
         say = (lambda *_: None) if args.quiet else functools.partial(print, flush=True)
         say(header(experiment))

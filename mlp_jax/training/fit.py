@@ -154,10 +154,10 @@ def _epoch(config: Config, state: TrainState, run, shared):
 
 
 def program_text(config: Config, n_train: int, n_test: int) -> str:
-    """The StableHLO that one run of `config` executes, whatever it is compiled for.
+    """The jaxpr of one run of `config` with its constants, wherever it is to train.
 
-    It changes with anything that can change a number, and neither with comments, names and files
-    nor with the rate, the epochs and the seeds.
+    It changes with anything in this code that can change a number, and neither with comments, names
+    and files nor with the rate, the epochs and the seeds. What JAX makes of it, its version says.
     """
     array = jax.ShapeDtypeStruct
     run = (array((len(STREAMS),), np.uint32), array((), np.float32))
@@ -165,10 +165,10 @@ def program_text(config: Config, n_train: int, n_test: int) -> str:
         Split(array((n, N_PIXELS), np.uint8), array((n,), np.int32)) for n in (n_train, n_test)
     )
     shared, config = (*splits, *[array((), np.int32)] * 2), program_config(config)
-    init = jax.jit(functools.partial(_init, config)).lower((), run, ())
-    epoch = jax.jit(functools.partial(_epoch, config)).lower(init.out_info[0], run, shared)
-    # the first line of a module has the Python name of what was lowered
-    return "".join(each.as_text().partition("\n")[2] for each in (init, epoch))
+    init = jax.jit(functools.partial(_init, config)).trace((), run, ())
+    epoch = jax.jit(functools.partial(_epoch, config)).trace(init.out_info[0], run, shared)
+    constants = [np.asarray(each).tobytes() for part in (init, epoch) for each in part.jaxpr.consts]
+    return f"{init.jaxpr}\n{epoch.jaxpr}\n{constants}"
 
 
 def program_config(config: Config) -> Config:

@@ -96,10 +96,10 @@ def check_at_least(args, least: dict[str, int]) -> None:
 
 
 JOBS = {
-    # public variables of a job's processes: index, number of them, and the smallest index
-    "a SLURM array": ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ""),
+    # public variables of a job's processes: index, count, first index, step of the indices
+    "a SLURM array": tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "", ""),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "", ""),
 }
 
 
@@ -117,9 +117,10 @@ def parse_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> tu
 
 
 def _job_shard(environ: Mapping[str, str]) -> tuple[int, int]:
-    for index, count, first in JOBS.values():
-        if index in environ and int(environ.get(count, 1)) > 1:
-            return int(environ[index]) - int(environ.get(first, 0)), int(environ[count])
+    for names in JOBS.values():
+        index, count, first, step = (environ.get(name, "") for name in names)
+        if index.isdecimal() and count.isdecimal() and int(count) > 1:
+            return (int(index) - int(first or 0)) // int(step or 1), int(count)
     if "JOB_COMPLETION_INDEX" in environ:
         raise UserError(
             "this is an indexed Kubernetes job, which does not say how many there are:"
@@ -131,7 +132,7 @@ def _job_shard(environ: Mapping[str, str]) -> tuple[int, int]:
 class StopSignals:
     """Within the block, the first SIGINT or SIGTERM is a request, the second ends the process.
 
-    `requested` is the signal's number, or 0. Python hears a signal once compiled code returns,
+    `requested` is the signal's number, or 0. Python handles a signal once compiled code returns,
     after the epoch of the runs that are training. To be used in the main thread.
     """
 
@@ -149,7 +150,9 @@ class StopSignals:
             os._exit(128 + number)
         self.requested = number
         name = signal.Signals(number).name
-        print(f"\n{name}: stopping after this epoch; repeat it to exit now", file=sys.stderr)
+        line = f"\n{name}: stopping after this epoch; repeat it to exit now\n"
+        with contextlib.suppress(OSError):  # closed; and print is not to be used in a handler
+            os.write(2, line.encode())
 
     def __exit__(self, *_):
         for number, handler in self._handlers.items():

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from mlp_jax import files
+from mlp_jax.errors import UserError
 from mlp_jax.records import directory as directories
 from mlp_jax.records import rows
 from mlp_jax.records.checkpoint import (
@@ -89,9 +90,9 @@ class Experiment:
         try:
             for group in _split(runs, self.placement.width):
                 for epoch in self._train_group(group, stop):
-                    yield epoch
                     if epoch.progress.epoch == self.metadata.config.epochs:
                         ended.append(epoch._replace(progress=self._keep(epoch.progress)))
+                    yield epoch
                 if stop():
                     break
         finally:  # a caller that leaves its loop keeps the finished runs, too
@@ -140,7 +141,7 @@ class Experiment:
             files.remove(self._checkpoint(progress.runs))
 
     def _checkpoint(self, runs: Sequence[Run]) -> Path:
-        """Of these very runs: if others train together the next time, they start over."""
+        """Of exactly these runs: if they are grouped otherwise next time, they start over."""
         digest = hashlib.sha256(repr(tuple(runs)).encode()).hexdigest()[:16]
         return self.directory / "checkpoints" / f"{digest}.npz"
 
@@ -170,7 +171,7 @@ def open_experiment(
     """Hold `directory`, new or with runs of the same kind, to train `runs` in it.
 
     `seed` marks a single run, whose results `overwrite` removes first. `shard` is the part of the
-    runs that this process trains, and how many there are. UserError if the directory is another's,
+    runs that this process trains, and how many there are. UserError if the directory is not ours,
     in use, or holds other numbers.
     """
     config = for_dataset(config, dataset)
@@ -247,7 +248,7 @@ def sweep(
 
     Every family in `vary` ("all", or the one stream that the seed decides) and every learning rate
     (the Config's, by default) is crossed with the seeds. `options` are those of `open_experiment`,
-    and the rows those of `read_runs`. Interrupted, the same call goes on where it stopped.
+    and the rows those of `read_runs`. After an interruption, the same call resumes.
     """
     if not use_cores() and jax.default_backend() == "cpu" and len(jax.devices()) < n_cores():
         files.log.warning(
@@ -256,7 +257,10 @@ def sweep(
             len(jax.devices()),
             n_cores(),
         )
-    runs = make_runs(seeds, vary, learning_rates or [config.learning_rate])
+    index, count = options.setdefault("shard", (0, 1))
+    runs = make_runs(seeds, vary, list(learning_rates) or [config.learning_rate])[index::count]
+    if not runs:
+        raise UserError("a sweep needs at least one run")
     options = {"recipe": recipe_name(config, dataset)} | options
     with open_experiment(Path(directory), config, dataset, runs, **options) as experiment:
         for _ in experiment.train(runs):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and that are known to hold what was written into them.
+"""Files that are complete or absent, and verified to hold what was written to them.
 
 JSON and array files carry the SHA-256 of their content. A file that does not match it raises
 Damaged; one that cannot be read raises OSError, and is not called damaged.
@@ -156,19 +156,19 @@ def locked(directory: Path, shard: int = 0, shards: int = 1) -> Iterator[None]:
         # look for others only while holding our own lock: of two that start at once, one sees both
         for path in directory.glob(f"{LOCK}*"):
             if not path.name.endswith(ours):
-                with _flock(path):
+                with _flock(path, fcntl.LOCK_SH):  # as others that start at once may do
                     pass
         if shards == 1:  # else they may belong to another shard at work
-            for path in directory.rglob(".*.tmp"):
+            for path in directory.rglob(f".*.{'[0-9a-f]' * 16}.tmp"):
                 path.unlink(missing_ok=True)
         yield
 
 
 @contextlib.contextmanager
-def _flock(path: Path) -> Iterator[None]:
+def _flock(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             line = f"{path.parent} is in use by another process: wait until it ends"
             raise UserError(line) from None

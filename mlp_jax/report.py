@@ -79,7 +79,7 @@ def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int
 
 
 def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> list:
-    """The families of a sweep; UserError for rows that cannot be true."""
+    """The families of a sweep; UserError for rows that contradict themselves."""
     from mlp_jax.analysis.summary import make_families
 
     names = ("test_correct", "test_loss", "train_loss")

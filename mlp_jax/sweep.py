@@ -51,7 +51,7 @@ class Args(cli.TrainingArgs):
     """Runs that a device trains in one vmap; auto: on GPU and TPU what fits; on CPU 1, since with
     more the rows are no longer the single runs bit for bit."""
     chunk: Literal["auto"] | int = "auto"
-    """Runs that share a file; auto: what takes minutes."""
+    """Runs that share a file; auto: enough to take minutes."""
     keep_weights: bool = False
     """Store the weights of each finished run, too."""
     shard: str | None = None

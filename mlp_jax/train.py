@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             more = () if args.out else ("--out", str(out))
             again = cli.command_line(PROG, argv, *more, *(() if args.resume else ("--resume",)))
             stop.exit(f"{len(lines)} of {config.epochs} epochs saved; resume with: {again}")
+        check_finite({"epoch": config.epochs} | experiment.finished[run], out)
         summary = summarize(experiment, run)
         if experiment.compile_seconds or not (out / "summary.json").exists():
             files.write_json(out / "summary.json", summary)
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_args(args: Args) -> None:
-    """UserError for flags that cannot go together, or not with what --out has."""
+    """UserError for flags that conflict with each other, or with what --out has."""
     cli.check_at_least(args, {"checkpoint_every": 0})
     if args.resume and (args.overwrite or not args.out):
         raise UserError("--resume needs --out, and no --overwrite")

@@ -1,9 +1,9 @@
-"""Kills, full disks and flipped bits: what a run and a sweep lose by them, counted.
+"""Kills, full disks and flipped bits: what runs and sweeps lose to them, counted.
 
     python scripts/faults.py --out results/faults.json     hours on two cores; resumes what is there
     python scripts/faults.py --kills 2 --others 0          a short version
 
-A trial harms a command, its surroundings, or files that it left, runs the same command again, and
+A trial disrupts a command, its environment, or files that it left, runs the same command again, and
 compares all its numbers with those of an undisturbed command. It counts as lost if the numbers
 differ, if the command fails, or if something that must be refused is not. Moments, files and bits
 are drawn from --seed. The disk faults mount disks, which needs root on Linux.

@@ -60,6 +60,29 @@ def test_sweep_prints_nothing_resumes_and_is_the_command(small_dir, here, capfd)
     assert mj.read_runs("t").drop_columns("seconds") == table.drop_columns("seconds")
 
 
+def test_wrong_arguments_are_one_line_before_anything_is_trained(small, here):
+    for wrong, message in (
+        ({"vary": "init"}, "a family varies all or one of init, order, dropout, not 'i'"),
+        ({"seeds": []}, "a sweep needs at least one run"),
+        ({"seeds": [-1]}, "seeds must be in 0"),
+        ({"learning_rates": np.array([0.1, np.inf])}, "positive and finite"),
+    ):
+        with pytest.raises(mj.UserError, match=message):
+            mj.sweep(CONFIG, small, "s", **wrong)
+    assert not Path("s").exists()
+
+
+def test_numpy_seeds_and_shards_are_fine(small, here):
+    mj.sweep(CONFIG, small, "s", seeds=np.arange(4), shard=(1, 2), keep_weights=True)
+    assert mj.read_runs("s")["seed"].to_pylist() == [1, 3]
+
+
+def test_a_sweep_is_refused_where_a_single_run_is(small_dir, here):
+    train_main([*TINY, "--data-dir", str(small_dir), "--out", "a"])
+    with pytest.raises(mj.UserError, match="a has seed=0; you asked for seed=None"):
+        sweep_main([*TINY, "--data-dir", str(small_dir), "--seeds", "0:2", "--out", "a"])
+
+
 def test_a_sweep_in_a_process_that_has_used_jax_says_what_that_costs(small_dir, here):
     code = f"""
 import jax, logging

@@ -385,6 +385,6 @@ def test_a_directory_has_one_command_at_a_time(tmp_path):
         other.kill()
     # what the dead process left means nothing
     assert list((tmp_path / "s").glob(f"{files.LOCK}*"))
-    (tmp_path / "s" / ".rows.parquet.x.tmp").touch()
+    (tmp_path / "s" / ".rows.parquet.0123456789abcdef.tmp").touch()
     with files.locked(tmp_path / "s"):
         assert not list((tmp_path / "s").glob(".*.tmp"))

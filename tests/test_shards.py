@@ -66,6 +66,17 @@ def test_a_lost_shard_loses_its_unfinished_chunk_and_any_number_resumes(small_di
             },
             (2, 4),
         ),
+        (
+            None,  # --array=0-14:2
+            {
+                "SLURM_ARRAY_TASK_ID": "14",
+                "SLURM_ARRAY_TASK_COUNT": "8",
+                "SLURM_ARRAY_TASK_MIN": "0",
+                "SLURM_ARRAY_TASK_STEP": "2",
+            },
+            (7, 8),
+        ),
+        (None, {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": ""}, (0, 1)),
         (None, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
         # a batch script outside srun is one process, however many tasks it may start
         (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),

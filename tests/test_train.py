@@ -178,6 +178,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_dir, here):
     assert json.loads(line, parse_constant=pytest.fail)["test_loss"] is None
     assert json.loads(Path("a/config.json").read_text())["config"]["learning_rate"] == 1e30
     assert not Path("a/summary.json").exists()
+    with pytest.raises(Diverged, match="not finite after epoch"):
+        run(small_dir, "--learning-rate", "1e30", "--out", "a", "--quiet", "--resume")
 
 
 def test_help_needs_no_jax():

@@ -1,7 +1,7 @@
 """The figures of a report, drawn from its families and its summary.
 
-They are Figure objects of their own (no pyplot, so no state of a process) on white paper, in
-colours that all eyes tell apart, and are read at 900 pixels' width.
+They are Figure objects of their own (no pyplot, so no global state) on a white background,
+in colours that are safe for colour-blind readers, and are made to be read 900 pixels wide.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import numpy as np
 
 from mlp_jax.training.config import RECIPES
 
-BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito's, told apart by all eyes
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito's, colour-blind safe
 
 
 def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tuple:
@@ -108,7 +108,7 @@ def draw_epochs(family: Any, statistics: dict, name: str) -> Any:
 
 
 def draw_sources(spreads: list[dict], recipe: str) -> Any:
-    """SD of accuracy by what the seed decides, on this test set and on an endless one."""
+    """SD of accuracy by what the seed decides, on this test set and on an infinite one."""
     title = f"Spread of test accuracy by what the seed decides: {recipe}"
     figure, ax = new_figure(title, 1.5 + 0.6 * len(spreads))
     style = {"capsize": 3, "elinewidth": 1.3, "ms": 5}

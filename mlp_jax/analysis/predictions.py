@@ -89,7 +89,7 @@ def _parts(block: ArrayLike) -> list[NDArray[np.integer]]:
 def count_predictions(
     blocks: Iterable[ArrayLike], labels: ArrayLike, *, n_classes: int = 10
 ) -> PredictionCounts:
-    """Counts of blocks of predictions, integers [r, n] of any r each; ValueError for no class."""
+    """Counts of blocks of predictions, integers [r, n] of any r; ValueError for a bad class."""
     labels = np.asarray(labels).astype(np.int64)
     classes = np.zeros((labels.size, n_classes), np.int64)
     correct = [count_block(block, labels, classes) for block in blocks]
@@ -110,7 +110,7 @@ def error_overlaps(block: ArrayLike, counts: PredictionCounts) -> NDArray[np.int
 
 
 def variance_parts(counts: PredictionCounts) -> VarianceParts:
-    """The variance of test accuracy, and what of it would stay on an endless test set.
+    """The variance of test accuracy, and what of it would remain on an infinite test set.
 
     Jordan, arXiv 2304.01910, Theorem 2. test = Var_r(accuracy); independent = (1/n^2) sum_i
     Var_r(E[:, i]); distribution = n/(n-1) (test - independent), unbiased, the mean covariance of
@@ -141,7 +141,7 @@ def distribution_sd(
     Where a resample holds run r w_r times, image i has e_i + delta_i errors, delta_i =
     sum_r (w_r - 1) E[r, i], and V_ind needs sum_i of that times R less it: sum_i e_i (R - e_i) +
     sum_r (w_r - 1) (R T_r - 2 g_r) - sum_i delta_i^2, T_r the errors of run r and g the overlaps.
-    All is exact but the last sum, held at its mean sum_i e_i (R - e_i) / R: under 1 % of the width.
+    All is exact but the last sum, set to its mean sum_i e_i (R - e_i) / R: under 1 % of the width.
     """
     runs, n, parts = counts.runs, len(counts.labels), variance_parts(counts)
     if len(overlaps) != runs or overlaps.sum() != (counts.errors**2).sum():

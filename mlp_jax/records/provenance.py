@@ -161,7 +161,7 @@ def check_same(place: Path, stored: Metadata, asked: Metadata) -> None:
     else:
         data = (stored.images or stored.fingerprint, asked.images or asked.fingerprint)
     asked_settings = _settings(asked)
-    pairs = {name: (value, asked_settings[name]) for name, value in _settings(stored).items()}
+    pairs = {name: (value, asked_settings.get(name)) for name, value in _settings(stored).items()}
     for name, (before, now) in (pairs | {"data": data}).items():
         if before != now:
             advice = "change that, or name another --out"

@@ -86,7 +86,7 @@ def write_rows(directory: Path, rows: list[dict], metadata: Metadata) -> Path:
     pq.write_table(table, content, **options)
     content = content.getvalue()
     vary, rate, seed = (rows[0][name] for name in ROW_ID)
-    name = f"{vary}-lr{rate:g}-seed{seed}-{_name_digest(content)}.parquet"
+    name = f"{vary}-lr{rate:.9g}-seed{seed}-{_name_digest(content)}.parquet"
     with atomic_write(directory / "runs" / name) as temporary:
         temporary.write_bytes(content)
     return directory / "runs" / name

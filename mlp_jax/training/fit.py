@@ -40,7 +40,7 @@ class Snapshot(NamedTuple):
 class Progress(NamedTuple):
     """A training after `epoch` epochs: NumPy arrays, but for the states on the devices.
 
-    The states are donated to the next epoch, so they are gone once the generator goes on.
+    The states are donated to the next epoch, so they are gone once the generator advances.
     """
 
     runs: tuple[Run, ...]

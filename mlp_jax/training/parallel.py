@@ -1,6 +1,6 @@
 """Lifts a function of one run to many runs: devices x lanes.
 
-Runs train in groups: of one run a device on CPU, so that a row of many runs is the single run bit
+Runs train in groups: of one run per device on CPU, so that a row of many runs is the single run bit
 for bit; of as many lanes a device as fit, vmapped, on GPU and TPU. The groups go through one
 program, one after another.
 """
@@ -21,7 +21,7 @@ from mlp_jax.errors import UserError, one_line
 RUNS = "runs"
 
 MAX_AUTO_LANES = 256
-"""By arithmetic, not by measurement: past some hundred lanes the traffic of the weights sets the
+"""By arithmetic, not by measurement: past some hundred lanes, weight traffic limits the
 speed, and more lanes gain nothing."""
 
 
@@ -52,7 +52,7 @@ class Placement(NamedTuple):
 
 
 def use_cores() -> bool:
-    """Split JAX's CPU backend into one device a core; False if JAX has its devices already."""
+    """Split JAX's CPU backend into one device per core; False if JAX has its devices already."""
     try:
         jax.config.update("jax_num_cpu_devices", n_cores())
     except RuntimeError:

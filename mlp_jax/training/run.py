@@ -3,6 +3,7 @@
 Imports no jax. A new stream is appended to Streams, so the keys of the others stay as they are.
 """
 
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,9 @@ def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
     The rate becomes the shortest decimal that is the same float32, so that runs which train alike
     are equal. UserError for a seed or a rate out of range.
     """
+    seed = operator.index(seed)  # of any integer type
+    if vary not in ("all", *STREAMS):
+        raise UserError(f"a family varies all or one of {', '.join(STREAMS)}, not {vary!r}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seeds must be in 0 ... {2**32 - 1}, not {seed}")
     check_learning_rate(learning_rate)

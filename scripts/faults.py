@@ -78,7 +78,10 @@ class Job:
         command = [sys.executable, "-m", f"mlp_jax.{self.front}", *flags]
         command += ["--data-dir", str(self.data_dir)]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, **pipes, text=True, env=os.environ | env)
+        # not where a checkout lies: `python -m` would prefer it to PYTHONPATH
+        return subprocess.Popen(
+            command, **pipes, text=True, env=os.environ | env, cwd=self.data_dir
+        )
 
     def saved(self) -> bool:
         """Whether there is something that other numbers could be mixed with."""

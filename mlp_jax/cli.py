@@ -181,7 +181,7 @@ def run_cli(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
-    except OSError as error:  # a full disk, a lost mount; files written before are whole
+    except OSError as error:  # a full disk or a lost mount; files written before are complete
         place = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{place}", file=sys.stderr)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""What is stopped and gone on with ends at the bytes of what was left alone."""
+"""A training that is stopped and resumed ends with the bytes of one that never stopped."""
 
 import dataclasses
 import json

@@ -135,8 +135,8 @@ def distribution_sd(
     """Signed SD of accuracy on the whole distribution, with a percentile bootstrap over runs.
 
     Jordan, arXiv 2304.01910, Theorem 2; `overlaps` are the `error_overlaps` of all runs, in the
-    order of `counts`. The ends are nan below
-    FEW_RUNS; the interval covers 85 to 90 % of the time at 30 runs and about 93 % from 100 on.
+    order of `counts`. The ends are nan below FEW_RUNS; the interval covers 85 to 90 % of the time
+    at 30 runs and about 93 % from 100 on.
 
     Where a resample holds run r w_r times, image i has e_i + delta_i errors, delta_i =
     sum_r (w_r - 1) E[r, i], and V_ind needs sum_i of that times R less it: sum_i e_i (R - e_i) +

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
 import tyro
 
@@ -36,12 +36,19 @@ class TrainingArgs:
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     manual_dir: Path | None = None
     """Directory of the four IDX files, to use them in place of a download."""
+    split: Literal["test", "validation"] = "test"
+    """Images scored: the test set, or the last sixth of the training set, then not trained on."""
     checkpoint_every: int = 10
     """Epochs between checkpoints; 0: save only when stopped."""
     allow_mixed: bool = False
     """Continue although the code, a version or the numerics changed; the new rows are marked."""
     quiet: bool = False
     """Print only the result, and errors."""
+
+    def data_options(self) -> dict:
+        """The arguments of `load_dataset` beside the name."""
+        names = ("data_dir", "manual_dir", "split", "quiet")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     from mlp_jax.analysis.summary import format_table, summarize
     from mlp_jax.data.dataset import check_dataset, load_dataset
 
-    dataset = load_dataset(metadata.config.dataset, args.data_dir, quiet=False)
+    config = metadata.config
+    dataset = load_dataset(config.dataset, args.data_dir, quiet=False, split=config.split)
     check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
     try:
         families = read_families(paths, dataset.test.labels, dataset.n_classes)

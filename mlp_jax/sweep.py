@@ -43,7 +43,7 @@ class Args(cli.TrainingArgs):
     """Directory of the sweep: new, or one to resume or extend."""
     seeds: str = "0:100"
     """First and end, as in 0:100 for 0 ... 99; or a list, as in 3,5,8."""
-    vary: tuple[Literal["all", "init", "order", "dropout"], ...] = ("all",)
+    vary: tuple[Literal["all", "init", "order", "dropout", "augment", "data"], ...] = ("all",)
     """What the seed decides; the other streams keep seed 0. Runs of several are interleaved."""
     devices: Literal["auto"] | int = "auto"
     """How many local devices (on CPU: cores) train; auto: all."""
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     from mlp_jax.training.parallel import use_cores
 
     use_cores()
-    dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
+    dataset = load_dataset(args.config.dataset, **args.data_options())
     config = args.config.at(args.config.learning_rate[0])
     names = ("recipe", "devices", "lanes", "chunk", "checkpoint_every", "keep_weights")
     names += ("allow_mixed",)

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     from mlp_jax.data.dataset import load_dataset
     from mlp_jax.experiment import open_experiment
 
-    dataset = load_dataset(args.config.dataset, args.data_dir, args.manual_dir, quiet=args.quiet)
+    dataset = load_dataset(args.config.dataset, **args.data_options())
     config = for_dataset(args.config, dataset)
     out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
     options = {"recipe": args.recipe, "seed": args.seed, "devices": 1, "lanes": 1}

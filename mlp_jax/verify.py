@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     from mlp_jax.training.fit import fit
     from mlp_jax.training.parallel import Placement
 
-    dataset = load_dataset(metadata.config.dataset, args.data_dir, quiet=False)
+    config = metadata.config
+    dataset = load_dataset(config.dataset, args.data_dir, quiet=False, split=config.split)
     check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
     placement = Placement(tuple(jax.local_devices()[:1]), lanes=1)
     environment = describe_environment(placement.devices)

@@ -62,7 +62,10 @@ def test_sweep_prints_nothing_resumes_and_is_the_command(small_dir, here, capfd)
 
 def test_wrong_arguments_are_one_line_before_anything_is_trained(small, here):
     for wrong, message in (
-        ({"vary": "init"}, "a family varies all or one of init, order, dropout, not 'i'"),
+        (
+            {"vary": "init"},
+            "a family varies all or one of init, order, dropout, augment, data, not 'i'",
+        ),
         ({"seeds": []}, "a sweep needs at least one run"),
         ({"seeds": [-1]}, "seeds must be in 0"),
         ({"learning_rates": np.array([0.1, np.inf])}, "positive and finite"),

@@ -9,6 +9,7 @@ import pytest
 
 from mlp_jax.training import optim, step
 from mlp_jax.training.losses import Batch
+from mlp_jax.training.model import to_float
 from mlp_jax.training.run import STREAMS, make_run
 
 init_state, train_step, train_epoch, evaluate = (
@@ -33,7 +34,7 @@ def one_epoch(state, split, keys, epoch, config):
 
 def whole_batch(split, rows):
     rows = np.asarray(rows)
-    return Batch(split.images[rows], split.labels[rows], jnp.ones(len(rows)))
+    return Batch(to_float(split.images[rows]), split.labels[rows], jnp.ones(len(rows)))
 
 
 def leaves64(params):
@@ -45,7 +46,7 @@ def leaves64(params):
 
 def numpy_gradients(params, images, labels):
     """Back-propagation of the mean cross-entropy through two ReLU layers, in float64."""
-    x = images / 255.0
+    x = images.astype(np.float64)
     a0 = x @ params["hidden_0"]["kernel"] + params["hidden_0"]["bias"]
     h0 = np.maximum(a0, 0)
     a1 = h0 @ params["hidden_1"]["kernel"] + params["hidden_1"]["bias"]
@@ -105,7 +106,7 @@ def test_two_steps_follow_the_rule_in_float64(config, small, optimizer, rate, ru
     for rows in (range(32), range(32, 64)):
         batch = whole_batch(small.train, rows)
         state, metrics = one_step(state, batch, keys, config)
-        loss, grads = numpy_gradients(params, np.asarray(batch.images), np.asarray(batch.labels))
+        loss, grads = numpy_gradients(params, np.asarray(batch.pixels), np.asarray(batch.labels))
         assert float(metrics["loss"]) == pytest.approx(loss, abs=1e-5)
         for layer, leaves in params.items():
             for name in leaves:
@@ -129,7 +130,7 @@ def test_a_schedule_falls_over_the_whole_training(name, config, small):
     factors = {"constant": lambda p: 1, "linear": lambda p: 1 - p}
     factors["cosine"] = lambda p: (1 + np.cos(np.pi * p)) / 2
     for step_number in range(10):
-        grads = numpy_gradients(leaves64(state.params), batch.images, batch.labels)[1]
+        grads = numpy_gradients(leaves64(state.params), batch.pixels, batch.labels)[1]
         moved, _ = one_step(state, batch, keys, config, n_steps=10)
         for layer, name_ in (("hidden_0", "kernel"), ("output", "bias")):
             wanted = -0.1 * factors[name](step_number / 10) * grads[layer][name_]
@@ -155,7 +156,7 @@ def test_scan_epoch_equals_the_python_loop(config, small):
         indices, masks = step.epoch_order(keys.order, epoch, 300, config.batch_size)
         total = 0.0
         for rows, mask in zip(indices, masks, strict=True):
-            batch = Batch(small.train.images[rows], small.train.labels[rows], mask)
+            batch = Batch(to_float(small.train.images[rows]), small.train.labels[rows], mask)
             state, one = one_step(state, batch, keys, config)
             total += float(one["loss"]) * float(mask.sum())
         for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(state), strict=True):
@@ -220,7 +221,7 @@ def test_streams_are_independent_and_move_alone():
 def test_dropout_draws_anew_each_step(config):
     config = dataclasses.replace(config, dropout=0.5, learning_rate=1e-30)
     keys, state = start(config)
-    batch = Batch(np.full((4, 784), 200, np.uint8), np.zeros(4, np.int32), jnp.ones(4))
+    batch = Batch(np.full((4, 784), 200 / 255, np.float32), np.zeros(4, np.int32), jnp.ones(4))
     losses = []
     for _ in range(3):
         state, metrics = one_step(state, batch, keys, config)

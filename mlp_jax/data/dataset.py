@@ -7,13 +7,14 @@ import contextlib
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from mlp_jax.data import sources
 from mlp_jax.errors import UserError, one_line
 from mlp_jax.files import Damaged, check_writable, load_arrays, quarantine, save_arrays
-from mlp_jax.training.arrays import Dataset, Split, make_dataset
+from mlp_jax.training.arrays import Dataset, Split, hold_out, make_dataset
 
 # SHA-256 of MNIST's four arrays as Split has them, in the order of TFDS's records.
 MNIST_SHA256 = "bd58c4704eea5663d1e60918ceccceebe201a1af6e8a8ebe8c86a631515c2c48"
@@ -26,11 +27,12 @@ def load_dataset(
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
     quiet: bool = True,
+    split: Literal["test", "validation"] = "test",
 ) -> Dataset:
     """The TFDS data set `name` in NumPy arrays, downloaded and prepared where it is missing.
 
-    `data_dir` defaults to TFDS's own choice. Raises UserError where the data are unavailable or
-    not what was published.
+    `split` "validation" is `arrays.hold_out`; `data_dir` defaults to TFDS's own choice. Raises
+    UserError where the data are unavailable or not what was published.
     """
     try:
         data_dir = data_dir or os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets"
@@ -49,7 +51,7 @@ def load_dataset(
         _write_cache(directory, dataset)
     if name == "mnist" and dataset.fingerprint != MNIST_SHA256:
         raise UserError(f"{directory} does not hold MNIST as it was published: remove it")
-    return dataset
+    return hold_out(dataset) if split == "validation" else dataset
 
 
 def check_dataset(place: Path, fingerprint: str, images: str | None, dataset: Dataset) -> None:

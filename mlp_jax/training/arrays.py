@@ -24,6 +24,7 @@ class Dataset(NamedTuple):
     n_classes: int
     fingerprint: str  # SHA-256 (hex) of all four arrays, in TFDS's order
     image_fingerprint: str = ""  # and of the training images, all that older records name
+    split: str = "test"  # what `test` has: the test set, or validation images held out of `train`
 
 
 def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Dataset:
@@ -37,8 +38,23 @@ def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Datase
     return Dataset(name, train, test, n_classes, digest.hexdigest(), images)
 
 
+def hold_out(dataset: Dataset) -> Dataset:
+    """`dataset` with the last sixth of its training examples scored, not trained on.
+
+    Of MNIST, 50,000 and 10,000: for choosing settings without a look at the test set, which the
+    result does not have.
+    """
+    n_train = len(dataset.train.labels) * 5 // 6
+    train, held_out = (
+        Split(*(array[part] for array in dataset.train))
+        for part in (slice(n_train), slice(n_train, None))
+    )
+    made = make_dataset(dataset.name, train, held_out, dataset.n_classes)
+    return made._replace(split="validation")
+
+
 def for_dataset(config: Config, dataset: Dataset) -> Config:
-    """`config` with the data set's name and number of classes; UserError if they do not fit."""
+    """`config` with the data set's name, split and classes; UserError if they do not fit."""
     n_train = len(dataset.train.labels)
     if config.batch_size > n_train:
         raise UserError(
@@ -47,4 +63,5 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
         )
     if (n_steps := -(-n_train // config.batch_size) * config.epochs) >= 2**31:
         raise UserError(f"{config.epochs} epochs are {n_steps} steps; at most {2**31 - 1} fit")
-    return dataclasses.replace(config, dataset=dataset.name, n_classes=dataset.n_classes)
+    of_data = {"dataset": dataset.name, "split": dataset.split, "n_classes": dataset.n_classes}
+    return dataclasses.replace(config, **of_data)

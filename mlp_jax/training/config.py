@@ -12,7 +12,9 @@ import tyro
 
 from mlp_jax.errors import UserError
 
-OptimizerName = Literal["sgd", "momentum", "rmsprop", "adam"]
+OptimizerName = Literal[
+    "sgd", "momentum", "nesterov", "rmsprop", "adam", "adabelief", "lion", "radam", "yogi"
+]
 ScheduleName = Literal["constant", "linear", "cosine"]
 RecipeName = Literal["keras-sgd", "keras-rmsprop", "short"]
 
@@ -33,10 +35,50 @@ class Config:
     """Step size at the peak of the schedule."""
     schedule: ScheduleName = "constant"
     """How the step size falls from the first step to the last, where it reaches 0."""
+    warmup: float = 0.0
+    """Fraction of the steps over which the step size first rises from 0, in [0, 1)."""
+    cycles: int = 1
+    """How often the schedule runs from its beginning to its end."""
     batch_size: int = 128
     """Examples per step; a smaller last batch is averaged over the examples it has."""
     epochs: int = 50
     """Passes over the training set."""
+    init: Literal["glorot", "he"] = "glorot"
+    """Initial weights: uniform by Glorot and Bengio, as in Keras, or normal by He et al."""
+    loss: Literal["softmax", "squared-hinge"] = "softmax"
+    """Cross-entropy, or the one-against-all L2-SVM of Tang, arXiv 1306.0239."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over all classes, in [0, 1)."""
+    weight_decay: float = 0.0
+    """Fraction of the weights (not the biases) taken off per unit of step size (AdamW's)."""
+    max_norm: float = 0.0
+    """Largest norm of the weights into a hidden unit (Srivastava et al. 2014); 0: none."""
+    ema: float = 0.0
+    """Decay per step of the running mean of the weights that is scored; 0: the last weights."""
+    input_dropout: float = 0.0
+    """Fraction of pixels dropped in training, in [0, 1)."""
+    input_noise: float = 0.0
+    """SD of the normal noise added to the pixels, which lie in [0, 1], in training."""
+    mixup: float = 0.0
+    """Parameter of the Beta distribution of mixup (Zhang et al., arXiv 1710.09412); 0: none."""
+    vat: float = 0.0
+    """Radius of virtual adversarial training (Miyato et al., arXiv 1704.03976); 0: none."""
+    rotation: float = 0.0
+    """Training images are rotated by up to this many degrees either way."""
+    shear: float = 0.0
+    """... sheared by up to this many columns a row."""
+    scale: float = 0.0
+    """... scaled by up to this fraction, each axis apart."""
+    shift: float = 0.0
+    """... shifted by up to this many pixels, each axis apart."""
+    elastic: float = 0.0
+    """... and deformed smoothly by shifts of this SD in pixels."""
+    elastic_sigma: float = 4.0
+    """Pixels over which the elastic shifts change."""
+    examples: Literal["all", "bootstrap", "half"] = "all"
+    """Training examples used; the data stream draws as many with replacement, or half of them."""
+    split: Annotated[Literal["test", "validation"], tyro.conf.Suppress] = "test"
+    # Set from the data set, as `n_classes` is: what is scored.
     n_classes: Annotated[int, tyro.conf.Suppress] = 10
     # Set from the data set, not by hand: it is a setting because it shapes the output layer.
 
@@ -45,8 +87,16 @@ class Config:
             raise UserError(f"epochs must be at least 1, not {self.epochs}")
         if self.batch_size < 1:
             raise UserError(f"batch size must be at least 1, not {self.batch_size}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
+        for name in ("dropout", "input_dropout", "warmup", "label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{_in_words(name)} must be in [0, 1), not {getattr(self, name)}")
+        for name in NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{_in_words(name)} must be at least 0, not {getattr(self, name)}")
+        if not self.elastic_sigma >= 1:
+            raise UserError(f"elastic sigma must be at least 1, not {self.elastic_sigma}")
+        if self.cycles < 1:
+            raise UserError(f"cycles must be at least 1, not {self.cycles}")
         check_learning_rate(self.learning_rate)
         if any(width < 1 for width in self.hidden):
             raise UserError(f"hidden widths must be at least 1, not {self.hidden}")
@@ -63,6 +113,16 @@ class Config:
             raise UserError(f"unknown setting {min(unknown)!r}: a newer mlp_jax wrote it")
         lists = {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}
         return cls(**settings | lists)
+
+
+NOT_NEGATIVE = (
+    *("weight_decay", "max_norm", "input_noise", "mixup", "vat"),
+    *("rotation", "shear", "scale", "shift", "elastic"),
+)
+
+
+def _in_words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def check_learning_rate(rate: float) -> None:

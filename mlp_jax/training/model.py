@@ -16,22 +16,29 @@ from mlp_jax.training.config import Config
 
 
 class MLP(nn.Module):
-    """Fully connected classifier; glorot-uniform kernels and zero biases, as in Keras."""
+    """Fully connected classifier; the defaults of the initial weights are those of Keras."""
 
     hidden: tuple[int, ...]
     dropout: float
     n_classes: int
+    kernel_init: str = "glorot"
+    input_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits [..., n_classes] of float32 pixels [..., 784]; `train` needs a "dropout" rng."""
+        dense = functools.partial(nn.Dense, kernel_init=KERNEL_INITS[self.kernel_init])
+        x = nn.Dropout(self.input_dropout, name="input_dropout")(x, deterministic=not train)
         for i, width in enumerate(self.hidden):
             x = nn.relu(dense(width, name=f"hidden_{i}")(x))
             x = nn.Dropout(self.dropout, name=f"dropout_{i}")(x, deterministic=not train)
         return dense(self.n_classes, name="output", dot_general=narrow_product)(x)
 
 
-dense = functools.partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
+KERNEL_INITS = {
+    "glorot": nn.initializers.glorot_uniform(),  # Glorot and Bengio 2010
+    "he": nn.initializers.he_normal(),  # He et al., arXiv 1502.01852
+}
 
 
 def narrow_product(x: jax.Array, w: jax.Array, dimensions, precision=None) -> jax.Array:
@@ -45,7 +52,8 @@ def narrow_product(x: jax.Array, w: jax.Array, dimensions, precision=None) -> ja
 
 
 def make_model(config: Config) -> MLP:
-    return MLP(config.hidden, config.dropout, config.n_classes)
+    settings = (config.hidden, config.dropout, config.n_classes, config.init, config.input_dropout)
+    return MLP(*settings)
 
 
 def to_float(images: jax.Array) -> jax.Array:

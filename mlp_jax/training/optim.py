@@ -16,10 +16,16 @@ from mlp_jax.training.config import Config
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": optax.identity,
     "momentum": lambda: optax.trace(decay=0.9),
+    "nesterov": lambda: optax.trace(decay=0.9, nesterov=True),
     # Keras' RMSprop: rho 0.9, and epsilon 1e-7 under the root (keras/src/optimizers/rmsprop.py).
     "rmsprop": lambda: optax.scale_by_rms(decay=0.9, eps=1e-7, eps_in_sqrt=True),
     # Keras' Adam, whose epsilon is 1e-7 too.
     "adam": lambda: optax.scale_by_adam(eps=1e-7),
+    # with Optax's settings
+    "adabelief": optax.scale_by_belief,
+    "lion": optax.scale_by_lion,
+    "radam": optax.scale_by_radam,
+    "yogi": optax.scale_by_yogi,
 }
 
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array | float]] = {
@@ -31,9 +37,36 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array | float]] = {
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    return OPTIMIZERS[config.optimizer]()
+    """The rule of a Config, then its weight decay: decoupled, arXiv 1711.05101."""
+    rule = OPTIMIZERS[config.optimizer]()
+    if not config.weight_decay:
+        return rule
+    return optax.chain(rule, optax.add_decayed_weights(config.weight_decay, mask=_is_kernel))
+
+
+def _is_kernel(params):
+    return jax.tree.map(lambda leaf: leaf.ndim == 2, params)
+
+
+def clip_norms(params: dict, config: Config) -> dict:
+    """`params` with the weights into each hidden unit scaled to a norm of at most `max_norm`."""
+
+    def clip(layer: str, leaves: dict) -> dict:
+        if layer == "output":
+            return leaves
+        norms = jnp.linalg.norm(leaves["kernel"], axis=0)
+        factors = jnp.minimum(1, config.max_norm / jnp.maximum(norms, 1e-12))  # of a dead unit
+        return leaves | {"kernel": leaves["kernel"] * factors[None, :]}
+
+    return {layer: clip(layer, leaves) for layer, leaves in params.items()}
 
 
 def schedule(progress: jax.Array, *, config: Config) -> jax.Array | float:
     """The factor of the learning rate at `progress`, the fraction of all steps taken, in [0, 1)."""
-    return SCHEDULES[config.schedule](progress)
+    if config.cycles > 1:
+        progress = progress * config.cycles % 1
+    if not config.warmup:
+        return SCHEDULES[config.schedule](progress)
+    rest = (progress - config.warmup) / (1 - config.warmup)
+    falling = SCHEDULES[config.schedule](jnp.maximum(rest, 0))
+    return jnp.where(rest < 0, progress / config.warmup, falling)

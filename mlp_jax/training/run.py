@@ -18,7 +18,9 @@ class Streams(NamedTuple):
 
     init: Any  # initial weights
     order: Any  # order of the training examples
-    dropout: Any  # dropped units
+    dropout: Any  # dropped units, and other noise in the network
+    augment: Any  # deformation of the training images
+    data: Any  # which training examples are used, if not all
 
 
 STREAMS = Streams._fields

@@ -4,6 +4,7 @@ Every random number is drawn from a key folded from absolute numbers (seed, stre
 so what a run draws does not depend on the runs beside it.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -12,10 +13,11 @@ import optax
 from jax import lax
 
 from mlp_jax.training.arrays import N_PIXELS, Split
+from mlp_jax.training.augment import augments, deform_batch
 from mlp_jax.training.config import Config
-from mlp_jax.training.losses import Batch, loss_fn
+from mlp_jax.training.losses import Batch, example_losses, loss_fn
 from mlp_jax.training.model import make_model, to_float
-from mlp_jax.training.optim import make_optimizer, schedule
+from mlp_jax.training.optim import clip_norms, make_optimizer, schedule
 from mlp_jax.training.run import STREAMS, Streams
 
 EVAL_BATCH = 1000
@@ -28,6 +30,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: dict
     opt_state: optax.OptState
+    mean_params: dict | tuple = ()  # running mean of the weights, if it is what is scored
 
 
 def run_keys(seeds: jax.Array) -> Streams:
@@ -39,12 +42,13 @@ def init_state(keys: Streams, *, config: Config) -> TrainState:
     pixels = jnp.zeros((1, N_PIXELS), jnp.float32)
     params = make_model(config).init(keys.init, pixels, train=False)["params"]
     # int32, not a Python 0: a restored step must not retrace
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+    opt_state = make_optimizer(config).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, params if config.ema else ())
 
 
 def eval_params(state: TrainState) -> dict:
     """The weights that are scored, stored and predicted with."""
-    return state.params
+    return state.mean_params or state.params
 
 
 def train_step(
@@ -66,7 +70,14 @@ def train_step(
     rate = learning_rate * schedule(state.step / n_steps, config=config)
     updates = jax.tree.map(lambda update: -rate * update, updates)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    if config.max_norm:
+        params = clip_norms(params, config)
+    mean_params = state.mean_params
+    if config.ema:
+        # at first a mean of fewer steps, so that the initial weights are soon forgotten
+        decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
+        mean_params = optax.incremental_update(params, mean_params, 1 - decay)
+    return TrainState(state.step + 1, params, opt_state, mean_params), metrics
 
 
 def train_epoch(
@@ -83,19 +94,33 @@ def train_epoch(
 
     `epochs` is the length of the whole training, on which the schedule depends.
     """
-    n_train = split.labels.shape[0]
-    indices, mask = epoch_order(keys.order, epoch, n_train, config.batch_size)
-    n_steps = epochs * indices.shape[0]
+    examples = training_examples(keys.data, split.labels.shape[0], config=config)
+    order, mask = epoch_order(keys.order, epoch, len(examples), config.batch_size)
+    indices, n_steps = examples[order], epochs * order.shape[0]
+    augment_key = jax.random.fold_in(keys.augment, epoch)
 
     def body(state, step):
         rows, mask = step
-        batch = Batch(split.images[rows], split.labels[rows], mask)
+        pixels = to_float(split.images[rows])
+        if augments(config):
+            pixels = deform_batch(pixels, rows, augment_key, config=config)
+        batch = Batch(pixels, split.labels[rows], mask)
         return train_step(state, batch, keys, learning_rate, n_steps, config=config)
 
     state, metrics = lax.scan(body, state, (indices, mask))
     # a mean of batch means would count the 96 examples of a last batch as 128
     weights = jnp.sum(mask, axis=1)
-    return state, {name: jnp.sum(each * weights) / n_train for name, each in metrics.items()}
+    n_examples = len(examples)
+    return state, {name: jnp.sum(each * weights) / n_examples for name, each in metrics.items()}
+
+
+def training_examples(key: jax.Array, n_train: int, *, config: Config) -> jax.Array:
+    """Indices of the examples that a run trains on; `key` is that of its data stream."""
+    if config.examples == "half":
+        return jax.random.permutation(key, n_train)[: n_train // 2]
+    if config.examples == "bootstrap":
+        return jax.random.randint(key, (n_train,), 0, n_train)
+    return jnp.arange(n_train)
 
 
 def epoch_order(
@@ -114,12 +139,12 @@ def evaluate(params: dict, split: Split, *, config: Config) -> tuple[Metrics, ja
 
     `correct` is an int32 count; the other metrics are means.
     """
-    model = make_model(config)
+    model, hard = make_model(config), dataclasses.replace(config, label_smoothing=0.0)
 
     def score(example):
         image, label = example
         logits = model.apply({"params": params}, to_float(image), train=False)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        loss = example_losses(logits, label, config=hard)
         return jnp.argmax(logits, axis=-1).astype(jnp.uint8), loss
 
     predictions, losses = lax.map(score, (split.images, split.labels), batch_size=EVAL_BATCH)

@@ -99,8 +99,8 @@ def header(experiment) -> str:
         ),
     )
     return (
-        f"{table}\n\n{config.dataset}: {n_train:,} training and {n_test:,} test images; training on"
-        f" {device}, results in {experiment.directory}\n\n{columns}"
+        f"{table}\n\n{config.dataset}: {n_train:,} training and {n_test:,} {config.split} images;"
+        f" training on {device}, results in {experiment.directory}\n\n{columns}"
     )
 
 
@@ -163,7 +163,7 @@ def summarize(experiment, run) -> dict:
 def verdict(recipe: str, config: Config, summary: dict) -> str:
     """The result as a count, beside the recipe's reference if the settings are the recipe's."""
     correct, n_test = summary["test_correct"], summary["n_test"]
-    line = f"test accuracy {correct} / {n_test} = {correct / n_test:.2%}"
+    line = f"{config.split} accuracy {correct} / {n_test} = {correct / n_test:.2%}"
     if recipe not in REFERENCES:
         return line
     if config != RECIPES[recipe]:

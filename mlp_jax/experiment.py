@@ -90,7 +90,7 @@ class Experiment:
         try:
             for group in _split(runs, self.placement.width):
                 for epoch in self._train_group(group, stop):
-                    if epoch.progress.epoch == self.metadata.config.epochs:
+                    if epoch.progress.epoch == self.metadata.config.n_epochs:
                         ended.append(epoch._replace(progress=self._keep(epoch.progress)))
                     yield epoch
                 if stop():
@@ -101,7 +101,7 @@ class Experiment:
 
     def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
         """Train runs that fit the devices at once, from their checkpoint if there is one."""
-        path, epochs = self._checkpoint(runs), self.metadata.config.epochs
+        path, epochs = self._checkpoint(runs), self.metadata.config.n_epochs
         start, seconds = load_checkpoint(path, self.metadata) or (None, [])
         began = clock()
         for progress in fit(
@@ -226,7 +226,7 @@ def _sizes(dataset: Dataset) -> tuple[int, int]:
     return len(dataset.train.labels), len(dataset.test.labels)
 
 
-def chunk_size(chunk: Literal["auto"] | int, epochs: int, width: int) -> int:
+def chunk_size(chunk: Literal["auto"] | int, epochs: float, width: int) -> int:
     """Runs that share a file: a multiple of `width`; "auto" is enough for about 50 epochs a lane.
 
     Short chunks lose less to a kill, and cost more files.

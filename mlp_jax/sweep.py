@@ -134,7 +134,7 @@ class Bar:
         from tqdm import tqdm
 
         self._experiment, self._n_runs, self._seconds = experiment, n_runs, 0.0
-        self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.epochs
+        self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.n_epochs
         shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
         quiet |= sys.stderr is None  # closed
         self._bar = tqdm(total=n_missing * self._epochs, bar_format=shape, disable=quiet)

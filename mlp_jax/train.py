@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> None:
         for epoch in experiment.train([run], lambda: stop.requested):
             lines = metrics_by_epoch(epoch)
             files.write_text(out / "metrics.jsonl", "".join(map(json_line, lines)))
-            say(table_line(lines, config.epochs))
+            say(table_line(lines, config.n_epochs))
             check_finite(lines[-1], out)
         if run not in experiment.finished:
             more = () if args.out else ("--out", str(out))
             again = cli.command_line(PROG, argv, *more, *(() if args.resume else ("--resume",)))
-            stop.exit(f"{len(lines)} of {config.epochs} epochs saved; resume with: {again}")
-        check_finite({"epoch": config.epochs} | experiment.finished[run], out)
+            stop.exit(f"{len(lines)} of {config.n_epochs} epochs saved; resume with: {again}")
+        check_finite({"epoch": config.n_epochs} | experiment.finished[run], out)
         summary = summarize(experiment, run)
         if experiment.compile_seconds or not (out / "summary.json").exists():
             files.write_json(out / "summary.json", summary)

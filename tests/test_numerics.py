@@ -60,8 +60,8 @@ def test_an_edited_optimizer_is_refused_and_an_edited_comment_is_not(swept, smal
     assert "was trained with other training code" in done.stderr
     assert "--allow-mixed" in done.stderr
     edit(training / "optim.py", '"""Update rules', '"""Here are update rules')
-    edit(training / "step.py", "def body(state, step):", "def a_step(state, step):  # renamed")
-    edit(training / "step.py", "lax.scan(body,", "lax.scan(a_step,")
+    edit(training / "step.py", "def body(i: jax.Array,", "def a_step(i: jax.Array,")
+    edit(training / "step.py", "lax.fori_loop(0, taken, body,", "lax.fori_loop(0, taken, a_step,")
     done = sweep(small_dir, swept, *flags, package=swept / "code")
     assert done.returncode == 0, done.stderr
 

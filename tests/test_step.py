@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlp_jax.training import optim, step
+from mlp_jax.training.arrays import count_steps
 from mlp_jax.training.losses import Batch
 from mlp_jax.training.model import to_float
 from mlp_jax.training.run import STREAMS, make_run
@@ -27,9 +28,9 @@ def one_step(state, batch, keys, config, n_steps=20):
     return train_step(state, batch, keys, config.learning_rate, n_steps, config=config)
 
 
-def one_epoch(state, split, keys, epoch, config):
+def one_epoch(state, split, keys, epoch, config, n_steps=10_000):
     rate = config.learning_rate
-    return train_epoch(state, split, keys, rate, epoch, config.epochs, config=config)
+    return train_epoch(state, split, keys, rate, epoch, n_steps, config=config)
 
 
 def whole_batch(split, rows):
@@ -163,6 +164,32 @@ def test_scan_epoch_equals_the_python_loop(config, small):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
         assert float(metrics["loss"]) == pytest.approx(total / 300, rel=1e-5)
         assert int(scanned.step) == (epoch + 1) * 10
+
+
+def test_a_part_of_an_epoch_is_its_first_steps(config, small):
+    """And its loss is the mean over the examples of those."""
+    config = dataclasses.replace(config, schedule="linear")
+    keys, begun = start(config)
+    part, metrics = one_epoch(begun, small.train, keys, 0, config, n_steps=7)
+    indices, masks = step.epoch_order(keys.order, 0, 300, config.batch_size)
+    state, losses = begun, []
+    for rows, mask in zip(indices[:7], masks, strict=False):
+        batch = Batch(to_float(small.train.images[rows]), small.train.labels[rows], mask)
+        state, one = one_step(state, batch, keys, config, n_steps=7)
+        losses.append(float(one["loss"]))
+    for a, b in zip(jax.tree.leaves(part), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert int(part.step) == 7
+    assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "settings", "steps"),
+    [(2, {}, 20), (0.7, {}, 7), (0.01, {}, 1), (1.25, {"examples": "half"}, 6)],
+)
+def test_epochs_as_steps(epochs, settings, steps, config):
+    config = dataclasses.replace(config, epochs=epochs, **settings)
+    assert count_steps(config, 300) == steps
 
 
 def test_an_epoch_holds_every_example_once():

@@ -125,7 +125,7 @@ def test_a_directory_of_another_project_is_never_overwritten(main, small_dir, he
             "--dataset fasion_mnist",
             r"unknown data set 'fasion_mnist'; did you mean fashion_mnist\?",
         ),
-        ("--epochs 0", "epochs must be at least 1, not 0"),
+        ("--epochs 0", "epochs must be positive and finite, not 0"),
         ("--epochs 3000000000", "3000000000 epochs are 30000000000 steps; at most"),
         ("--epochs three", "--epochs.*three"),
         ("--batch-size 0", "batch size must be at least 1, not 0"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +62,13 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
             f"batch size {config.batch_size} is larger than the {n_train} training examples"
             f" of {dataset.name}"
         )
-    if (n_steps := -(-n_train // config.batch_size) * config.epochs) >= 2**31:
+    if (n_steps := count_steps(config, n_train)) >= 2**31:
         raise UserError(f"{config.epochs} epochs are {n_steps} steps; at most {2**31 - 1} fit")
     of_data = {"dataset": dataset.name, "split": dataset.split, "n_classes": dataset.n_classes}
     return dataclasses.replace(config, **of_data)
+
+
+def count_steps(config: Config, n_train: int) -> int:
+    """Steps of a whole training; a part of an epoch is rounded to steps, and has at least one."""
+    n_examples = n_train // 2 if config.examples == "half" else n_train
+    return max(1, round(config.epochs * math.ceil(n_examples / config.batch_size)))

@@ -5,6 +5,7 @@ mean what the code did before the field existed.
 """
 
 import dataclasses
+import math
 import struct
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -41,8 +42,8 @@ class Config:
     """How often the schedule runs from its beginning to its end."""
     batch_size: int = 128
     """Examples per step; a smaller last batch is averaged over the examples it has."""
-    epochs: int = 50
-    """Passes over the training set."""
+    epochs: int | float = 50
+    """Passes over the training set; the last may be a part of one, as in 0.7."""
     init: Literal["glorot", "he"] = "glorot"
     """Initial weights: uniform by Glorot and Bengio, as in Keras, or normal by He et al."""
     loss: Literal["softmax", "squared-hinge"] = "softmax"
@@ -83,8 +84,10 @@ class Config:
     # Set from the data set, not by hand: it is a setting because it shapes the output layer.
 
     def __post_init__(self):
-        if self.epochs < 1:
-            raise UserError(f"epochs must be at least 1, not {self.epochs}")
+        if not 0 < self.epochs < float("inf"):
+            raise UserError(f"epochs must be positive and finite, not {self.epochs}")
+        if self.epochs == int(self.epochs):  # 50.0 is written, and compared, as 50
+            object.__setattr__(self, "epochs", int(self.epochs))
         if self.batch_size < 1:
             raise UserError(f"batch size must be at least 1, not {self.batch_size}")
         for name in ("dropout", "input_dropout", "warmup", "label_smoothing", "ema"):
@@ -100,6 +103,11 @@ class Config:
         check_learning_rate(self.learning_rate)
         if any(width < 1 for width in self.hidden):
             raise UserError(f"hidden widths must be at least 1, not {self.hidden}")
+
+    @property
+    def n_epochs(self) -> int:
+        """Epochs, the last of which may be cut short: how often a training is scored."""
+        return math.ceil(self.epochs)
 
     @classmethod
     def from_json(cls, settings: dict[str, Any]) -> "Config":

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mlp_jax.training.arrays import N_PIXELS, Dataset, Split, for_dataset
+from mlp_jax.training.arrays import N_PIXELS, Dataset, Split, count_steps, for_dataset
 from mlp_jax.training.config import Config
 from mlp_jax.training.parallel import Placement, from_groups, map_runs, place, to_groups
 from mlp_jax.training.run import STREAMS, Run, make_run
@@ -103,10 +103,11 @@ def _epochs(
     else:
         begin, history = 0, {}
         states = [programs.init((), group, ())[0] for group in groups]
-    for epoch in range(begin, config.epochs):
+    n_steps = np.int32(count_steps(config, len(dataset.train.labels)))
+    for epoch in range(begin, config.n_epochs):
         results = []
         for i, group in enumerate(groups):
-            shared = (*data, np.int32(epoch), np.int32(config.epochs))
+            shared = (*data, np.int32(epoch), n_steps)
             states[i], result = programs.epoch(states[i], group, shared)
             # one group at a time: several at once would share the cores and their caches
             results.append(jax.device_get(result))
@@ -144,9 +145,9 @@ def _init(config: Config, _, run, shared):
 
 
 def _epoch(config: Config, state: TrainState, run, shared):
-    (seeds, learning_rate), (train, test, epoch, epochs) = run, shared
+    (seeds, learning_rate), (train, test, epoch, n_steps) = run, shared
     keys = run_keys(seeds)
-    state, trained = train_epoch(state, train, keys, learning_rate, epoch, epochs, config=config)
+    state, trained = train_epoch(state, train, keys, learning_rate, epoch, n_steps, config=config)
     tested, predictions = evaluate(eval_params(state), test, config=config)
     metrics = {f"train_{name}": value for name, value in trained.items()}
     metrics |= {f"test_{name}": value for name, value in tested.items()}

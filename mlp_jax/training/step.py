@@ -86,32 +86,40 @@ def train_epoch(
     keys: Streams,
     learning_rate: jax.Array,
     epoch: jax.Array,
-    epochs: jax.Array,
+    n_steps: jax.Array,
     *,
     config: Config,
 ) -> tuple[TrainState, Metrics]:
-    """Every example once, in an order drawn from (keys.order, epoch); scanned over the steps.
+    """Every example once, in an order drawn from (keys.order, epoch), or fewer in the last epoch.
 
-    `epochs` is the length of the whole training, on which the schedule depends.
+    `n_steps` are those of the whole training, where it ends and on which the schedule depends.
     """
     examples = training_examples(keys.data, split.labels.shape[0], config=config)
     order, mask = epoch_order(keys.order, epoch, len(examples), config.batch_size)
-    indices, n_steps = examples[order], epochs * order.shape[0]
+    indices, steps = examples[order], order.shape[0]
     augment_key = jax.random.fold_in(keys.augment, epoch)
 
-    def body(state, step):
-        rows, mask = step
+    def one_step(state: TrainState, rows: jax.Array, mask: jax.Array):
         pixels = to_float(split.images[rows])
         if augments(config):
             pixels = deform_batch(pixels, rows, augment_key, config=config)
         batch = Batch(pixels, split.labels[rows], mask)
         return train_step(state, batch, keys, learning_rate, n_steps, config=config)
 
-    state, metrics = lax.scan(body, state, (indices, mask))
+    def body(i: jax.Array, carry: tuple[TrainState, Metrics]):
+        state, metrics = carry
+        state, new = one_step(state, indices[i], mask[i])
+        return state, {name: metrics[name].at[i].set(new[name]) for name in metrics}
+
+    _, shapes = jax.eval_shape(one_step, state, indices[0], mask[0])
+    metrics = {name: jnp.zeros(steps, each.dtype) for name, each in shapes.items()}
+    taken = jnp.minimum(n_steps - epoch * steps, steps)
+    state, metrics = lax.fori_loop(0, taken, body, (state, metrics))
     # a mean of batch means would count the 96 examples of a last batch as 128
-    weights = jnp.sum(mask, axis=1)
-    n_examples = len(examples)
-    return state, {name: jnp.sum(each * weights) / n_examples for name, each in metrics.items()}
+    weights = jnp.sum(mask, axis=1) * (jnp.arange(steps) < taken)
+    return state, {
+        name: jnp.sum(each * weights) / jnp.sum(weights) for name, each in metrics.items()
+    }
 
 
 def training_examples(key: jax.Array, n_train: int, *, config: Config) -> jax.Array:

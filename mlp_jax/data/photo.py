@@ -1,0 +1,171 @@
+"""A photo or a drawing of a digit as MNIST would have it: 28x28, white on black.
+
+demo.html repeats `to_mnist` in JavaScript, to the same pixels: it uses nothing but sums over areas
+and maxima, which are written out here.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from scipy import ndimage
+
+from mlp_jax.errors import UserError, one_line
+
+LONGEST = 640
+"""Pixels to which the longer side of a photo is reduced: the line of a pen still has several."""
+CONTRAST = 0.1
+"""Least difference of ink and paper, where that of black and white is 1."""
+BOX = 20
+"""Pixels of the longer side of a digit in MNIST, whose images have 28."""
+FINE = 4
+"""Parts of such a pixel in which the width of a line is measured and changed."""
+LINE = 2.1
+"""Width in pixels of the lines of MNIST, the median of its images: thinner ones are widened."""
+MARGIN = 2
+"""Pixels around the box into which lines may widen: more than half of LINE."""
+
+
+def read_digit(path: Path) -> np.ndarray:
+    """The digit in an image file as uint8 [28, 28]; of an animation, in its first frame.
+
+    UserError where the file cannot be read as an image, or has no digit.
+    """
+    try:
+        return to_mnist(find_ink(read_grey(path)))
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+
+
+def read_grey(path: Path) -> np.ndarray:
+    """Luminance [h, w] in 0 ... 1 of an image file, upright, at most LONGEST high and wide."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of odd metadata, and of half of Pillow's size limit
+            image.draft("L", (LONGEST, LONGEST))  # a JPEG is decoded at a fraction of its size
+            image = opaque(ImageOps.exif_transpose(image))
+            image = image.reduce(-(-max(image.size) // LONGEST))
+    except Image.DecompressionBombError:
+        raise UserError("has too many pixels to be read: make it smaller") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or 'not a complete image'}") from None
+    except Exception as error:  # each of Pillow's decoders raises its own
+        raise UserError(f"cannot be read: {one_line(error)}") from None
+    grey = np.asarray(image, float)
+    return grey / (255 if image.mode == "L" else max(grey.max(), 1))
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """A grey image in 8 bits, or in float where `image` has more; transparent parts get the paper.
+
+    That is white, unless the ink is bright.
+    """
+    if image.mode.startswith(("I", "F")):
+        return image.convert("F")
+    if not image.has_transparency_data:
+        return image.convert("L")
+    grey, alpha = image.convert("LA").split()
+    shown = np.asarray(alpha, float) / 255
+    bright = (np.asarray(grey) * shown).sum() > 128 * shown.sum()
+    return Image.composite(grey, Image.new("L", grey.size, 0 if bright else 255), alpha)
+
+
+def find_ink(grey: np.ndarray) -> np.ndarray:
+    """How much of each pixel is ink, [h, w] in 0 ... 1; `grey` is luminance, and paper its border.
+
+    UserError where there is none.
+    """
+    paper = grey[0, 0]
+    if all(np.ptp(side) == 0 for side in (grey[0], grey[-1], grey[:, 0], grey[:, -1])):
+        ink = np.abs(grey - paper)  # drawn, not photographed: it is taken as it is
+        if ink.max() < CONTRAST:
+            raise UserError("is blank")
+        return ink / ink.max()
+    # light and shadows are wider than a line
+    grey = ndimage.gaussian_filter(-grey if ink_is_dark(grey) else grey, 1)
+    ink = ndimage.white_tophat(grey, max(grey.shape) // 4)
+    ink -= np.median(ink)
+    noise = 1.5 * np.median(np.abs(ink))  # the SD of normal noise
+    least = max(CONTRAST, 8 * noise, 0.4 * ink.max())
+    if ink.max() < least:
+        raise UserError("is blank")
+    strength = np.median(ink[ink >= least])
+    return keep_digit(np.clip(2 * ink / strength - 0.5, 0, 1))
+
+
+def ink_is_dark(grey: np.ndarray) -> bool:
+    """Whether what differs from the paper around it is darker: the paper is the local median."""
+    step = -(-max(grey.shape) // 64)
+    small = ndimage.uniform_filter(grey, step)[::step, ::step]
+    return ((small - ndimage.median_filter(small, 33)) ** 3).sum() < 0
+
+
+def keep_digit(ink: np.ndarray) -> np.ndarray:
+    """`ink` without specks, and without what reaches the border if there is anything else."""
+    parts, _ = ndimage.label(ink >= 0.5, np.ones((3, 3)))
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0  # paper
+    inner = sizes.copy()
+    inner[np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]])] = 0
+    if inner.max() >= sizes.max() / 20:
+        sizes = inner
+    kept = np.isin(parts, np.flatnonzero(sizes >= sizes.max() / 20))
+    return np.where(ndimage.binary_dilation(kept, np.ones((3, 3)), 3), ink, 0)  # with soft edges
+
+
+def to_mnist(ink: np.ndarray) -> np.ndarray:
+    """`ink` as MNIST was made, uint8 [28, 28] (LeCun et al. 1998): scaled into 20x20 pixels by area
+    averages, with its centre of mass in the middle.
+
+    Lines that are thinner than those of MNIST are widened before.
+    """
+    top, left, bottom, right = bounds(ink)
+    cell = max(bottom - top, right - left) / (BOX * FINE)
+    n = (BOX + 2 * MARGIN) * FINE
+    ink = average(ink, (top + bottom - cell * n) / 2, (left + right - cell * n) / 2, cell, n)
+    ink = widen(ink, max(0.0, (LINE * FINE - line_width(ink)) / 2))
+    top, left, bottom, right = bounds(ink)
+    cell = max(bottom - top, right - left) / BOX
+    y, x = ((np.arange(n) + 0.5) @ ink.sum(axis) / ink.sum() for axis in (1, 0))
+    # MNIST's images were moved by whole pixels: the centre of mass lies between 14 and 15
+    y, x = y - 14.5 * cell, x - 14.5 * cell
+    y, x = np.clip(y, bottom - 28 * cell, top), np.clip(x, right - 28 * cell, left)
+    ink = average(ink, y, x, cell, 28)
+    # ties of rounding go up, in JavaScript as well
+    return np.floor(255 * ink / ink.max() + 0.5 + 1e-9).astype(np.uint8)
+
+
+def bounds(ink: np.ndarray) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of what is more than a faint edge of the ink."""
+    there = ink > ink.max() / 4 + 1e-9
+    rows, columns = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
+    return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
+
+
+def average(ink: np.ndarray, top: float, left: float, cell: float, n: int) -> np.ndarray:
+    """Means over n x n squares with sides of `cell` pixels, of which (top, left) is the corner."""
+
+    def shares(start: float, size: int) -> np.ndarray:
+        low = start + cell * np.arange(n)[:, None]
+        pixel = np.arange(size)[None]
+        return np.clip(np.minimum(low + cell, pixel + 1) - np.maximum(low, pixel), 0, None) / cell
+
+    return shares(top, ink.shape[0]) @ ink @ shares(left, ink.shape[1]).T
+
+
+def line_width(ink: np.ndarray) -> float:
+    """Mean width of the lines in pixels: twice their area over the length of their edges."""
+    down, right = np.diff(ink, axis=0)[:, :-1], np.diff(ink, axis=1)[:-1]
+    return 2 * ink.sum() / np.sqrt(down**2 + right**2).sum()
+
+
+def widen(ink: np.ndarray, radius: float) -> np.ndarray:
+    """Each pixel becomes the greatest within `radius`, which need not be whole."""
+    reach, n = int(np.ceil(radius)), len(ink)
+    padded, wide = np.pad(ink, reach), ink
+    for y, x in np.ndindex(2 * reach + 1, 2 * reach + 1):
+        weight = min(radius + 1 - np.hypot(y - reach, x - reach), 1)
+        if weight > 0:
+            wide = np.maximum(wide, weight * padded[y : y + n, x : x + n])
+    return wide

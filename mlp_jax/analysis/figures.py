@@ -6,7 +6,7 @@ in colours that are safe for colour-blind readers, and are made to be read 900 p
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,4 +143,20 @@ def draw_hardest(counts: Any, images: np.ndarray, name: str) -> Any:
         ax.spines[:].set(visible=True, color="#DDDDDD")
         share = f"{100 * errors[i] / counts.runs:.0f} %"
         ax.set_xlabel(f"{counts.labels[i]} {arrow} {wrong[i].argmax()}  {share}", fontsize=8)
+    return figure
+
+
+def draw_digits(images: Sequence[np.ndarray], captions: Sequence[str]) -> Any:
+    """Images [28, 28] as the network saw them, eight in a row, each above its caption."""
+    rows = -(-len(images) // 8)
+    figure, *axes = new_figure("What the network saw", 0.5 + 1.25 * rows, rows, 8)
+    for ax, image, caption in itertools.zip_longest(axes, images, captions):
+        if image is None:
+            ax.set_axis_off()
+            continue
+        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+        ax.set(xticks=[], yticks=[])
+        name, answer = caption.split("\n")
+        name = name if len(name) < 16 else f"{name[:7]}\N{HORIZONTAL ELLIPSIS}{name[-7:]}"
+        ax.set_xlabel(f"{name}\n{answer}", fontsize=7, parse_math=False)
     return figure

@@ -44,29 +44,31 @@ def read_grey(path: Path) -> np.ndarray:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # of odd metadata, and of half of Pillow's size limit
             image.draft("L", (LONGEST, LONGEST))  # a JPEG is decoded at a fraction of its size
-            image = opaque(ImageOps.exif_transpose(image))
+            image = make_grey(ImageOps.exif_transpose(image))
             image = image.reduce(-(-max(image.size) // LONGEST))
     except Image.DecompressionBombError:
         raise UserError("has too many pixels to be read: make it smaller") from None
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or 'not a complete image'}") from None
+        reason = error.strerror or "no image that Pillow knows, or not all of it"
+        raise UserError(f"cannot be read: {reason}") from None
     except Exception as error:  # each of Pillow's decoders raises its own
         raise UserError(f"cannot be read: {one_line(error)}") from None
-    grey = np.asarray(image, float)
+    grey = np.nan_to_num(np.asarray(image, float))
     return grey / (255 if image.mode == "L" else max(grey.max(), 1))
 
 
-def opaque(image: Image.Image) -> Image.Image:
-    """A grey image in 8 bits, or in float where `image` has more; transparent parts get the paper.
+def make_grey(image: Image.Image) -> Image.Image:
+    """Luminance in 8 bits, or in float where `image` has more; what is transparent shows paper.
 
-    That is white, unless the ink is bright.
+    The paper is white, unless the ink is bright.
     """
     if image.mode.startswith(("I", "F")):
         return image.convert("F")
-    if not image.has_transparency_data:
+    if not ("A" in image.getbands() or "transparency" in image.info):
         return image.convert("L")
-    grey, alpha = image.convert("LA").split()
-    shown = np.asarray(alpha, float) / 255
+    image = image.convert("RGBA")
+    grey, alpha = image.convert("L"), image.getchannel("A")
+    shown = np.asarray(alpha, float)
     bright = (np.asarray(grey) * shown).sum() > 128 * shown.sum()
     return Image.composite(grey, Image.new("L", grey.size, 0 if bright else 255), alpha)
 
@@ -84,7 +86,7 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
         return ink / ink.max()
     # light and shadows are wider than a line
     grey = ndimage.gaussian_filter(-grey if ink_is_dark(grey) else grey, 1)
-    ink = ndimage.white_tophat(grey, max(grey.shape) // 4)
+    ink = ndimage.white_tophat(grey, max(3, max(grey.shape) // 4))
     ink -= np.median(ink)
     noise = 1.5 * np.median(np.abs(ink))  # the SD of normal noise
     least = max(CONTRAST, 8 * noise, 0.4 * ink.max())

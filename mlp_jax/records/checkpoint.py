@@ -4,6 +4,7 @@ Both are files of named arrays that NumPy reads anywhere. A checkpoint resumes o
 numbers would be the same; weights may be used on any device and version of JAX.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from mlp_jax.training.config import Config
 from mlp_jax.training.fit import Snapshot, state_shapes
 from mlp_jax.training.model import predict as predict_logits
 from mlp_jax.training.run import Run, make_run
+
+SHIPPED = Path(__file__).parents[1] / "weights" / "mnist.npz"
+"""The committee that comes with mlp_jax, made by scripts/ship_weights.py."""
 
 
 def save_checkpoint(path: Path, snapshot: Snapshot, seconds: list[float], metadata: Metadata):
@@ -96,14 +100,22 @@ def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:
 
     Works on any device and version of JAX. UserError if there are none, or several; Damaged.
     """
-    folder = Path(directory) / "weights"
-    paths = sorted(folder.glob("*.npz" if seed is None else f"*-seed{seed}.npz"))
+    paths = _find_weights(directory, "*.npz" if seed is None else f"*-seed{seed}.npz")
+    if len(paths) > 1:
+        raise UserError(f"{directory} has weights of {len(paths)} runs: choose one by its seed")
+    return _read_weights(paths[0])
+
+
+def _find_weights(directory: str | Path, pattern: str = "*.npz") -> list[Path]:
+    paths = sorted((Path(directory) / "weights").glob(pattern))
     if not paths:
         raise UserError(f"{directory} has no weights of a finished run: keep them in a sweep with"
                         " --keep-weights")  # fmt: skip
-    if len(paths) > 1:
-        raise UserError(f"{directory} has weights of {len(paths)} runs: choose one by its seed")
-    arrays, about = load_arrays(paths[0])
+    return paths
+
+
+def _read_weights(path: Path) -> TrainedRun:
+    arrays, about = load_arrays(path)
     return TrainedRun(
         Metadata.from_json(about["run"]).config,
         make_run(about["seed"], about["learning_rate"], about["vary"]),
@@ -112,6 +124,46 @@ def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:
     )
 
 
-def predict(run: TrainedRun, images: np.ndarray) -> np.ndarray:
-    """Logits [n, classes] of uint8 images [n, 784] or [n, 28, 28], white on black as in MNIST."""
+class Committee(NamedTuple):
+    """Finished runs of one Config, whose answers are votes."""
+
+    config: Config
+    runs: tuple[Run, ...]
+    params: dict  # NumPy arrays [runs, ...] by layer and name
+    metrics: tuple[dict[str, float], ...]  # of each run, as in TrainedRun
+
+
+def load_committee(directory: str | Path | None = None) -> Committee:
+    """All runs whose weights are in `directory`; without one, those that come with mlp_jax.
+
+    Runs that diverged have no vote. UserError if there are no others; Damaged.
+    """
+    if directory is None:
+        arrays, about = load_arrays(SHIPPED)
+        runs, metrics = zip(*about["members"], strict=True)
+        params = traverse_util.unflatten_dict(arrays, sep="/")
+        runs = tuple(make_run(*run) for run in runs)
+        return Committee(Config.from_json(about["config"]), runs, params, metrics)
+    members = map(_read_weights, _find_weights(directory))
+    members = [member for member in members if np.isfinite(member.metrics["test_loss"])]
+    if not members:
+        raise UserError(f"all runs in {directory} diverged")
+    configs, runs, params, metrics = zip(*sorted(members, key=lambda m: m.run), strict=True)
+    return Committee(configs[0], runs, jax.tree.map(lambda *a: np.stack(a), *params), metrics)
+
+
+def save_committee(path: Path, committee: Committee) -> None:
+    """One file for a committee, in float16: half the size, and as good (see README)."""
+    params = traverse_util.flatten_dict(committee.params, sep="/")
+    runs = [(run.seed, run.learning_rate, run.vary) for run in committee.runs]
+    members = list(zip(runs, committee.metrics, strict=True))
+    about = {"config": dataclasses.asdict(committee.config), "members": members}
+    save_arrays(path, {name: a.astype(np.float16) for name, a in params.items()}, about)
+
+
+def predict(run: TrainedRun | Committee, images: np.ndarray) -> np.ndarray:
+    """Logits [n, classes] of uint8 images [n, 784] or [n, 28, 28], white on black as in MNIST.
+
+    A committee gives [runs, n, classes].
+    """
     return np.asarray(predict_logits(run.params, images, config=run.config))

@@ -1,0 +1,81 @@
+"""`python -m mlp_jax.demo`: a page to draw digits on; one file, which needs no server."""
+
+import base64
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from mlp_jax import cli, files
+
+PROG = "python -m mlp_jax.demo"
+DESCRIPTION = "Write a page to draw digits on, with trained runs in it that say what they see."
+TEMPLATE = Path(__file__).with_name("demo.html")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """HTML file to write."""
+    run: Path | None = None
+    """Directory of a run, or of a sweep with --keep-weights; default: the weights that come with
+    mlp_jax."""
+    members: int = 5
+    """How many runs at most are on the page, each of 2 to 4 MB."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the page; raises UserError."""
+    args = cli.parse_args(Args(out=tyro.MISSING), argv, prog=PROG, description=DESCRIPTION)
+    cli.check_at_least(args, {"members": 1})
+    files.check_writable(args.out.parent)
+
+    # --help does without
+    from mlp_jax.records.checkpoint import load_committee
+
+    files.write_text(args.out, make_page(load_committee(args.run), args.members))
+    print(args.out)
+
+
+def make_page(committee, members: int) -> str:
+    """The page with the first `members` runs of a committee, their weights as they are."""
+    from mlp_jax.data import photo
+
+    arrays, layers, offset = [], [], 0
+    names = [f"hidden_{i}" for i in range(len(committee.config.hidden))] + ["output"]
+    for name in names:
+        kernel, bias = (committee.params[name][part][:members] for part in ("kernel", "bias"))
+        layer = {"kernel": offset, "bias": offset + kernel.size}
+        layers.append(layer | dict(zip(("inputs", "outputs"), kernel.shape[1:], strict=True)))
+        arrays += [kernel.ravel(), bias.ravel()]
+        offset += kernel.size + bias.size
+    weights = np.concatenate(arrays)
+    net = {
+        "about": describe(committee, members),
+        "seeds": [run.seed for run in committee.runs[:members]],
+        "photo": {name: getattr(photo, name) for name in ("BOX", "FINE", "LINE", "MARGIN")},
+        "layers": layers,
+        "dtype": weights.dtype.name,
+        "weights": base64.b64encode(weights.astype(weights.dtype.newbyteorder("<"))).decode(),
+    }
+    return TEMPLATE.read_text().replace("{{NET}}", json.dumps(net))
+
+
+def describe(committee, members: int) -> str:
+    """What stands under the title of the page."""
+    correct = sorted(metrics["test_correct"] for metrics in committee.metrics[:members])
+    counts = " to ".join(f"{n:,}" for n in dict.fromkeys((correct[0], correct[-1])))
+    found = f"{counts} of the test images of {committee.config.dataset.replace('mnist', 'MNIST')}"
+    if len(correct) == 1:
+        return f"The network in this page recognizes {found}."
+    return (
+        f"The {len(correct)} networks in this page differ in nothing but their seed. Each recognizes"
+        f" {found}; on a doubtful digit they disagree."
+    )
+
+
+if __name__ == "__main__":
+    cli.run_cli(main)

@@ -1,0 +1,96 @@
+"""`python -m mlp_jax.predict`: which digit is in an image, and how sure trained runs are."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from mlp_jax import cli, files
+from mlp_jax.errors import UserError
+
+PROG = "python -m mlp_jax.predict"
+DESCRIPTION = "Say which digit is in each image: photos, scans and drawings of any size and colour."
+MENTIONED = 0.01
+"""Probability from which another digit is named, too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, each of one digit."""
+    run: Path | None = None
+    """Directory of a run, or of a sweep with --keep-weights, whose runs vote; default: the weights
+    that come with mlp_jax."""
+    json: bool = False
+    """Print an object per image: file, digit, probabilities, and the votes for each digit."""
+    sheet: Path | None = None
+    """PNG file for a picture of what the network saw."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answer what can be read; exits with status 1 if anything could not. Raises UserError."""
+    default = Args(images=tyro.MISSING)
+    args = cli.parse_args(default, argv, prog=PROG, description=DESCRIPTION)
+    if not args.images:
+        raise UserError("name at least one image")
+    if args.sheet:
+        files.check_writable(args.sheet.parent)
+
+    # these take a second, and bad flags are answered without them
+    from mlp_jax.data.photo import read_digit
+    from mlp_jax.records.checkpoint import load_committee, predict
+
+    committee = load_committee(args.run)
+    digits = {}
+    for path in dict.fromkeys(args.images):
+        try:
+            digits[path] = read_digit(path)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+    if digits:
+        probabilities, votes = count_votes(predict(committee, np.stack(list(digits.values()))))
+        names = [os.fsencode(path).decode(errors="replace") for path in digits]
+        answers = list(zip(names, probabilities, votes, strict=True))
+        print(*(format_answer(*answer, args.json) for answer in answers), sep="\n")
+        if args.sheet:
+            write_sheet(args.sheet, list(digits.values()), answers)
+    if len(digits) < len(set(args.images)):
+        sys.exit(1)
+
+
+def count_votes(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean probabilities [n, classes] and votes [n, classes] of logits [runs, n, classes]."""
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    votes = np.eye(logits.shape[-1], dtype=int)[logits.argmax(-1)].sum(0)
+    return (powers / powers.sum(-1, keepdims=True)).mean(0), votes
+
+
+def format_answer(name: str, probabilities: np.ndarray, votes: np.ndarray, as_json: bool) -> str:
+    """A line of text, most probable digit first, or of JSON."""
+    digit = int(probabilities.argmax())
+    if as_json:
+        numbers = {"probabilities": probabilities.tolist(), "votes": votes.tolist()}
+        return json.dumps({"file": name, "digit": digit} | numbers)
+    texts = []
+    for k in np.argsort(-probabilities, kind="stable"):
+        if k == digit or votes[k] or probabilities[k] >= MENTIONED:
+            counted = f", {votes[k]} of {votes.sum()} votes" if votes.sum() > 1 else ""
+            texts.append(f"{k} ({probabilities[k]:.1%}{counted})")
+    return f"{name}: {' or '.join(texts)}"
+
+
+def write_sheet(path: Path, images: list[np.ndarray], answers: list[tuple]) -> None:
+    from mlp_jax.analysis.figures import draw_digits
+
+    lines = (f"{Path(name).name}\n{p.argmax()} ({p.max():.1%})" for name, p, _ in answers)
+    figure = draw_digits(images, list(lines))
+    with files.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+if __name__ == "__main__":
+    cli.run_cli(main)

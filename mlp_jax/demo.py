@@ -72,8 +72,8 @@ def describe(committee, members: int) -> str:
     if len(correct) == 1:
         return f"The network in this page recognizes {found}."
     return (
-        f"The {len(correct)} networks in this page differ in nothing but their seed. Each recognizes"
-        f" {found}; on a doubtful digit they disagree."
+        f"The {len(correct)} networks in this page differ in nothing but their seed. Each"
+        f" recognizes {found}; on a doubtful digit they disagree."
     )
 
 

@@ -13,7 +13,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAM
 
 
 class Browser:
-    """One page, in a context. `errors` are its exceptions, `requests` the addresses it asked for."""
+    """One page, in a context; `errors` are its exceptions, `requests` the addresses it asked."""
 
     def __init__(self, profile: Path):
         child_in, self._out = os.pipe()

@@ -12,6 +12,11 @@ from mlp_jax.training.config import Config
 STRONG = Config(rotation=15.0, shear=0.15, scale=0.15, shift=1.5, elastic=0.7)
 CENTRE = 13.5
 
+deform, deform_batch, sampling_positions = (
+    jax.jit(function, static_argnames="config")
+    for function in (augment.deform, augment.deform_batch, augment.sampling_positions)
+)
+
 
 def digit():
     """A bright bar off the centre, smooth enough to be moved by parts of a pixel."""
@@ -40,15 +45,15 @@ def test_affine_positions_by_hand(field):
     config = Config(**{field: getattr(STRONG, field)})
     for seed in range(3):
         key = jax.random.key(seed)
-        made = augment.sampling_positions(key, config=config)
+        made = sampling_positions(key, config=config)
         np.testing.assert_allclose(made, affine_by_hand(key, config), atol=1e-4)
 
 
 def test_a_deformed_image_is_what_scipy_samples():
     for seed in range(3):
         key, image = jax.random.key(seed), digit()
-        made = augment.deform(jnp.ravel(image), key, config=STRONG)
-        positions = np.asarray(augment.sampling_positions(key, config=STRONG))
+        made = deform(jnp.ravel(image), key, config=STRONG)
+        positions = np.asarray(sampling_positions(key, config=STRONG))
         # grid-constant: JAX, too, goes down to 0 over one pixel beyond the border
         wanted = ndimage.map_coordinates(image, positions, order=1, mode="grid-constant")
         np.testing.assert_allclose(np.reshape(made, (28, 28)), wanted, atol=1e-5)
@@ -58,8 +63,8 @@ def test_a_deformed_image_is_what_scipy_samples():
 def test_elastic_shifts_have_their_sd_and_are_smooth():
     config = Config(elastic=0.7, elastic_sigma=4.0)
     keys = jax.random.split(jax.random.key(0), 2000)
-    grid = augment.sampling_positions(keys[0], config=Config())
-    positions = jax.vmap(lambda key: augment.sampling_positions(key, config=config))(keys)
+    grid = sampling_positions(keys[0], config=Config())
+    positions = jax.vmap(lambda key: sampling_positions(key, config=config))(keys)
     shifts = np.asarray(positions) - np.asarray(grid)
     np.testing.assert_allclose(shifts.std(axis=0), 0.7, rtol=0.08)
     # white noise smoothed by a Gaussian of width s correlates by exp(-d^2 / 4 s^2) over d pixels
@@ -72,17 +77,17 @@ def test_elastic_shifts_have_their_sd_and_are_smooth():
 def test_an_image_is_deformed_alike_in_any_batch_and_otherwise_in_any_epoch():
     key, images = jax.random.key(7), jnp.stack([jnp.ravel(digit())] * 5)
     indices = jnp.array([3, 8, 59_999, 0, 8])
-    made = augment.deform_batch(images, indices, key, config=STRONG)
+    made = deform_batch(images, indices, key, config=STRONG)
     np.testing.assert_array_equal(made[1], made[4])
     assert len({row.tobytes() for row in np.asarray(made)}) == 4
-    turned = augment.deform_batch(images[:3], indices[2::-1], key, config=STRONG)
+    turned = deform_batch(images[:3], indices[2::-1], key, config=STRONG)
     np.testing.assert_allclose(turned, made[2::-1], atol=1e-6)
-    later = augment.deform_batch(images, indices, jax.random.fold_in(key, 1), config=STRONG)
+    later = deform_batch(images, indices, jax.random.fold_in(key, 1), config=STRONG)
     assert np.abs(later - made).max() > 0.2
 
 
 def test_no_strength_is_no_deformation():
     image = jnp.ravel(digit())
-    np.testing.assert_allclose(augment.deform(image, jax.random.key(0), config=Config()), image)
+    np.testing.assert_allclose(deform(image, jax.random.key(0), config=Config()), image)
     assert not augment.augments(Config())
     assert augment.augments(STRONG)

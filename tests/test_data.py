@@ -54,12 +54,12 @@ def kmnist(tmp_path, monkeypatch):
 
 
 def test_arrays_as_promised(kmnist):
-    name, train, test, n_classes, fingerprint, image_fingerprint = kmnist.dataset
+    name, train, test, n_classes, fingerprint, image_fingerprint, scored = kmnist.dataset
     assert (train.images.shape, train.labels.shape) == ((N_TRAIN, 784), (N_TRAIN,))
     assert (test.images.shape, test.labels.shape) == ((N_TEST, 784), (N_TEST,))
     for split in (train, test):
         assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
-    assert (name, n_classes) == ("kmnist", 10)
+    assert (name, n_classes, scored) == ("kmnist", 10, "test")
     whole = b"".join(array.tobytes() for array in (*train, *test))
     assert fingerprint == hashlib.sha256(whole).hexdigest()
     assert image_fingerprint == hashlib.sha256(train.images.tobytes()).hexdigest()

@@ -50,6 +50,11 @@ class TrainingArgs:
         names = ("data_dir", "manual_dir", "split", "quiet")
         return {name: getattr(self, name) for name in names}
 
+    def options(self, *more: str) -> dict:
+        """Arguments of `open_experiment`, with those fields that the command adds."""
+        names = ("recipe", "checkpoint_every", "allow_mixed", *more)
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
@@ -75,6 +80,27 @@ def parse_args(default: Args, argv: Sequence[str] | None, **texts: str) -> Args:
         if value == "" or (flag.startswith("--") and flag.endswith("=")):
             raise UserError(f"{flag.rstrip('=')} has an empty value")
     return args
+
+
+def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
+    """A command line for each combination of the settings that `argv` gives several values.
+
+    `--hidden 512 512` is one net, and `--hidden 512x512 1024x1024` are two.
+    """
+    words = list(_words(argv))
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    groups = [words[i:j] for i, j in itertools.pairwise([0, *starts, len(words)])]
+    settings = {field.name for field in dataclasses.fields(Config)}
+    choices = []
+    for group in filter(None, groups):
+        flag, values = group[0], group[1:]
+        if flag == "--hidden" and any("x" in value for value in values):
+            choices.append([[flag, *value.split("x")] for value in values])
+        elif flag[2:].replace("-", "_") in settings - {"hidden"} and len(values) > 1:
+            choices.append([[flag, value] for value in values])
+        else:
+            choices.append([group])
+    return [list(itertools.chain(*chosen)) for chosen in itertools.product(*choices)]
 
 
 @contextlib.contextmanager

@@ -27,12 +27,12 @@ from mlp_jax.records.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from mlp_jax.records.provenance import Metadata, run_metadata
+from mlp_jax.records.provenance import Metadata, describe_environment
 from mlp_jax.training.arrays import Dataset, for_dataset
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.fit import Progress, compile_programs, fit, program_text, run_bytes
 from mlp_jax.training.parallel import Placement, n_cores, place, use_cores
-from mlp_jax.training.run import Run, make_runs
+from mlp_jax.training.run import Run, crossed_seeds, make_runs
 
 
 class Epoch(NamedTuple):
@@ -50,12 +50,18 @@ class Experiment:
     metadata: Metadata
     dataset: Dataset  # on the devices
     placement: Placement
+    stored: dict[Run, dict]  # rows.last_values of the runs that have a row
     chunk: int  # runs that share a file
     checkpoint_every: int
     keep_weights: bool
-    stored: frozenset[Run]
-    finished: dict[Run, dict]  # rows.last_values of the stored runs, if their weights are there too
     compile_seconds: float = 0.0
+
+    def __post_init__(self):
+        def complete(run: Run) -> bool:
+            return not self.keep_weights or has_weights(self.directory, run)
+
+        # of the stored runs, those whose weights are there too if they are wanted
+        self.finished = {run: row for run, row in self.stored.items() if complete(run)}
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         return [run for run in dict.fromkeys(runs) if run not in self.finished]
@@ -176,15 +182,11 @@ def open_experiment(
     """
     config = for_dataset(config, dataset)
     placement = place(len(runs), run_bytes(config), devices=devices, lanes=lanes)
-    metadata = run_metadata(
-        recipe,
-        config,
-        dataset.fingerprint,
-        placement.devices,
-        seed,
-        images=dataset.image_fingerprint,
-        lanes=placement.lanes,
-    )._replace(mixed=allow_mixed)
+    environment = describe_environment(placement.devices) | {"lanes": placement.lanes}
+    data = {"fingerprint": dataset.fingerprint, "images": dataset.image_fingerprint}
+    metadata = Metadata(
+        recipe, config, environment=environment, seed=seed, mixed=allow_mixed, **data
+    )
     train, test = jax.device_put((dataset.train, dataset.test), placement.replicated)
     dataset = dataset._replace(train=train, test=test)  # and the host's arrays can be freed
     directories.check_out_dir(directory)
@@ -195,23 +197,10 @@ def open_experiment(
         if rows.row_files(directory):
             metadata = with_program(metadata, dataset)
         files.make_directory(directory / "runs")
+        size = chunk_size(chunk, config.epochs, placement.width)
+        saving = {"chunk": size, "checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
         stored = rows.finished_runs(directory, metadata)
-        finished = {
-            run: row
-            for run, row in stored.items()
-            if not keep_weights or has_weights(directory, run)
-        }
-        yield Experiment(
-            directory,
-            metadata,
-            dataset,
-            placement,
-            chunk_size(chunk, config.epochs, placement.width),
-            checkpoint_every,
-            keep_weights,
-            frozenset(stored),
-            finished,
-        )
+        yield Experiment(directory, metadata, dataset, placement, stored, **saving)
 
 
 def with_program(metadata: Metadata, dataset: Dataset) -> Metadata:
@@ -242,13 +231,15 @@ def sweep(
     seeds: Iterable[int] = range(100),
     vary: Sequence[str] = ("all",),
     learning_rates: Sequence[float] = (),
+    crossed: int = 0,
     **options,
 ):
     """Train what `directory` does not have of the seeds, and return all its rows.
 
     Every family in `vary` ("all", or the one stream that the seed decides) and every learning rate
-    (the Config's, by default) is crossed with the seeds. `options` are those of `open_experiment`,
-    and the rows those of `read_runs`. After an interruption, the same call resumes.
+    (the Config's, by default) is combined with the seeds, in whose place `crossed` gives a number
+    of blocks (see `run.make_run`). `options` are those of `open_experiment`, and the rows those of
+    `read_runs`. After an interruption, the same call resumes.
     """
     if not use_cores() and jax.default_backend() == "cpu" and len(jax.devices()) < n_cores():
         files.log.warning(
@@ -258,6 +249,8 @@ def sweep(
             n_cores(),
         )
     index, count = options.setdefault("shard", (0, 1))
+    if crossed:
+        seeds, vary = crossed_seeds(crossed, config), ("crossed",)
     runs = make_runs(seeds, vary, list(learning_rates) or [config.learning_rate])[index::count]
     if not runs:
         raise UserError("a sweep needs at least one run")

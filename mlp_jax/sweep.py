@@ -1,50 +1,44 @@
-"""`python -m mlp_jax.sweep`: many runs of one recipe, in a directory that can be resumed."""
+"""`python -m mlp_jax.sweep`: many runs of one recipe, in a directory that can be resumed.
 
+Several values of a setting make a grid: a sweep for each combination, in a directory of its own.
+Learning rates alone share a directory, since they share a program.
+"""
+
+import contextlib
 import dataclasses
-import math
 import re
-import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import tyro
 
-from mlp_jax import cli
+from mlp_jax import cli, console, files
 from mlp_jax.errors import UserError
 from mlp_jax.records import directory as directories
 from mlp_jax.training.config import RECIPES, Config
-from mlp_jax.training.run import Run, make_run, make_runs
+from mlp_jax.training.run import Run, crossed_seeds, make_run, make_runs, used_streams
 
 PROG = "python -m mlp_jax.sweep"
 MAX_RUNS = 10_000_000  # their list takes gigabytes
-DESCRIPTION = "Train many seeds of a recipe; run it again to continue where it stopped."
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid(Config):
-    """The flags of a Config, of which the learning rate takes several values."""
-
-    learning_rate: tuple[float, ...] = ()
-    """Step sizes at the peak of the schedule; each is crossed with all seeds, in one program."""
-
-    def __post_init__(self):
-        """Checked where each value becomes a Config."""
-
-    def at(self, learning_rate: float) -> Config:
-        return Config(**vars(self) | {"learning_rate": learning_rate})
+DESCRIPTION = (
+    "Train many seeds of a recipe; run it again to continue where it stopped. Any setting takes"
+    " several values, as in --dropout 0 0.2 --hidden 512x512 1024: each combination is a sweep in"
+    " a directory of its own under --out (learning rates share one)."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(cli.TrainingArgs):
-    config: tyro.conf.OmitArgPrefixes[Grid]
     out: Path
     """Directory of the sweep: new, or one to resume or extend."""
     seeds: str = "0:100"
     """First and end, as in 0:100 for 0 ... 99; or a list, as in 3,5,8."""
     vary: tuple[Literal["all", "init", "order", "dropout", "augment", "data"], ...] = ("all",)
     """What the seed decides; the other streams keep seed 0. Runs of several are interleaved."""
+    crossed: int = 0
+    """Train this many blocks in which two fresh seeds of each stream are crossed (8 runs a block
+    if there are three streams), in place of --seeds: which randomness makes the spread."""
     devices: Literal["auto"] | int = "auto"
     """How many local devices (on CPU: cores) train; auto: all."""
     lanes: Literal["auto"] | int = "auto"
@@ -59,55 +53,109 @@ class Args(cli.TrainingArgs):
     in a SLURM array or srun, or under Open MPI, else all."""
 
 
+class Cell(NamedTuple):
+    """What shares a directory: the runs of one Config, at one or several learning rates."""
+
+    directory: Path
+    config: Config
+    runs: list[Run]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing from --out; raises UserError."""
     recipe = cli.parse_recipe(argv)
-    grid = Grid(**vars(RECIPES[recipe]) | {"learning_rate": (RECIPES[recipe].learning_rate,)})
-    default = Args(config=grid, recipe=recipe, out=tyro.MISSING)
-    args = cli.parse_args(default, argv, prog=PROG, description=DESCRIPTION)
-    cli.check_at_least(args, {"devices": 1, "lanes": 1, "chunk": 1, "checkpoint_every": 0})
+    default = Args(config=RECIPES[recipe], recipe=recipe, out=tyro.MISSING)
+    texts = {"prog": PROG, "description": DESCRIPTION}
+    grid = [cli.parse_args(default, words, **texts) for words in cli.expand_grid(argv)]
+    args = grid[0]
+    at_least_1 = dict.fromkeys(("devices", "lanes", "chunk"), 1)
+    cli.check_at_least(args, at_least_1 | {"checkpoint_every": 0, "crossed": 0})
     index, count = cli.parse_shard(args.shard)
-    runs = wanted_runs(args)[index::count]  # interleaved, so that all families grow together
-    directories.check_out_dir(args.out)
-    if not runs:  # more shards than runs
-        return
+    cells = make_cells(args, [each.config for each in grid])
+    options = args.options("devices", "lanes", "chunk", "keep_weights")
+    options |= {"shard": (index, count)}
 
-    # these take a second, and bad flags are answered without them
-    from mlp_jax.data.dataset import load_dataset
-    from mlp_jax.experiment import open_experiment
     from mlp_jax.training.parallel import use_cores
 
     use_cores()
-    dataset = load_dataset(args.config.dataset, **args.data_options())
-    config = args.config.at(args.config.learning_rate[0])
-    names = ("recipe", "devices", "lanes", "chunk", "checkpoint_every", "keep_weights")
-    names += ("allow_mixed",)
-    options = {name: getattr(args, name) for name in names} | {"shard": (index, count)}
-    opened = open_experiment(args.out, config, dataset, runs, **options)
+    with cli.StopSignals() as stop, contextlib.ExitStack() as stack:
+        if len(cells) > 1:
+            stack.enter_context(files.locked(args.out, index, count))
+        for cell in cells:
+            # interleaved, so that all families grow together; there may be more shards than runs
+            if runs := cell.runs[index::count]:
+                missing = train_cell(cell._replace(runs=runs), args, options, stop)
+            if runs and missing:
+                again = cli.command_line(PROG, argv)
+                counts = f"{len(runs) - missing} of {len(runs)} runs finished"
+                stop.exit(f"{counts}, the epochs of the others saved; resume with: {again}")
+
+
+def train_cell(cell: Cell, args: Args, options: dict, stop: cli.StopSignals) -> int:
+    """How many runs of `cell` are still missing after a stop; 0 at the end."""
+    # these take a second, and bad flags are answered without them
+    from mlp_jax.data.dataset import load_dataset
+    from mlp_jax.experiment import open_experiment
+
+    dataset = load_dataset(cell.config.dataset, **args.data_options())
+    opened = open_experiment(cell.directory, cell.config, dataset, cell.runs, **options)
     del dataset  # the devices have their own
-    with cli.StopSignals() as stop, opened as experiment:
-        bar = Bar(experiment, len(runs), len(experiment.missing(runs)), args.quiet)
-        for epoch in experiment.train(runs, lambda: stop.requested):
+    with opened as experiment:
+        if cell.directory != args.out and not args.quiet:
+            print(cell.directory, flush=True)
+        bar = console.Bar(
+            experiment, len(cell.runs), len(experiment.missing(cell.runs)), args.quiet
+        )
+        for epoch in experiment.train(cell.runs, lambda: stop.requested):
             bar.update(epoch)
         bar.close()
-        if missing := len(experiment.missing(runs)):
-            counts = f"{len(runs) - missing} of {len(runs)} runs finished"
-            again = cli.command_line(PROG, argv)
-            stop.exit(f"{counts}, the epochs of the others saved; resume with: {again}")
+        return len(experiment.missing(cell.runs))
 
 
-def wanted_runs(args: Args) -> list[Run]:
-    """The runs that the flags name; UserError if they name none, or one twice."""
-    seeds, rates = parse_seeds(args.seeds), args.config.learning_rate
-    for name, values in (("vary", args.vary), ("learning-rate", rates)):
-        if not values:
-            raise UserError(f"--{name} needs at least one value")
-    for rate in rates:
-        args.config.at(rate)
+def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
+    """The sweeps that the flags name; UserError if they name no run, or one twice."""
+    rates: dict[Config, list[float]] = {}
+    for config in configs:
+        key = dataclasses.replace(config, learning_rate=configs[0].learning_rate)
+        rates.setdefault(key, []).append(config.learning_rate)
+    cells = [
+        Cell(args.out / cell_name(config, list(rates)), config, wanted_runs(args, config, values))
+        for config, values in rates.items()
+    ]
+    for cell in cells:
+        directories.check_out_dir(cell.directory)
+    is_grid = bool(directories.grid_cells(args.out))
+    if len(cells) == 1 and is_grid:
+        raise UserError(f"{args.out} has a grid of sweeps: name one of its directories")
+    if len(cells) > 1 and directories.check_out_dir(args.out) and not is_grid:
+        raise UserError(f"{args.out} has a sweep: name another --out for a grid")
+    return cells
+
+
+def cell_name(config: Config, configs: Sequence[Config]) -> str:
+    """The settings in which `configs` differ, as in dropout=0.2,hidden=512x512; "" if in none."""
+    settings = []
+    for name, value in vars(config).items():
+        if len({getattr(each, name) for each in configs}) > 1:
+            text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            settings.append(f"{name}={text.replace('/', '-')}")
+    return ",".join(settings)
+
+
+def wanted_runs(args: Args, config: Config, rates: Sequence[float]) -> list[Run]:
+    """The runs of one Config that the flags name; UserError if they name none, or one twice."""
+    if len({make_run(0, rate) for rate in rates}) < len(rates):
+        raise UserError("a setting has equal values (learning rates are compared in float32)")
+    if not args.vary:
+        raise UserError("--vary needs at least one value")
+    if args.crossed and (args.vary, args.seeds) != (("all",), Args.seeds):
+        raise UserError("--crossed decides all seeds: leave out --seeds and --vary")
+    seeds = range(args.crossed * 2 ** len(used_streams(config)))
+    seeds = seeds if args.crossed else parse_seeds(args.seeds)
     if (n_runs := len(seeds) * len(set(args.vary)) * len(rates)) > MAX_RUNS:
         raise UserError(f"a sweep has at most {MAX_RUNS:,} runs, not {n_runs:,}")
-    if len({make_run(0, rate) for rate in rates}) < len(rates):
-        raise UserError("--learning-rate takes values that differ in float32")
+    if args.crossed:
+        return make_runs(crossed_seeds(args.crossed, config), ["crossed"], rates)
     return make_runs(seeds, args.vary, rates)
 
 
@@ -125,55 +173,6 @@ def parse_seeds(text: str) -> Sequence[int]:
         raise UserError(f"--seeds {text} names no seed")
     make_run(largest, 1.0)
     return seeds
-
-
-class Bar:
-    """A progress bar: finished runs, runs an hour, the time left; and a line for each file."""
-
-    def __init__(self, experiment, n_runs: int, n_missing: int, quiet: bool):
-        from tqdm import tqdm
-
-        self._experiment, self._n_runs, self._seconds = experiment, n_runs, 0.0
-        self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.n_epochs
-        shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
-        quiet |= sys.stderr is None  # closed
-        self._bar = tqdm(total=n_missing * self._epochs, bar_format=shape, disable=quiet)
-
-    def update(self, epoch) -> None:
-        self._write_stored()
-        self._seconds += epoch.seconds[-1]
-        trained = self._bar.n + len(epoch.progress.runs)
-        finished = self._n_runs - (self._bar.total - trained) // self._epochs
-        rate = trained / self._epochs / self._seconds * 3600
-        text = f"{finished} of {self._n_runs} runs, {rate:.0f} runs an hour"
-        self._bar.set_description_str(text, refresh=False)
-        self._bar.update(len(epoch.progress.runs))
-
-    def _write_stored(self) -> None:
-        if len(self._experiment.finished) > self._stored and not self._bar.disable:
-            self._stored, n_test = len(self._experiment.finished), self._experiment.dataset.test
-            self._bar.write(accuracy_line(self._experiment.finished, len(n_test.labels)))
-
-    def close(self) -> None:
-        self._write_stored()
-        self._bar.close()
-
-
-def accuracy_line(finished: dict[Run, dict], n_test: int) -> str:
-    """Mean and SD of the test accuracy so far, by family, of the runs that did not diverge."""
-    families: dict[tuple, list[dict]] = {}
-    for run, row in finished.items():
-        families.setdefault((run.vary, run.learning_rate), []).append(row)
-    texts = []
-    for (vary, rate), rows in families.items():
-        kept = [row for row in rows if math.isfinite(row["train_loss"] + row["test_loss"])]
-        scores = [100 * row["test_correct"] / n_test for row in kept]
-        text = f"{vary} at {rate:g}: {len(rows)} runs"
-        text += f", mean {statistics.mean(scores):.3f} %" if scores else ""
-        text += f", SD {statistics.stdev(scores):.3f} points" if len(scores) > 1 else ""
-        text += f", {len(rows) - len(kept)} diverged" if len(kept) < len(rows) else ""
-        texts.append(text)
-    return "; ".join(texts)
 
 
 if __name__ == "__main__":

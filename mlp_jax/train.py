@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import json
 import math
-import statistics
 from pathlib import Path
 
-from mlp_jax import cli, files
+from mlp_jax import cli, console, files
 from mlp_jax.errors import Diverged, UserError
 from mlp_jax.records import directory as directories
 from mlp_jax.training.arrays import for_dataset
-from mlp_jax.training.config import RECIPES, REFERENCES, Config
+from mlp_jax.training.config import RECIPES
 from mlp_jax.training.run import make_run
 
 PROG = "python -m mlp_jax.train"
@@ -45,18 +44,17 @@ def main(argv: list[str] | None = None) -> None:
     dataset = load_dataset(args.config.dataset, **args.data_options())
     config = for_dataset(args.config, dataset)
     out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
-    options = {"recipe": args.recipe, "seed": args.seed, "devices": 1, "lanes": 1}
-    names = ("checkpoint_every", "allow_mixed", "overwrite")
-    options |= {name: getattr(args, name) for name in names}
+    options = args.options("overwrite") | {"seed": args.seed, "devices": 1, "lanes": 1}
     opened = open_experiment(out, config, dataset, [run], keep_weights=True, **options)
     del dataset  # the devices have their own
     with cli.StopSignals() as stop, opened as experiment:
+        lines = []
         say = (lambda *_: None) if args.quiet else functools.partial(print, flush=True)
-        say(header(experiment))
+        say(console.header(experiment))
         for epoch in experiment.train([run], lambda: stop.requested):
             lines = metrics_by_epoch(epoch)
             files.write_text(out / "metrics.jsonl", "".join(map(json_line, lines)))
-            say(table_line(lines, config.n_epochs))
+            say(console.table_line(lines, config.n_epochs))
             check_finite(lines[-1], out)
         if run not in experiment.finished:
             more = () if args.out else ("--out", str(out))
@@ -64,10 +62,10 @@ def main(argv: list[str] | None = None) -> None:
             stop.exit(f"{len(lines)} of {config.n_epochs} epochs saved; resume with: {again}")
         check_finite({"epoch": config.n_epochs} | experiment.finished[run], out)
         summary = summarize(experiment, run)
-        if experiment.compile_seconds or not (out / "summary.json").exists():
+        if lines or not (out / "summary.json").exists():
             files.write_json(out / "summary.json", summary)
     say()
-    print(verdict(args.recipe, config, summary))
+    print(console.verdict(args.recipe, config, summary))
 
 
 def check_args(args: Args) -> None:
@@ -81,27 +79,6 @@ def check_args(args: Args) -> None:
             raise UserError(f"{args.out} has a sweep: name another --out")
         if not (args.resume or args.overwrite):
             raise UserError(f"{args.out} has results: add --resume or --overwrite, or name another")
-
-
-def header(experiment) -> str:
-    """The network, the data and where they train, above the columns of `table_line`."""
-    from mlp_jax.training.fit import state_shapes
-    from mlp_jax.training.model import parameter_table
-
-    config, dataset = experiment.metadata.config, experiment.dataset
-    table = parameter_table(config, state_shapes(config).params)
-    n_train, n_test = (len(split.labels) for split in (dataset.train, dataset.test))
-    device, columns = (
-        experiment.placement.devices[0].device_kind,
-        "".join(
-            f"{name:>14}"
-            for name in ("epoch", "train loss", "test loss", "test accuracy", "seconds", "left")
-        ),
-    )
-    return (
-        f"{table}\n\n{config.dataset}: {n_train:,} training and {n_test:,} {config.split} images;"
-        f" training on {device}, results in {experiment.directory}\n\n{columns}"
-    )
 
 
 def metrics_by_epoch(epoch) -> list[dict]:
@@ -118,17 +95,6 @@ def json_line(metrics: dict) -> str:
     """A line of metrics.jsonl; a loss that JSON has no number for is null."""
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     return json.dumps(finite) + "\n"
-
-
-def table_line(lines: list[dict], epochs: int) -> str:
-    """The last epoch, as it is printed; the time left is that of median epochs."""
-    last = lines[-1]
-    left = (epochs - last["epoch"]) * statistics.median(line["seconds"] for line in lines)
-    return (
-        f"{last['epoch']:>10} / {epochs}{last['train_loss']:14.4f}{last['test_loss']:14.4f}"
-        f"{last['test_accuracy']:14.2%}{last['seconds']:14.2f}"
-        f"{int(left) // 60:>11}:{int(left) % 60:02d}"
-    )
 
 
 def check_finite(line: dict, out: Path) -> None:
@@ -158,19 +124,6 @@ def summarize(experiment, run) -> dict:
         "compile_seconds": experiment.compile_seconds,
         "parameters": count_parameters(state_shapes(metadata.config).params),
     }
-
-
-def verdict(recipe: str, config: Config, summary: dict) -> str:
-    """The result as a count, beside the recipe's reference if the settings are the recipe's."""
-    correct, n_test = summary["test_correct"], summary["n_test"]
-    line = f"{config.split} accuracy {correct} / {n_test} = {correct / n_test:.2%}"
-    if recipe not in REFERENCES:
-        return line
-    if config != RECIPES[recipe]:
-        return f"{line} (settings changed from {recipe}, so not comparable with its reference)"
-    reference, source = REFERENCES[recipe]
-    points = (correct / n_test - reference / 10_000) * 100
-    return f"{line}; {source} reports {reference / 10_000:.2%} ({points:+.2f} points)"
 
 
 if __name__ == "__main__":

@@ -64,8 +64,9 @@ def write_sweep(directory: Path, runs: int, chunk: int, args: Args) -> dict:
     from mlp_jax.data.dataset import load_dataset
 
     dataset = load_dataset("mnist", args.data_dir)
-    about = (RECIPE, RECIPES[RECIPE], dataset.fingerprint, jax.devices())
-    metadata = provenance.run_metadata(*about, images=dataset.image_fingerprint)
+    environment = provenance.describe_environment(jax.devices())
+    about = (RECIPE, RECIPES[RECIPE], dataset.fingerprint, environment)
+    metadata = provenance.Metadata(*about, images=dataset.image_fingerprint)
     rng = np.random.default_rng(args.seed)
     labels = dataset.test.labels.astype(np.uint8)
     chances = rng.beta(*CHANCES, len(labels)).astype(np.float32)

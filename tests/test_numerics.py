@@ -10,7 +10,7 @@ import pytest
 
 import mlp_jax
 from mlp_jax.records import rows as store
-from mlp_jax.records.provenance import Metadata, check_same, run_metadata
+from mlp_jax.records.provenance import Metadata, check_same, describe_environment
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import program_text
 
@@ -96,7 +96,7 @@ def test_allow_mixed_marks_the_rows(small_dir, tmp_path):
 def test_a_version_is_bound(config):
     import jax
 
-    metadata = run_metadata("custom", config, "a" * 64, jax.devices())
+    metadata = Metadata("custom", config, "a" * 64, describe_environment(jax.devices()))
     for package in ("jax", "jaxlib", "flax", "optax"):
         versions = metadata.environment["versions"] | {package: "9.9"}
         other = metadata._replace(environment=metadata.environment | {"versions": versions})
@@ -112,8 +112,9 @@ def test_other_labels_are_other_data(config, small):
     other = small.test._replace(labels=(small.test.labels + 1) % 4)
     swapped = make_dataset("kmnist", small.train, other, 4)
     assert swapped.image_fingerprint == small.image_fingerprint
+    here = describe_environment(jax.devices())
     a, b = (
-        run_metadata("custom", config, d.fingerprint, jax.devices(), images=d.image_fingerprint)
+        Metadata("custom", config, d.fingerprint, here, images=d.image_fingerprint)
         for d in (small, swapped)
     )
     with pytest.raises(mlp_jax.UserError, match="s has data="):
@@ -143,7 +144,7 @@ def test_the_program_depends_on_what_changes_numbers_alone():
 def test_a_record_without_a_program_goes_on(config):
     import jax
 
-    metadata = run_metadata("custom", config, "a" * 64, jax.devices())
+    metadata = Metadata("custom", config, "a" * 64, describe_environment(jax.devices()))
     check_same(Path("s"), metadata, metadata._replace(program="b" * 64))
     with pytest.raises(mlp_jax.UserError, match="other training code"):
         check_same(Path("s"), metadata._replace(program="c" * 64), metadata._replace(program="b"))

@@ -18,7 +18,7 @@ from mlp_jax.cli import StopSignals
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store
 from mlp_jax.records.checkpoint import load_checkpoint, save_checkpoint
-from mlp_jax.records.provenance import run_metadata
+from mlp_jax.records.provenance import Metadata, describe_environment
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training.fit import fit
@@ -46,7 +46,8 @@ def content(snapshot):
 
 
 def metadata(config, **changes):
-    return run_metadata("custom", config, "0" * 64, jax.devices())._replace(**changes)
+    here = describe_environment(jax.devices())
+    return Metadata("custom", config, "0" * 64, here)._replace(**changes)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "rmsprop", "adam"])

@@ -1,5 +1,7 @@
 """Sweeps: rows that are the single runs, go-on after any stop, refusals, grids and families."""
 
+import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -13,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlp_jax import experiment
+from mlp_jax.console import accuracy_line
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store
-from mlp_jax.sweep import accuracy_line
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training import fit as fit_module
 from mlp_jax.training.config import Config
-from mlp_jax.training.run import make_run
+from mlp_jax.training.run import STREAMS, crossed_seeds, make_run, used_streams
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8"),
@@ -153,8 +155,15 @@ def test_another_config_is_refused(flags, message, small_dir, here):
         ("--seeds 0:4294967296 --out s", "at most 10,000,000 runs, not 4,294,967,296"),
         ("--vary al --out s", "invalid choice 'al'"),
         ("--learning-rate 0.1 -1 --out s", "learning rate must be positive"),
-        ("--learning-rate 0.1 0.1000000001 --out s", "values that differ in float32"),
-        ("--learning-rate --out s", "--learning-rate needs at least one value"),
+        (
+            "--learning-rate 0.1 0.1000000001 --out s",
+            "equal values .learning rates",
+        ),
+        ("--dropout 0.2 0.2 --out s", "a setting has equal values"),
+        ("--dropout 0 1 --out s", r"dropout must be in \[0, 1\), not 1"),
+        ("--crossed 2 --vary init --out s", "--crossed decides all seeds"),
+        ("--crossed -1 --out s", "--crossed must be at least 0"),
+        ("--learning-rate --out s", "Missing value for argument '--learning-rate'"),
         ("--vary --out s", "--vary needs at least one value"),
         ("--data-dir= --out s", "--data-dir"),
         ("--shard 2/2 --out s", "--shard 2/2: shards are numbered from 0"),
@@ -194,6 +203,52 @@ def test_killed_anywhere_and_rerun_gives_the_same_rows(small_dir, here):
     assert 0 < len(rows("killed")) < 40
     subprocess.run([*command, "killed"], check=True)
     assert rows("whole") == rows("killed")
+
+
+def test_crossed_blocks_have_two_seeds_of_each_used_stream(small_dir, here):
+    run(small_dir, "--crossed", "2", "--epochs", "1", "--out", "s")
+    stored = rows("s")
+    names = [f"{stream}_seed" for stream in STREAMS]
+    seeds = [tuple(row[name] for name in names) for row in stored]
+    ones, threes = itertools.product((0, 1), repeat=3), itertools.product((2, 3), repeat=3)
+    assert sorted(seeds) == [(*s, 0, 0) for s in ones] + [(*s, 2, 2) for s in threes]
+    for row in stored:
+        made = make_run(row["seed"], row["learning_rate"], row["vary"])
+        assert made.seeds == tuple(row[name] for name in names)
+        assert made.seed == row["seed"]
+    losses = {seeds: row["test_loss"] for seeds, row in zip(seeds, stored, strict=True)}
+    assert len(set(losses.values())) == 16
+    run(small_dir, "--seeds", "0:2", "--epochs", "1", "--out", "t")
+    assert [row["test_loss"] for row in rows("t")] == [losses[0, 0, 0, 0, 0], losses[1, 1, 1, 0, 0]]
+    run(small_dir, "--crossed", "3", "--epochs", "1", "--out", "s")
+    assert len(rows("s")) == 24
+
+
+def test_streams_are_crossed_where_they_are_used():
+    plain = Config(dropout=0)
+    assert used_streams(plain) == ("init", "order")
+    assert crossed_seeds(2, plain) == [0, 1, 2, 3, 32, 33, 34, 35]
+    every = dataclasses.replace(plain, vat=1.0, shift=1.0, examples="half")
+    assert used_streams(every) == STREAMS
+    assert crossed_seeds(2, every) == list(range(64))
+
+
+def test_a_grid_has_a_sweep_for_each_combination(small_dir, here):
+    flags = ["--seeds", "0:2", "--epochs", "1", "--dropout", "0", "0.5", "--out", "g"]
+    run(small_dir, *flags, "--hidden", "16x8", "8", "--learning-rate", "0.1", "0.2")
+    names = [f"hidden={net},dropout={rate}" for net in ("16x8", "8") for rate in ("0.0", "0.5")]
+    assert sorted(path.name for path in Path("g").glob("[!.]*")) == names
+    run(small_dir, "--seeds", "0:2", "--epochs", "1", "--dropout", "0.5", "--out", "alone")
+    cell = [row for row in rows("g/hidden=16x8,dropout=0.5") if row["learning_rate"] == 0.1]
+    assert cell == rows("alone")
+    before = {path: path.read_bytes() for path in Path("g").rglob("*.parquet")}
+    run(small_dir, *flags, "--hidden", "16x8", "8", "4", "--learning-rate", "0.1", "0.2")
+    after = {path: path.read_bytes() for path in Path("g").rglob("*.parquet")}
+    assert before.items() < after.items()
+    with pytest.raises(UserError, match="g has a grid of sweeps"):
+        run(small_dir, "--out", "g")
+    with pytest.raises(UserError, match="alone has a sweep"):
+        run(small_dir, "--dropout", "0", "0.5", "--out", "alone")
 
 
 @pytest.mark.network

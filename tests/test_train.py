@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from mlp_jax.console import table_line, verdict
 from mlp_jax.errors import Diverged, UserError
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
-from mlp_jax.train import table_line, verdict
 from mlp_jax.training.config import RECIPES
 
 TINY = [

@@ -85,6 +85,11 @@ def stored_metadata(directory: Path) -> Metadata | None:
         return _from_files(directory)
 
 
+def grid_cells(directory: Path) -> list[Path]:
+    """The sweeps of a grid, in directories named after their settings."""
+    return sorted(path.parent for path in directory.glob(f"*=*/{CONFIG}"))
+
+
 def claim(directory: Path, metadata: Metadata) -> None:
     """Write config.json if it is missing or damaged, from the rows if there are any.
 

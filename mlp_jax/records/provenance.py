@@ -54,21 +54,6 @@ class Metadata(NamedTuple):
         return metadata
 
 
-def run_metadata(
-    recipe: str,
-    config: Config,
-    fingerprint: str,
-    devices: Sequence,
-    seed: int | None = None,
-    *,
-    images: str | None = None,
-    lanes: int = 1,
-) -> Metadata:
-    """Metadata of runs that train here and now on these jax.Devices, but for `program`."""
-    environment = describe_environment(devices) | {"lanes": lanes}
-    return Metadata(recipe, config, fingerprint, environment, seed, images)
-
-
 def describe_environment(devices: Sequence) -> dict[str, Any]:
     """Versions, hardware, numerics, and the commit of the code."""
     import jax

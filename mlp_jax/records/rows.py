@@ -16,7 +16,7 @@ import numpy as np
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, atomic_write, log, quarantine
 from mlp_jax.records.provenance import Metadata, check_same
-from mlp_jax.training.run import Run, make_run
+from mlp_jax.training.run import STREAMS, Run, make_run
 
 if TYPE_CHECKING:  # reading does without jax
     from mlp_jax.training.fit import Progress
@@ -39,6 +39,7 @@ def make_rows(recipe: str, progress: "Progress", seconds: float) -> list[dict]:
     for i, run in enumerate(progress.runs):
         row = {"recipe": recipe, "vary": run.vary, "seed": run.seed}
         row |= {"learning_rate": run.learning_rate}
+        row |= {f"{stream}_seed": seed for stream, seed in run.seeds._asdict().items()}
         row |= {name: values[i, -1] for name, values in progress.history.items()}
         row |= {f"{name}_by_epoch": values[i] for name, values in progress.history.items()}
         # one byte a test image, in the order of the data set
@@ -60,6 +61,7 @@ def _schema(row: dict, metadata: Metadata):
         "vary": pa.string(),
         "seed": pa.uint32(),
         "learning_rate": pa.float64(),
+        **dict.fromkeys((f"{stream}_seed" for stream in STREAMS), pa.uint32()),
         "predictions": pa.binary(),
         "seconds": pa.float64(),
     }
@@ -156,7 +158,10 @@ def read_runs(directory: str | Path, columns: Sequence[str] | None = None):
     import pyarrow.parquet as pq
 
     paths = checked_files(Path(directory))
-    return read_table(paths, pq.read_schema(paths[0]).names if columns is None else columns)
+    if columns is None:  # those that all files have: rows gained columns
+        first, *others = (pq.read_schema(path).names for path in paths)
+        columns = [name for name in first if all(name in names for names in others)]
+    return read_table(paths, columns)
 
 
 def checked_files(directory: Path) -> list[Path]:

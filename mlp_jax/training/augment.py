@@ -15,11 +15,6 @@ from mlp_jax.training.config import Config
 SIDE = 28
 
 
-def augments(config: Config) -> bool:
-    """Whether any deformation is asked for."""
-    return any((config.rotation, config.shear, config.scale, config.shift, config.elastic))
-
-
 def deform_batch(
     pixels: jax.Array, indices: jax.Array, key: jax.Array, *, config: Config
 ) -> jax.Array:

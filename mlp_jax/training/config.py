@@ -109,6 +109,11 @@ class Config:
         """Epochs, the last of which may be cut short: how often a training is scored."""
         return math.ceil(self.epochs)
 
+    @property
+    def augments(self) -> bool:
+        """Whether training images are deformed."""
+        return any((self.rotation, self.shear, self.scale, self.shift, self.elastic))
+
     @classmethod
     def from_json(cls, settings: dict[str, Any]) -> "Config":
         """The Config that `dataclasses.asdict` and JSON turned into `settings`.

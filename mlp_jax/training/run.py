@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlp_jax.errors import UserError
-from mlp_jax.training.config import check_learning_rate
+from mlp_jax.training.config import Config, check_learning_rate
 
 
 class Streams(NamedTuple):
@@ -28,9 +28,15 @@ STREAMS = Streams._fields
 HELD_SEED = 0
 """Seed of the streams that a family of runs does not vary."""
 
+BLOCK = 2 ** len(STREAMS)
+"""Runs of a crossed block if all streams are used: each stream has either of two seeds."""
+
 
 class Run(NamedTuple):
-    """One training: `vary` names the family it belongs to, "all" or the one stream that varies."""
+    """One training, and the family that it belongs to.
+
+    `vary` is "all", the one stream that varies, or "crossed": run `seed` of block `seed // BLOCK`.
+    """
 
     seeds: Streams
     learning_rate: float
@@ -39,22 +45,32 @@ class Run(NamedTuple):
     @property
     def seed(self) -> int:
         """The seed that tells the runs of a family apart."""
+        if self.vary == "crossed":
+            bits = (seed % 2 << i for i, seed in enumerate(self.seeds))
+            return self.seeds[0] // 2 * BLOCK + sum(bits)
         return self.seeds[0] if self.vary == "all" else getattr(self.seeds, self.vary)
 
 
 def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
     """The run whose streams take `seed` if `vary` names them, else HELD_SEED.
 
+    In the family "crossed", `seed` counts the cells of blocks that share no seed: in block b each
+    stream has seed 2 b or 2 b + 1, as the bits of the cell say, the first stream's being the last.
+
     The rate becomes the shortest decimal that is the same float32, so that runs which train alike
     are equal. UserError for a seed or a rate out of range.
     """
     seed = operator.index(seed)  # of any integer type
-    if vary not in ("all", *STREAMS):
+    if vary not in ("all", "crossed", *STREAMS):
         raise UserError(f"a family varies all or one of {', '.join(STREAMS)}, not {vary!r}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seeds must be in 0 ... {2**32 - 1}, not {seed}")
     check_learning_rate(learning_rate)
-    seeds = Streams(*(seed if vary in ("all", name) else HELD_SEED for name in STREAMS))
+    if vary == "crossed":
+        block, cell = divmod(seed, BLOCK)
+        seeds = Streams(*(2 * block + (cell >> i) % 2 for i in range(len(STREAMS))))
+    else:
+        seeds = Streams(*(seed if vary in ("all", name) else HELD_SEED for name in STREAMS))
     return Run(seeds, float(str(np.float32(learning_rate))), vary)
 
 
@@ -64,3 +80,18 @@ def make_runs(
     """Seeds x families x learning rates, so that all families grow together."""
     families = [(name, rate) for name in dict.fromkeys(vary) for rate in learning_rates]
     return [make_run(seed, rate, name) for seed in seeds for name, rate in families]
+
+
+def used_streams(config: Config) -> tuple[str, ...]:
+    """The streams whose seeds make a difference."""
+    noise = (config.dropout, config.input_dropout, config.input_noise, config.mixup, config.vat)
+    used = {"dropout": any(noise), "augment": config.augments, "data": config.examples != "all"}
+    return tuple(name for name in STREAMS if used.get(name, True))
+
+
+def crossed_seeds(n_blocks: int, config: Config) -> list[int]:
+    """Seeds, for `make_run`, of the blocks in which all used streams are crossed: 2^k runs each."""
+    cells = [0]
+    for name in used_streams(config):
+        cells += [cell | 1 << STREAMS.index(name) for cell in cells]
+    return [BLOCK * block + cell for block in range(n_blocks) for cell in cells]

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from mlp_jax.training.arrays import N_PIXELS, Split
-from mlp_jax.training.augment import augments, deform_batch
+from mlp_jax.training.augment import deform_batch
 from mlp_jax.training.config import Config
 from mlp_jax.training.losses import Batch, example_losses, loss_fn
 from mlp_jax.training.model import make_model, to_float
@@ -101,7 +101,7 @@ def train_epoch(
 
     def one_step(state: TrainState, rows: jax.Array, mask: jax.Array):
         pixels = to_float(split.images[rows])
-        if augments(config):
+        if config.augments:
             pixels = deform_batch(pixels, rows, augment_key, config=config)
         batch = Batch(pixels, split.labels[rows], mask)
         return train_step(state, batch, keys, learning_rate, n_steps, config=config)

@@ -1,0 +1,99 @@
+"""What a person sees while runs train: a table of the epochs of one, a progress bar of many."""
+
+import math
+import statistics
+import sys
+
+from mlp_jax.training.config import RECIPES, REFERENCES, Config
+from mlp_jax.training.run import Run
+
+COLUMNS = ("epoch", "train loss", "test loss", "test accuracy", "seconds", "left")
+
+
+def header(experiment) -> str:
+    """The network, the data and where they train, above the columns of `table_line`."""
+    from mlp_jax.training.fit import state_shapes
+    from mlp_jax.training.model import parameter_table
+
+    config, dataset = experiment.metadata.config, experiment.dataset
+    table = parameter_table(config, state_shapes(config).params)
+    n_train, n_test = (len(split.labels) for split in (dataset.train, dataset.test))
+    device = experiment.placement.devices[0].device_kind
+    return (
+        f"{table}\n\n{config.dataset}: {n_train:,} training and {n_test:,} {config.split} images;"
+        f" training on {device}, results in {experiment.directory}\n\n"
+        + "".join(f"{name:>14}" for name in COLUMNS)
+    )
+
+
+def table_line(lines: list[dict], epochs: int) -> str:
+    """The last of `lines`, an object per epoch; the time left is that of median epochs."""
+    last = lines[-1]
+    left = (epochs - last["epoch"]) * statistics.median(line["seconds"] for line in lines)
+    return (
+        f"{last['epoch']:>10} / {epochs}{last['train_loss']:14.4f}{last['test_loss']:14.4f}"
+        f"{last['test_accuracy']:14.2%}{last['seconds']:14.2f}"
+        f"{int(left) // 60:>11}:{int(left) % 60:02d}"
+    )
+
+
+def verdict(recipe: str, config: Config, summary: dict) -> str:
+    """The result as a count, beside the recipe's reference if the settings are the recipe's."""
+    correct, n_test = summary["test_correct"], summary["n_test"]
+    line = f"{config.split} accuracy {correct} / {n_test} = {correct / n_test:.2%}"
+    if recipe not in REFERENCES:
+        return line
+    if config != RECIPES[recipe]:
+        return f"{line} (settings changed from {recipe}, so not comparable with its reference)"
+    reference, source = REFERENCES[recipe]
+    points = (correct / n_test - reference / 10_000) * 100
+    return f"{line}; {source} reports {reference / 10_000:.2%} ({points:+.2f} points)"
+
+
+class Bar:
+    """A progress bar: finished runs, runs an hour, the time left; and a line for each file."""
+
+    def __init__(self, experiment, n_runs: int, n_missing: int, quiet: bool):
+        from tqdm import tqdm
+
+        self._experiment, self._n_runs, self._seconds = experiment, n_runs, 0.0
+        self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.n_epochs
+        shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
+        quiet |= sys.stderr is None  # closed
+        self._bar = tqdm(total=n_missing * self._epochs, bar_format=shape, disable=quiet)
+
+    def update(self, epoch) -> None:
+        self._write_stored()
+        self._seconds += epoch.seconds[-1]
+        trained = self._bar.n + len(epoch.progress.runs)
+        finished = self._n_runs - (self._bar.total - trained) // self._epochs
+        rate = trained / self._epochs / self._seconds * 3600
+        text = f"{finished} of {self._n_runs} runs, {rate:.0f} runs an hour"
+        self._bar.set_description_str(text, refresh=False)
+        self._bar.update(len(epoch.progress.runs))
+
+    def _write_stored(self) -> None:
+        if len(self._experiment.finished) > self._stored and not self._bar.disable:
+            self._stored, n_test = len(self._experiment.finished), self._experiment.dataset.test
+            self._bar.write(accuracy_line(self._experiment.finished, len(n_test.labels)))
+
+    def close(self) -> None:
+        self._write_stored()
+        self._bar.close()
+
+
+def accuracy_line(finished: dict[Run, dict], n_test: int) -> str:
+    """Mean and SD of the accuracy so far, by family, of the runs that did not diverge."""
+    families: dict[tuple, list[dict]] = {}
+    for run, row in finished.items():
+        families.setdefault((run.vary, run.learning_rate), []).append(row)
+    texts = []
+    for (vary, rate), rows in families.items():
+        kept = [row for row in rows if math.isfinite(row["train_loss"] + row["test_loss"])]
+        scores = [100 * row["test_correct"] / n_test for row in kept]
+        text = f"{vary} at {rate:g}: {len(rows)} runs"
+        text += f", mean {statistics.mean(scores):.3f} %" if scores else ""
+        text += f", SD {statistics.stdev(scores):.3f} points" if len(scores) > 1 else ""
+        text += f", {len(rows) - len(kept)} diverged" if len(kept) < len(rows) else ""
+        texts.append(text)
+    return "; ".join(texts)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlp_jax.analysis.predictions import signed_sqrt
 from mlp_jax.training.config import RECIPES
 
 BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito's, colour-blind safe
@@ -125,6 +126,34 @@ def draw_sources(spreads: list[dict], recipe: str) -> Any:
     ax.set(ylim=(len(spreads) - 0.5, -0.5), xlabel="SD (percentage points), 95 % intervals")
     ax.axvline(0, color=GRAY, lw=0.8)
     return add_legend(figure, ax, 2)
+
+
+def draw_indices(crossed: Any, recipe: str) -> Any:
+    """What each stream does to accuracy, by itself and in all: a Crossed of `crossed_indices`."""
+    streams, blocks = list(crossed.test.total), crossed.test.blocks
+    title = f"{recipe}, {blocks} blocks of {2 ** len(streams)} runs"
+    height = 2.2 + 0.5 * len(streams)
+    figure, *axes = new_figure(f"Which randomness makes test accuracy vary: {title}", height, 1, 2)
+    for ax, of, where in zip(axes, crossed, ("this", "an infinite"), strict=True):
+        first = [of.indices[stream] for stream in streams]
+        rows, last = np.arange(len(streams)), [len(streams)]
+        for shares, color, marker, y, label in (
+            (first, BLUE, "o", rows - 0.14, "first-order: gone where this stream alone is fixed"),
+            (of.total.values(), ORANGE, "D", rows + 0.14, "total: left where all others are fixed"),
+            ([of.interactions], "black", "s", last, "interactions: of no stream by itself"),
+        ):
+            x, low, high = 100 * np.array([*shares]).T
+            ends = np.nan_to_num([x - low, high - x])  # few blocks have no interval
+            style = {"color": color, "fmt": marker, "capsize": 3, "elinewidth": 1.3, "ms": 5}
+            ax.errorbar(x, y, xerr=ends, label=label, **style)
+        ax.set_yticks(range(len(streams) + 1), [*streams, "interactions"] if ax is axes[0] else [])
+        sd = 100 * float(signed_sqrt(of.variance.estimate))
+        label = f"% of the variance on {where} test set\n(SD {sd:.3f} points), 95 % intervals"
+        ax.set(ylim=(len(streams) + 0.5, -0.5), xlabel=label)
+        for share in (0, 100):
+            ax.axvline(share, color=GRAY, lw=0.8)
+    axes[0].sharex(axes[1])
+    return add_legend(figure, axes[0], 1)
 
 
 def draw_hardest(counts: Any, images: np.ndarray, name: str) -> Any:

@@ -61,13 +61,16 @@ def sd_interval(x: ArrayLike) -> Interval:
 
 
 def bootstrap(
-    estimate: float, resample: Callable[[int], NDArray], n_resamples: int, width: int
+    estimate: ArrayLike, resample: Callable[[int], NDArray], n_resamples: int, width: int
 ) -> Interval:
-    """Percentile interval of `resample(m)`, called for blocks of m resamples of `width` numbers."""
+    """Percentile interval of `resample(m)`, called for blocks of m resamples of `width` numbers.
+
+    Where a resample is an array, so are the ends.
+    """
     step = max(1, BLOCK // width)
     sizes = (min(step, n_resamples - start) for start in range(0, n_resamples, step))
-    low, high = np.quantile(np.concatenate([resample(size) for size in sizes]), [LOW, HIGH])
-    return Interval(float(estimate), float(low), float(high))
+    resamples = np.concatenate([resample(size) for size in sizes])
+    return Interval(estimate, *np.quantile(resamples, [LOW, HIGH], axis=0))
 
 
 def interquartile_mean(x: ArrayLike, *, n_resamples: int = 50_000, rng: Rng = 0) -> Interval:

@@ -183,13 +183,14 @@ def test_families_are_set_beside_all_and_rates_beside_each_other(tmp_path, datas
     assert ratio["low"] < ratio["estimate"] < ratio["high"]
     assert whole["sd_over_all"] is families["all", 0.03]["sd_over_all"] is None
     (pair,) = said["learning_rates"]
-    assert (pair["significant"], pair["meaningful"]) == (False, False)  # of 7 pairs none can be
-    assert pair["probability"]["low"] is pair["probability"]["high"] is None
     better = {row["seed"]: row["test_correct"] for row in rows[9:17]}
     worse = {row["seed"]: row["test_correct"] for row in rows[17:]}
     wins = np.mean([(np.sign(better[s] - worse[s]) + 1) / 2 for s in range(7)])
     assert (pair["a"], pair["b"], pair["pairs"]) == (0.01, 0.03, 7)
     assert pair["probability"]["estimate"] == pytest.approx(wins)
+    jeffreys = scipy_stats.beta.ppf(0.975, 7 * wins + 0.5, 7 * (1 - wins) + 0.5)
+    assert pair["probability"]["high"] == pytest.approx(jeffreys if wins < 1 else 1)
+    assert pair["p_holm"] == pair["p_value"]  # of one pair
     assert "P(learning rate 0.01 beats 0.03)" in format_table(said)
 
 
@@ -200,6 +201,20 @@ def test_twenty_pairs_can_be_significant(tmp_path, dataset):
     assert (pair["a"], pair["pairs"]) == (0.01, 20)
     assert (pair["significant"], pair["meaningful"]) == (True, True)
     assert pair["probability"]["low"] > 0.5
+
+
+def test_pairs_of_rates_are_corrected_for_their_number(tmp_path, dataset):
+    labels = dataset.test.labels
+    # 0.01 beats 0.02 in 6 of 6 pairs (p = 2 / 64), both beat 0.03 in 6 of 6
+    rows = [
+        make_row(labels, seed, range(wrong), rate=rate)
+        for rate, wrong in ((0.01, 1), (0.02, 2), (0.03, 3))
+        for seed in range(6)
+    ]
+    pairs = summarized(write_sweep(tmp_path / "s", rows), dataset)["learning_rates"]
+    assert [pair["p_value"] for pair in pairs] == pytest.approx([1 / 32] * 3)
+    assert [pair["p_holm"] for pair in pairs] == pytest.approx([3 / 32] * 3)
+    assert not any(pair["significant"] for pair in pairs)
 
 
 def test_a_run_that_diverged_loses_its_pairs(tmp_path, dataset):

@@ -91,9 +91,6 @@ def test_bootstrap_blocks_do_not_change_its_size(monkeypatch):
         lambda **kw: stats.interquartile_mean(np.arange(40.0) ** 2, n_resamples=300, **kw),
         lambda **kw: stats.interquartile_mean(np.arange(9.0) ** 2 / 7, **kw),
         lambda **kw: distribution_sd(bernoulli(0, 30, 50), n_resamples=300, **kw),
-        lambda **kw: stats.paired_improvement(
-            np.arange(101.0), np.full(101, 40.0), n_resamples=11, **kw
-        ),
     ],
 )
 def test_bootstrap_honours_its_seed(bootstrap):
@@ -340,14 +337,46 @@ def test_ensemble_correct():
 
 
 def test_paired_improvement_goldens():
-    # two wins and a tie: 2.5 / 3; all ties (.5) have chance 1/27 > .025, all wins 8/27: [.5, 1]
-    got = stats.paired_improvement([2, 2, 1], [1, 1, 1])
-    np.testing.assert_allclose(got, (5 / 6, 0.5, 1))
-    assert got.low == 0.5  # itself not significant
-    assert stats.paired_improvement([2] * 9, [1] * 9) == (1, 1, 1)
+    # two wins and a tie: Beta(3, 1) has distribution function x^3
+    got = stats.paired_improvement([2, 2, 1], [1, 1, 0])
+    assert got.estimate == got.high == 1
+    got = stats.paired_improvement([3, 2, 1, 1], [1, 2, 1, 0])
+    ends = scipy.stats.beta.ppf([0.025, 0.975], 3.5, 1.5)
+    np.testing.assert_allclose(got, (0.75, *ends))
+    assert stats.paired_improvement([2] * 9, [1] * 9).high == 1
     # 600 of 1,000: SD sqrt(.24 / 1000) = .0155, so .6 +/- .030: seen, but small
     many = stats.paired_improvement(np.arange(1000) < 600, np.full(1000, 0.5))
     np.testing.assert_allclose(many, (0.6, 0.5696, 0.6304), atol=0.002)
+
+
+@pytest.mark.parametrize("decimals", [6, 0])  # without ties and with many
+def test_brunner_munzel_is_scipys(decimals):
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=15).round(decimals), rng.normal(0.4, 2, size=11).round(decimals)
+    got, test = stats.brunner_munzel(a, b), scipy.stats.brunnermunzel(b, a)
+    assert got.estimate == pytest.approx(scipy.stats.mannwhitneyu(a, b).statistic / (15 * 11))
+    # from the statistic its standard error, from the p value the degrees of freedom
+    error = (got.estimate - 0.5) / test.statistic
+    df = scipy.optimize.brentq(
+        lambda df: 2 * scipy.stats.t.sf(abs(test.statistic), df) - test.pvalue, 2, 40
+    )
+    half = scipy.stats.t.ppf(0.975, df) * abs(error)
+    assert got.high - got.estimate == pytest.approx(half) == got.estimate - got.low
+
+
+def test_brunner_munzel_where_no_two_runs_are_out_of_order():
+    assert stats.brunner_munzel([3, 4, 5], [1, 2]) == stats.jeffreys(2, 2)
+    assert stats.brunner_munzel([1, 1], [1, 1, 1]) == stats.jeffreys(1, 2)
+
+
+@pytest.mark.parametrize("shift", [0, 1.2])
+def test_brunner_munzel_covers(shift):
+    rng, truth = np.random.default_rng(2), scipy.stats.norm.cdf(shift / math.sqrt(1 + 9))
+    got = [
+        stats.brunner_munzel(rng.normal(shift, 1, 25), rng.normal(0, 3, 40)) for _ in range(1500)
+    ]
+    covered = np.mean([each.low <= truth <= each.high for each in got])
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 1500)
 
 
 def test_seeds_needed():

@@ -156,6 +156,36 @@ def draw_indices(crossed: Any, recipe: str) -> Any:
     return add_legend(figure, axes[0], 1)
 
 
+def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> Any:
+    """The accuracies [R] of A and B, and a Comparison of them beside its margin."""
+    kind = f"{comparison.pairs} shared seeds" if comparison.pairs else "independent runs"
+    title = f"{names[0]} (A) against {names[1]} (B): {comparison.verdict}, {kind}"
+    figure, left, right = new_figure(title, 3.6, 1, 2)
+    edges = 100 * np.histogram_bin_edges(np.concatenate([a, b]), 30)
+    for scores, color, name in ((a, BLUE, names[0]), (b, ORANGE, names[1])):
+        left.hist(100 * np.asarray(scores), edges, color=color, alpha=0.45, label=name)
+        left.axvline(100 * np.mean(scores), color=color, lw=1.5)
+    left.locator_params("y", integer=True)
+    left.set(xlabel="test accuracy (%), lines: means", ylabel="runs")
+    margin = 100 * comparison.margin
+    right.axvspan(-margin, margin, color="#E5E5E5", lw=0, label=f"margin, {margin:g} points")
+    right.axvline(0, color=GRAY, lw=0.8)
+    rows = {
+        "these\ntest images": comparison.difference,
+        "others,\nas many": comparison.over_test_sets,
+    }
+    for y, interval in enumerate(rows.values()):
+        x, low, high = 100 * np.array(interval)
+        ends = np.nan_to_num([[x - low], [high - x]])  # without predictions it has no interval
+        right.errorbar(x, y, xerr=ends, fmt="o", color="black", capsize=3, elinewidth=1.3, ms=5)
+    right.set_yticks(range(len(rows)), rows)
+    label = "difference A - B (points), 95 % intervals"
+    right.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
+    handles = [item for ax in (left, right) for item in ax.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
 def draw_hardest(counts: Any, images: np.ndarray, name: str) -> Any:
     """The 24 images that most runs get wrong: what they are, what they are taken for, how often."""
     wrong = counts.classes.copy()

@@ -197,6 +197,21 @@ def disagreement(counts: PredictionCounts, *, bins: int = 10) -> Disagreement:
     return Disagreement(differ, counts.errors.mean() / runs, cace)
 
 
+def sd_over_test_sets(counts: PredictionCounts, other: PredictionCounts | None = None) -> float:
+    """SD of mean accuracy over test sets of n images, were the runs endless; nan of one run.
+
+    SD_i(p_i) / sqrt(n), p_i the share of runs that get image i right, without the variance
+    p_i (1 - p_i) / R that p_i has of its own. With `other`, of the difference of two means.
+    """
+    sides = [counts] if other is None else [counts, other]
+    if min(side.runs for side in sides) < 2:
+        return math.nan
+    p = [1 - side.errors / side.runs for side in sides]
+    noise = sum((q * (1 - q)).mean() / (s.runs - 1) for q, s in zip(p, sides, strict=True))
+    spread = (p[0] if other is None else p[0] - p[1]).var(ddof=1) - noise
+    return math.sqrt(max(0.0, spread) / len(counts.labels))
+
+
 def ensemble_correct(counts: PredictionCounts) -> int:
     """Images that the majority vote of all runs gets right; a tie goes to the smallest class."""
     return int((counts.classes.argmax(axis=1) == counts.labels).sum())

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlp_jax.analysis import predictions, stats
+from mlp_jax.analysis.compare import ALPHA, holm, sign_test
 from mlp_jax.analysis.predictions import PredictionCounts
 from mlp_jax.errors import UserError
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
@@ -100,26 +101,29 @@ def summarize(
         "processors": processors,
         "n_test": len(families[0].counts.labels),
         "units": "shares of 1; intervals at 95 %; diverged runs (seeds) are in no statistic, but"
-        " lose in pairs of learning rates, whose intervals are not corrected for their number",
+        " lose in pairs of learning rates, whose intervals (Jeffreys) are of one pair each; their"
+        " p_holm is of the exact sign test, corrected for the number of pairs",
         "families": [family_statistics(family, families, recipe, config) for family in families],
         "learning_rates": compare_rates(families),
     }
 
 
 def compare_rates(families: list[Family]) -> list[dict]:
-    """P(one learning rate beats another) for each two that share seeds."""
-    pairs = []
+    """P(one learning rate beats another) for each two that share seeds; Holm's p over all pairs."""
+    pairs, p_values = [], []
     for a, b in itertools.combinations(families, 2):
         shared = sorted(a.scores.keys() & b.scores.keys())
         if a.vary == b.vary and len(shared) >= 2:
             sides = [([side.scores[seed] for seed in shared], side.rate) for side in (a, b)]
             (worse, low), (better, high) = sorted(sides, key=lambda side: sum(side[0]))
             names = {"vary": a.vary, "a": high, "b": low, "pairs": len(shared)}
+            p_values.append(sign_test(better, worse))
             chance = stats.paired_improvement(better, worse)
-            if len(shared) < stats.FEW_RUNS:  # a bootstrap of few pairs is too sure of itself
-                chance = chance._replace(low=math.nan, high=math.nan)
-            ruled = {"significant": chance.low > 0.5, "meaningful": chance.high > 0.75}
-            pairs.append(names | {"probability": to_json(chance)} | ruled)
+            pairs.append(names | {"probability": to_json(chance), "p_value": p_values[-1]})
+    for pair, p in zip(pairs, holm(p_values).tolist(), strict=True):
+        higher = pair["probability"]["estimate"] > 0.5
+        pair |= {"p_holm": p, "significant": p < ALPHA and higher}
+        pair["meaningful"] = pair["probability"]["high"] > 0.75
     return pairs
 
 
@@ -253,7 +257,7 @@ def format_table(summary: dict) -> str:
         p, interval = format_value(pair["probability"], "")
         lines.append(
             "\nvary {vary}, P(learning rate {a:g} beats {b:g})".format(**pair)
-            + f" = {p} ({interval}), {pair['pairs']} seeds; significant: {pair['significant']},"
-            f" meaningful: {pair['meaningful']}"
+            + f" = {p} ({interval}), {pair['pairs']} seeds, Holm's p {pair['p_holm']:.2g};"
+            f" significant: {pair['significant']}, meaningful: {pair['meaningful']}"
         )
     return "\n".join(lines)

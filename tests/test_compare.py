@@ -1,0 +1,242 @@
+"""Comparisons against scipy and statsmodels, and how often they are wrong in simulation."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_ind, ttost_paired
+
+from mlp_jax.analysis import compare as comparing
+from mlp_jax.analysis import figures, predictions
+from mlp_jax.analysis.compare import compare, confidence_sequence, decide, describe
+from mlp_jax.analysis.stats import Interval
+from mlp_jax.analysis.summary import to_json
+
+
+def scores(rng, n, mean=0.97, sd=0.001, first=0):
+    return dict(enumerate(rng.normal(mean, sd, n).tolist(), first))
+
+
+def values(*sides):
+    return [np.array(list(side.values())) for side in sides]
+
+
+def test_shared_seeds_are_compared_in_pairs():
+    rng = np.random.default_rng(0)
+    a = scores(rng, 24)
+    b = {seed: a[seed] / 2 + 0.485 + rng.normal(-0.0005, 0.0005) for seed in reversed(a)}
+    got = compare(a, b | {99: 0.1}, margin=0.001)  # a seed that A lacks is left out
+    x, y = np.array([(a[seed], b[seed]) for seed in a]).T
+    test = scipy.stats.ttest_rel(x, y)
+    assert (got.pairs, got.runs_a, got.runs_b) == (24, 24, 24)
+    np.testing.assert_allclose(got.difference[1:], test.confidence_interval())
+    assert got.difference.estimate == pytest.approx(np.mean(x - y))
+    assert got.p_value == pytest.approx(test.pvalue)
+    assert got.tost_p == pytest.approx(ttost_paired(x, y, -0.001, 0.001)[0])
+    assert got.correlation == pytest.approx(scipy.stats.pearsonr(x, y).statistic)
+    ratio = np.var(x - y) / (np.var(x) + np.var(y))
+    assert got.variance_ratio == pytest.approx(ratio)
+    assert got.probability.estimate == pytest.approx(np.mean(x > y))
+    assert math.isnan(got.over_test_sets.low)
+
+
+def test_other_seeds_are_compared_as_independent():
+    rng = np.random.default_rng(1)
+    a, b = scores(rng, 20), scores(rng, 35, 0.9695, 0.002, first=17)  # 3 seeds in common
+    got = compare(a, b, margin=0.001, sd_over_test_sets=0.001)
+    x, y = values(a, b)
+    test = scipy.stats.ttest_ind(x, y, equal_var=False)
+    assert (got.pairs, got.runs_a, got.runs_b) == (0, 20, 35)
+    np.testing.assert_allclose(got.difference[1:], test.confidence_interval())
+    assert got.p_value == pytest.approx(test.pvalue)
+    assert got.tost_p == pytest.approx(ttost_ind(x, y, -0.001, 0.001, usevar="unequal")[0])
+    assert got.probability.estimate == pytest.approx(np.mean(x[:, None] > y))
+    assert math.isnan(got.correlation)
+    half = got.difference.high - got.difference.estimate
+    wider = got.over_test_sets.high - got.over_test_sets.estimate
+    assert wider == pytest.approx(math.hypot(half, 1.959964 * 0.001), rel=1e-6)
+
+
+def test_the_interval_is_near_scipys_bootstrap():
+    x, y = np.random.default_rng(2).normal(size=(2, 60))
+    got = compare(dict(enumerate(x)), dict(enumerate(y)), margin=1)
+    want = scipy.stats.bootstrap(
+        (x - y,), np.mean, n_resamples=20_000, rng=np.random.default_rng(3)
+    ).confidence_interval
+    np.testing.assert_allclose(got.difference[1:], want, atol=0.05 * (want.high - want.low))
+
+
+def shifted(shift, sd=0.0003, n=40):
+    """Runs of B, and A that is higher by `shift`, but for noise of that SD."""
+    noise = scipy.stats.norm.ppf((np.arange(n) + 0.5) / n) * sd
+    b = np.random.default_rng(4).normal(0.97, 0.001, n)
+    return dict(enumerate(b + shift + noise)), dict(enumerate(b))
+
+
+@pytest.mark.parametrize(
+    ("shift", "sd", "verdict", "words"),
+    [
+        (0.001, 0.0003, "better", "A scores higher than B:"),
+        (-0.001, 0.0003, "worse", "A scores lower than B:"),
+        (0.0002, 0.0003, "better", "A scores higher than B, but by less than 0.05 points:"),
+        (0, 0.0003, "equivalent", "A and B are equivalent within 0.05 points:"),
+        (0, 0.003, "undecided", "it is undecided whether A or B scores higher:"),
+    ],
+)
+def test_the_verdict_in_one_sentence(shift, sd, verdict, words):
+    got = compare(*shifted(shift, sd), margin=0.0005, sd_over_test_sets=0.0004)
+    assert got.verdict == verdict
+    said = describe(got, "A", "B")
+    assert said.startswith(f"On this test set {words} the difference is")
+    low, high = (f"{100 * end:+.3f}" for end in got.over_test_sets[1:])
+    assert f"over other test sets of this size, {100 * shift:+.3f} points ({low} to {high})." in (
+        said.replace("-0.000 points", "+0.000 points")
+    )
+    assert "40 shared seeds" in said
+    json.dumps(to_json(got), allow_nan=False)
+
+
+def test_equal_runs_are_equivalent():
+    same = dict.fromkeys(range(30), 0.97)
+    got = compare(same, same, margin=0.0001)
+    assert (got.verdict, got.p_value, got.difference) == ("equivalent", 1, (0, 0, 0))
+    assert compare(same, same, margin=0).verdict == "undecided"
+    other = dict.fromkeys(range(50, 80), 0.96)
+    assert (
+        compare(same, other, margin=0.0001).verdict,
+        compare(same, other, margin=0).p_value,
+    ) == (
+        "better",
+        0,
+    )
+    assert decide(np.zeros(40), margin=0.0001).verdict == "equivalent"
+    with pytest.raises(ValueError, match="needs two runs"):
+        compare(same, {0: 1.0}, margin=0)
+
+
+def test_sd_over_test_sets_is_that_of_simulated_test_sets():
+    rng = np.random.default_rng(5)
+    n, runs, draws = 400, 10, 400
+    found, means = [], []
+    for _ in range(draws):
+        ease = rng.beta(3, 0.5, n)
+        p = np.stack([ease, np.clip(ease + rng.normal(0.02, 0.1, n), 0, 1)])
+        wrong = (rng.random((2, runs, n)) >= p[:, None]).astype(np.uint8)
+        labels = np.zeros(n, int)
+        a, b = (predictions.count_predictions([side], labels, n_classes=2) for side in wrong)
+        found.append([predictions.sd_over_test_sets(a), predictions.sd_over_test_sets(a, b)])
+        means.append([p[0].mean(), p[0].mean() - p[1].mean()])
+    want = np.std(means, axis=0, ddof=1)  # known to sqrt(1 / 800), 3.5 %
+    np.testing.assert_allclose(np.mean(found, axis=0), want, rtol=0.14)
+    one = predictions.count_predictions([wrong[0, :1]], labels, n_classes=2)
+    assert math.isnan(predictions.sd_over_test_sets(one))
+
+
+def test_holm_is_statsmodels():
+    p = np.random.default_rng(6).random(12) ** 3
+    np.testing.assert_allclose(comparing.holm(p), multipletests(p, method="holm")[1])
+    assert comparing.holm([]).size == 0
+
+
+def test_sign_test_golden():
+    # 5 wins, 1 loss and a tie: 2 (1 + 6) / 64
+    assert comparing.sign_test([1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1]) == pytest.approx(
+        14 / 64
+    )
+    assert comparing.sign_test([1, 2], [1, 2]) == 1
+
+
+def test_the_confidence_sequence_is_its_formula():
+    d = np.random.default_rng(7).normal(0.001, 0.002, 120) + 5
+    low, high = confidence_sequence(d)
+    assert np.isinf(low[:29]).all()
+    assert np.isfinite(low[29:]).all()
+
+    def half(t, rho2):
+        return math.sqrt(
+            2 * (t * rho2 + 1) / (t**2 * rho2) * math.log(math.sqrt(t * rho2 + 1) / 0.05)
+        )
+
+    best = scipy.optimize.minimize_scalar(lambda r: half(50, r), (0.01, 0.1, 1)).x
+    for t in (30, 77, 120):
+        mean, sd = d[:t].mean(), d[:t].std(ddof=1)
+        ends = mean - sd * half(t, best), mean + sd * half(t, best)
+        np.testing.assert_allclose((low[t - 1], high[t - 1]), ends, rtol=1e-7)
+
+
+def test_a_decision_is_the_first_and_stays():
+    rng = np.random.default_rng(8)
+    d = rng.normal(0.001, 0.001, 400)
+    got = decide(d, margin=0)
+    assert (got.verdict, decide(d[: got.pairs], margin=0)) == ("better", got)
+    before = decide(d[: got.pairs - 1], margin=0)
+    assert (before.verdict, before.pairs) == ("undecided", got.pairs - 1)
+    assert decide(-d, margin=0).verdict == "worse"
+    assert decide(d - 0.001, margin=0.0005).verdict == "equivalent"
+    few = decide(d[:5], margin=1)
+    assert few.verdict == "undecided"
+    json.dumps(to_json(few), allow_nan=False)
+
+
+DRAWS = {
+    "normal": lambda rng, size: rng.normal(size=size),
+    "heavy tails": lambda rng, size: rng.standard_t(5, size=size) / math.sqrt(5 / 3),
+    "equally skewed": lambda rng, size: (
+        (rng.exponential(size=size) - rng.exponential(size=size)) / math.sqrt(2)
+    ),
+    "skewed": lambda rng, size: (rng.gamma(4, size=size) - 4) / 2,
+}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("truth", [0, 0.25])
+def test_wrong_at_most_5_percent_of_the_time_in_1000_looks(kind, truth):
+    """At no difference, and at exactly the margin, which no verdict may call equivalent."""
+    rng, n, wrong = np.random.default_rng(9), 1500, 0
+    claims = {0: ("better", "worse"), 0.25: ("worse", "equivalent")}[truth]
+    for d in DRAWS[kind](rng, (n, 1000)):
+        # a look that comes after the decision changes nothing, so that all looks are in it
+        wrong += decide(d + truth, margin=0.25 if truth else 1e-9).verdict in claims
+    assert wrong / n < 0.05 + 2 * math.sqrt(0.05 * 0.95 / n)
+
+
+def test_peeking_with_student_is_wrong_often():
+    rng, t = np.random.default_rng(10), np.arange(1, 1001)
+    d = rng.normal(size=(300, 1000))
+    mean = d.cumsum(axis=1) / t
+    sd = np.sqrt(((d**2).cumsum(axis=1) - t * mean**2) / np.maximum(t - 1, 1))
+    far = np.abs(mean) > sd * scipy.stats.t.ppf(0.975, np.maximum(t - 1, 1)) / np.sqrt(t)
+    assert far[:, 19:].any(axis=1).mean() > 0.3
+
+
+def test_sign_e_values_are_a_martingale():
+    # over all outcomes of 8 pairs, ties included, the mean is 1 at every length
+    outcomes = np.array(list(itertools.product([1, 0, -1], repeat=8)))
+    values = np.array([comparing.sign_e_values(each) for each in outcomes])
+    chance = np.where(outcomes, 0.4, 0.2).prod(axis=1)
+    np.testing.assert_allclose(chance @ values, 1)
+    # 2^3 B(4, 1) = 8 / 4; of 2,000 wins: too large for a float, and still one
+    assert comparing.sign_e_values([1, 1, 1])[-1] == pytest.approx(2)
+    assert np.isfinite(comparing.sign_e_values(np.ones(2000))).all()
+    rng = np.random.default_rng(11)
+    ever = [(comparing.sign_e_values(rng.normal(size=1000)) >= 20).any() for _ in range(1000)]
+    assert np.mean(ever) < 0.05
+
+
+def test_the_figure_shows_the_interval_and_the_margin():
+    a, b = shifted(0.001)
+    got = compare(a, b, margin=0.0005, sd_over_test_sets=0.0004)
+    left, right = figures.draw_comparison(*values(a, b), got, ("new", "old")).axes
+    seeds, images = (bars.lines[0].get_xdata()[0] for bars in right.containers)
+    assert seeds == images == pytest.approx(100 * got.difference.estimate)
+    ends = [bars.lines[1][0].get_xdata()[0] for bars in right.containers]
+    assert ends == pytest.approx([100 * got.difference.low, 100 * got.over_test_sets.low])
+    (box,) = right.patches
+    assert box.get_x() == pytest.approx(-0.05)
+    assert "new (A) against old (B): better, 40 shared seeds" in left.figure.get_suptitle()
+    unknown = got._replace(over_test_sets=Interval(0.001, math.nan, math.nan))
+    figures.draw_comparison(*values(a, b), unknown, ("new", "old"))

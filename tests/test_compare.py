@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from mlp_jax.analysis import figures, predictions
 from mlp_jax.analysis.compare import compare, confidence_sequence, decide, describe
 from mlp_jax.analysis.stats import Interval
 from mlp_jax.analysis.summary import to_json
+
+ROOT = Path(__file__).parents[1]
 
 
 def scores(rng, n, mean=0.97, sd=0.001, first=0):
@@ -240,3 +244,19 @@ def test_the_figure_shows_the_interval_and_the_margin():
     assert "new (A) against old (B): better, 40 shared seeds" in left.figure.get_suptitle()
     unknown = got._replace(over_test_sets=Interval(0.001, math.nan, math.nan))
     figures.draw_comparison(*values(a, b), unknown, ("new", "old"))
+
+
+def test_the_table_of_pairs_to_decide_follows_from_the_rows():
+    record = json.loads((ROOT / "results" / "decide.json").read_text())
+    script = runpy.run_path(str(ROOT / "scripts" / "decide_table.py"))
+    kinds = [(row["recipe"], row["margin"], row["true_difference"]) for row in record["rows"]]
+    asked = itertools.product(script["RECIPES"], script["SIZES"])
+    assert kinds == [(*each, truth) for each in asked for truth in (each[1], 0)]
+    assert all(row["wrong"] < 0.07 * row["simulations"] for row in record["rows"])
+    budget = script["Args"](ROOT).budget
+    for row, kind in zip(record["rows"], kinds, strict=True):
+        if row["recipe"] == "keras-sgd" and row["margin"] == 0.05:
+            assert script["simulate"](*kind, row["simulations"], budget) == pytest.approx(row)
+        else:  # a part: their median is near that of all
+            part = script["simulate"](*kind, 20, budget)
+            assert 0.5 < part["median_pairs"] / row["median_pairs"] < 2

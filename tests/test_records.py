@@ -18,7 +18,7 @@ from mlp_jax.files import Damaged
 from mlp_jax.records import provenance, rows
 from mlp_jax.records.directory import check_out_dir, claim, read_metadata
 from mlp_jax.records.provenance import Metadata
-from mlp_jax.report import count_processors
+from mlp_jax.results import count_processors
 from mlp_jax.training.config import Config
 from mlp_jax.training.run import make_run
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from scipy import stats as scipy_stats
 
-from mlp_jax import report
+from mlp_jax import report, results
 from mlp_jax.analysis import figures
 from mlp_jax.analysis.summary import format_table, summarize
 from mlp_jax.data import dataset as datasets
@@ -97,9 +97,9 @@ def summary_of(directory):
 def summarized(directory, dataset):
     """A sweep's summary without its figures."""
     paths, metadata = records.row_files(directory), directories.read_metadata(directory)
-    families = report.read_families(paths, dataset.test.labels, 10)
-    processors = report.count_processors(paths, metadata)
-    return summarize(families, metadata.recipe, metadata.config, processors)
+    families = results.read_families(paths, dataset.test.labels, 10)
+    processors = results.count_processors(paths, metadata)
+    return summarize(families, metadata.recipe, metadata.config, processors, {})
 
 
 def errors_of(rows, labels):
@@ -307,7 +307,7 @@ def test_the_hardest_images_come_first_with_their_captions(tmp_path, dataset):
     labels = dataset.test.labels
     rows = [make_row(labels, 0, [5, 9]), make_row(labels, 1, [9]), make_row(labels, 2, [9])]
     sweep = write_sweep(tmp_path / "s", rows)
-    (family,) = report.read_families(records.row_files(sweep), labels, 10)
+    (family,) = results.read_families(records.row_files(sweep), labels, 10)
     figure = figures.draw_hardest(family.counts, dataset.test.images, "x")
     captions = [ax.get_xlabel() for ax in figure.axes if ax.axison]
     assert captions == [
@@ -331,7 +331,7 @@ def test_predictions_are_read_as_a_stream(tmp_path, dataset, monkeypatch):
         return block
 
     monkeypatch.setattr(records, "predictions", watched)
-    (family,) = report.read_families(records.row_files(sweep), dataset.test.labels, 10)
+    (family,) = results.read_families(records.row_files(sweep), dataset.test.labels, 10)
     assert len(family.seeds) == 1100
     assert len(blocks) == 2 * math.ceil(1100 / records.READ_ROWS)
     # the block that is counted, while the next is read

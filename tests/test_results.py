@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mlp_jax import report
+from mlp_jax import report, results
 from mlp_jax.analysis.summary import beside_reference, to_json
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
@@ -290,7 +290,7 @@ def test_another_processor_trains_the_same_rows():
     ours, theirs = (ROOT / "results" / name for name in ("keras-sgd", "keras-sgd-epyc"))
     metadata = read_metadata(ours)
     here, there = (
-        report.count_processors(checked_files(directory), metadata).keys()
+        results.count_processors(checked_files(directory), metadata).keys()
         for directory in (ours, theirs)
     )
     assert not here & there

@@ -40,6 +40,9 @@ def add_legend(figure: Any, ax: Any, columns: int) -> Any:
 def figures(families: list, summary: dict, images: np.ndarray) -> Iterator[tuple]:
     """File names and figures; of the families, `all` at the recipe's rate stands for the sweep."""
     recipe = RECIPES.get(summary["recipe"])
+    families = [family for family in families if family.vary != "crossed"]
+    if not families:
+        return
     both = list(zip(families, summary["families"], strict=True))
     family, statistics = max(
         both,

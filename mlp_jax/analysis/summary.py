@@ -3,17 +3,18 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlp_jax.analysis import predictions, stats
 from mlp_jax.analysis.compare import ALPHA, holm, sign_test
-from mlp_jax.analysis.predictions import PredictionCounts
+from mlp_jax.analysis.crossed import BlockSums, crossed_indices
+from mlp_jax.analysis.predictions import PredictionCounts, signed_sqrt
 from mlp_jax.errors import UserError
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
-from mlp_jax.training.run import STREAMS
+from mlp_jax.training.run import STREAMS, used_streams
 
 RunId = tuple[str, float, int]  # vary, learning rate, seed
 
@@ -55,7 +56,7 @@ def make_families(
         raise UserError("a run is stored twice: remove one of its files")
     finite = np.isfinite([history["train_loss"], history["test_loss"]]).all(axis=(0, 2))
     position = {run: i for i, run in enumerate(runs)}
-    known = ("all", *STREAMS)
+    known = ("all", *STREAMS, "crossed")
     names = sorted({run[:2] for run in runs}, key=lambda n: ([*known, n[0]].index(n[0]), *n))
 
     def blocks():
@@ -91,21 +92,63 @@ def make_families(
 
 
 def summarize(
-    families: list[Family], recipe: str, config: Config, processors: dict[str, int]
+    families: list[Family],
+    recipe: str,
+    config: Config,
+    processors: dict[str, int],
+    blocks: Mapping[float, BlockSums | None],
 ) -> dict:
-    """summary.json: the families and, where learning rates share seeds, these in pairs."""
-    return {
+    """summary.json: the families and, where learning rates share seeds, these in pairs.
+
+    `blocks` are those of the crossed families, by learning rate: dependent runs, of which none of
+    the other statistics is true.
+    """
+    crossed = [family for family in families if family.vary == "crossed"]
+    families = [family for family in families if family.vary != "crossed"]
+    summary = {
         "recipe": recipe,
         "dataset": config.dataset,
         "epochs": config.epochs,
         "processors": processors,
-        "n_test": len(families[0].counts.labels),
+        "n_test": len((families or crossed)[0].counts.labels),
         "units": "shares of 1; intervals at 95 %; diverged runs (seeds) are in no statistic, but"
         " lose in pairs of learning rates, whose intervals (Jeffreys) are of one pair each; their"
         " p_holm is of the exact sign test, corrected for the number of pairs",
         "families": [family_statistics(family, families, recipe, config) for family in families],
         "learning_rates": compare_rates(families),
     }
+    if crossed:
+        streams = used_streams(config)
+        each = [crossed_statistics(family, blocks[family.rate], streams) for family in crossed]
+        summary["crossed"] = each
+    return summary
+
+
+def crossed_statistics(family: Family, sums: BlockSums | None, streams: Sequence[str]) -> dict:
+    """Which of the crossed streams makes accuracy vary; without indices if no block is whole."""
+    used = len(sums.contrasts) * 2 ** len(streams) if sums else 0
+    result = {"learning_rate": family.rate, "streams": list(streams), "runs": used}
+    result |= {"runs_in_broken_blocks": len(family.seeds) - used, "diverged": family.diverged}
+    return to_json(result | (crossed_indices(sums, streams)._asdict() if sums else {}))
+
+
+def format_crossed(crossed: dict) -> list[str]:
+    """Lines on a crossed family: the SD, and the share of the variance of each stream."""
+    lines = ["\ncrossed streams, learning rate {learning_rate:g}: {runs} runs".format(**crossed)]
+    if left := crossed["runs_in_broken_blocks"] + len(crossed["diverged"]):
+        lines[0] += f"; {left} more are in blocks that are not finished, or diverged"
+    for key, meaning in (("test", "on this test set"), ("distribution", "on an infinite one")):
+        if indices := crossed.get(key):
+            sd = {end: signed_sqrt(value) for end, value in indices["variance"].items()}
+            value, interval = format_value(sd, "points")
+            lines.append(f"  SD {meaning:<21}{value:>8}  {interval}")
+            for name in crossed["streams"]:
+                first, total = (indices[kind][name] for kind in ("indices", "total"))
+                shares = ("{:>6} {:<16}".format(*format_value(s, "")) for s in (first, total))
+                lines.append("    {:<10}by itself {}  in all {}".format(name, *shares).rstrip())
+            value, interval = format_value(indices["interactions"], "")
+            lines.append(f"    interactions        {value:>6} {interval}")
+    return lines
 
 
 def compare_rates(families: list[Family]) -> list[dict]:
@@ -253,6 +296,8 @@ def format_table(summary: dict) -> str:
             value, interval = format_value(family[key], unit)
             meaning = meaning.format(source=source)
             lines.append(f"  {name:<24}{value:>8}  {interval:<19}  {meaning}".rstrip())
+    for crossed in summary.get("crossed", []):
+        lines += format_crossed(crossed)
     for pair in summary["learning_rates"]:
         p, interval = format_value(pair["probability"], "")
         lines.append(

@@ -1,0 +1,76 @@
+"""Which sweep of a grid scores highest, with intervals that hold for all of them at once."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from mlp_jax.analysis.figures import BLUE, new_figure
+from mlp_jax.analysis.stats import Interval
+from mlp_jax.analysis.summary import format_value, to_json
+
+ALPHA = 0.05
+
+
+def rank(cells: Mapping[str, Mapping[str, Any]]) -> dict:
+    """Mean accuracy of each cell and learning rate, highest first.
+
+    A cell has columns of equal length (vary, learning_rate, test_correct, both losses) and n_test.
+    Runs that vary one stream are left out, and those that diverged are counted apart. Intervals are
+    Student's at 1 - ALPHA / m of m means (Bonferroni), None below two runs.
+    """
+    scores: dict[tuple[str, float], list[float]] = {}
+    for name, columns in cells.items():
+        for i, vary in enumerate(columns["vary"]):
+            if vary == "all":
+                loss = columns["train_loss"][i] + columns["test_loss"][i]
+                score = columns["test_correct"][i] / columns["n_test"]
+                each = scores.setdefault((name, columns["learning_rate"][i]), [])
+                each.append(score if math.isfinite(loss) else math.nan)
+    ranked = []
+    for (name, rate), values in scores.items():
+        kept = np.array(values)[np.isfinite(values)]
+        half = math.nan
+        if kept.size > 1:
+            t = stats.t.ppf(1 - ALPHA / len(scores) / 2, kept.size - 1)
+            half = t * kept.std(ddof=1) / math.sqrt(kept.size)
+        mean = float(kept.mean()) if kept.size else math.nan
+        cell = {"settings": name, "learning_rate": rate, "runs": kept.size}
+        cell["diverged"] = len(values) - kept.size
+        cell["mean"] = Interval(mean, mean - half, mean + half)
+        cell["sd"] = float(kept.std(ddof=1)) if kept.size > 1 else None
+        ranked.append(to_json(cell))
+    ranked.sort(key=lambda cell: -(cell["mean"]["estimate"] or 0))
+    return {
+        "units": f"shares of 1; intervals hold for all {len(ranked)} means at once at 95 %"
+        " (Bonferroni)",
+        "cells": ranked,
+    }
+
+
+def format_ranking(summary: dict) -> str:
+    """The ranking as it is read at a terminal."""
+    lines = [f"accuracy in per cent; intervals hold for all {len(summary['cells'])} means at once"]
+    for cell in summary["cells"]:
+        mean, interval = format_value(cell["mean"], "%")
+        runs = f"{cell['runs']} runs" + f", {cell['diverged']} diverged" * bool(cell["diverged"])
+        settings = f"{cell['settings']}, learning rate {cell['learning_rate']:g}"
+        lines.append(f"{mean:>8}  {interval:<19}  {settings}: {runs}")
+    return "\n".join(lines)
+
+
+def draw_ranking(summary: dict) -> Any:
+    """Means and their intervals, highest on top."""
+    cells = [cell for cell in summary["cells"] if cell["mean"]["estimate"] is not None]
+    title = "Accuracy by setting, 95 % intervals for all at once"
+    figure, ax = new_figure(title, 1.2 + 0.4 * len(cells))
+    for y, cell in enumerate(cells):
+        mean, low, high = (100 * (end or math.nan) for end in cell["mean"].values())
+        ends = [[mean - low], [high - mean]]
+        ax.errorbar(mean, y, xerr=ends, fmt="o", color=BLUE, capsize=3, elinewidth=1.3, ms=5)
+    names = ["{settings}, rate {learning_rate:g}, n = {runs}".format(**cell) for cell in cells]
+    ax.set_yticks(range(len(cells)), names)
+    ax.set(ylim=(len(cells) - 0.5, -0.5), xlabel="accuracy (%)")
+    return figure

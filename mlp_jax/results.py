@@ -1,0 +1,90 @@
+"""What a directory holds, as the commands that judge it read it: checked, counted, in families.
+
+Equal rows give equal numbers, in whichever files they lie, and predictions are read as a stream.
+"""
+
+import collections
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mlp_jax.analysis.crossed import BlockSums, sum_blocks
+from mlp_jax.analysis.summary import Family, make_families
+from mlp_jax.data import dataset as datasets
+from mlp_jax.errors import UserError
+from mlp_jax.records import rows
+from mlp_jax.records.directory import read_metadata
+from mlp_jax.records.provenance import Metadata, check_same
+from mlp_jax.training.arrays import Dataset
+from mlp_jax.training.config import Config
+from mlp_jax.training.run import BLOCK, crossed_seeds, make_run
+
+
+class Results(NamedTuple):
+    """The finished runs of a directory, and the data that they were trained on."""
+
+    metadata: Metadata
+    paths: list[Path]
+    dataset: Dataset
+    processors: dict[str, int]  # rows by what trained them
+
+
+def open_results(directory: Path, data_dir: Path | None = None) -> Results:
+    """Raises UserError if there are none, for other data, and for rows of another kind; Damaged."""
+    metadata, paths = read_metadata(directory), rows.checked_files(directory)
+    processors, config = count_processors(paths, metadata), metadata.config
+    dataset = datasets.load_dataset(config.dataset, data_dir, quiet=False, split=config.split)
+    datasets.check_dataset(directory, metadata.fingerprint, metadata.images, dataset)
+    return Results(metadata, paths, dataset, processors)
+
+
+def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int]:
+    """How many rows were trained on which processor; UserError for rows of another kind."""
+    counts = collections.Counter()
+    for path in paths:
+        stored = rows.read_metadata(path)
+        check_same(path, stored, metadata)
+        name = "{processor}, {cores} cores, {device_kind}".format(**stored.environment)
+        counts[name + " (--allow-mixed)" * stored.mixed] += rows.count_rows(path)
+    return dict(counts)
+
+
+def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> list[Family]:
+    """The families of a sweep; UserError for rows that contradict themselves."""
+    names = ("test_correct", "test_loss", "train_loss")
+    table = rows.read_table(paths, [*(f"{name}_by_epoch" for name in names), "seconds"])
+    columns = (table[f"{name}_by_epoch"].combine_chunks().flatten().to_numpy() for name in names)
+    history = {n: c.reshape(len(table), -1) for n, c in zip(names, columns, strict=True)}
+    read_predictions = functools.partial(rows.read_predictions, paths)
+    finished = (rows.run_ids(table), history, table["seconds"].to_numpy())
+    try:
+        return make_families(*finished, read_predictions, labels, n_classes)
+    except UserError as error:
+        raise UserError(f"{paths[0].parents[1]}: {error}") from None
+
+
+def read_blocks(paths: Sequence[Path], family: Family, config: Config) -> BlockSums | None:
+    """The blocks of a crossed family whose runs are all there; None if there are none."""
+    cells = sorted(crossed_seeds(1, config), key=lambda cell: make_run(cell, 1, "crossed").seeds)
+    seeds = set(family.seeds.tolist())
+    whole = [b for b in sorted({seed // BLOCK for seed in seeds}) if seeds.issuperset(
+        BLOCK * b + cell for cell in cells)]  # fmt: skip
+    pending: dict[int, dict] = {block: {} for block in whole}
+    sums = {}
+    for ids, predictions in rows.read_predictions(paths):
+        for (vary, rate, seed), row in zip(ids, predictions, strict=True):
+            block, cell = divmod(seed, BLOCK)
+            if (vary, rate) != family[:2] or block not in pending:
+                continue
+            pending[block][cell] = row == family.counts.labels
+            if len(pending[block]) == len(cells):
+                right = pending.pop(block)
+                sums[block] = sum_blocks([[right[cell] for cell in cells]])
+    if not sums:
+        return None
+    parts = [sums[block] for block in whole]
+    contrasts, squares = (np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[:2])
+    return BlockSums(contrasts, squares, parts[0].n_test)

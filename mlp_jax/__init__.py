@@ -22,11 +22,13 @@ _HOMES = {
     "Config": "training.config",
     "RECIPES": "training.config",
     "UserError": "errors",
+    "compare": "compare",
     "fit": "training.fit",
     "load_dataset": "data.dataset",
     "load_run": "records.checkpoint",
     "predict": "records.checkpoint",
     "read_runs": "records.rows",
+    "report": "report",
     "sweep": "experiment",
 }
 __all__ = list(_HOMES)

@@ -13,6 +13,7 @@ import tyro
 from mlp_jax import cli, files
 from mlp_jax.errors import UserError
 from mlp_jax.records.directory import grid_cells, read_metadata
+from mlp_jax.training.run import used_streams
 
 DESCRIPTION = (
     "Say how much the test accuracy of a sweep varies and why, in a table and figures; of a grid,"
@@ -43,51 +44,54 @@ def main(argv: list[str] | None = None) -> None:
     default = Args(directory=tyro.MISSING)
     args = cli.parse_args(default, argv, prog="python -m mlp_jax.report", description=DESCRIPTION)
     out = args.out or args.directory
-    cells = grid_cells(args.directory)
-    if not cells and read_metadata(args.directory).seed is not None:
-        raise UserError(f"{args.directory} has a single run, which has no spread")
     files.check_writable(out)
-    report = report_grid(cells) if cells else report_sweep(args.directory, args.data_dir)
+    made = report(args.directory, args.data_dir)
     files.make_directory(out / "figures")
-    files.write_json(out / "summary.json", report.summary)
+    files.write_json(out / "summary.json", made.summary)
     saved = [out / "summary.json"]
-    for name, figure in report.figures:
+    for name, figure in made.figures:
         saved.append(out / "figures" / name)
         with files.atomic_write(saved[-1]) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
-    print(report.text, "", *saved, sep="\n")
+    print(made.text, "", *saved, sep="\n")
 
 
-def report_sweep(directory: Path, data_dir: Path | None = None) -> Report:
-    """The spread of one sweep; raises UserError."""
+def report(directory: str | Path, data_dir: str | Path | None = None) -> Report:
+    """The spread of the sweep in `directory`, or the ranking of a grid; writes nothing.
+
+    UserError if there are no runs, or they were trained on other data.
+    """
+    if cells := grid_cells(Path(directory)):
+        return report_grid(cells)
+    if read_metadata(Path(directory)).seed is not None:
+        raise UserError(f"{directory} has a single run, which has no spread")
+    return report_sweep(Path(directory), data_dir)
+
+
+def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:
     # --help does without
+    from mlp_jax.analysis.crossed import crossed_indices
     from mlp_jax.analysis.figures import figures
     from mlp_jax.analysis.summary import format_table, summarize
     from mlp_jax.results import open_results, read_blocks, read_families
 
     metadata, paths, dataset, processors = open_results(directory, data_dir)
     families = read_families(paths, dataset.test.labels, dataset.n_classes)
-    blocks = {
-        family.rate: read_blocks(paths, family, metadata.config)
-        for family in families
-        if family.vary == "crossed"
-    }
-    summary = summarize(families, metadata.recipe, metadata.config, processors, blocks)
-    return Report(format_table(summary), summary, figures(families, summary, dataset.test.images))
+    config, crossed = metadata.config, {}
+    for family in families:
+        if family.vary == "crossed":
+            sums = read_blocks(paths, family, config)
+            crossed[family.rate] = sums and crossed_indices(sums, used_streams(config))
+    summary = summarize(families, metadata.recipe, config, processors, crossed)
+    drawn = figures(families, summary, dataset.test.images, crossed)
+    return Report(format_table(summary), summary, drawn)
 
 
 def report_grid(cells: Sequence[Path]) -> Report:
-    """The sweeps of a grid in the order of their means."""
     from mlp_jax.analysis.ranking import draw_ranking, format_ranking, rank
     from mlp_jax.records import rows
 
-    tables = {}
-    for cell in cells:
-        paths = rows.checked_files(cell)
-        table = rows.read_table(paths, ["test_correct", "test_loss", "train_loss"]).to_pydict()
-        _, predictions = next(rows.read_predictions(paths))
-        tables[cell.name] = table | {"n_test": predictions.shape[1]}
-    summary = rank(tables)
+    summary = rank({cell.name: rows.read_scores(cell) for cell in cells})
     return Report(format_ranking(summary), summary, iter([("grid.png", draw_ranking(summary))]))
 
 

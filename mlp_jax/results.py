@@ -1,10 +1,11 @@
-"""What a directory holds, as the commands that judge it read it: checked, counted, in families.
+"""What sweeps have, as the commands that judge them read it: checked, counted, in families.
 
 Equal rows give equal numbers, in whichever files they lie, and predictions are read as a stream.
 """
 
 import collections
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import Metadata, check_same
 from mlp_jax.training.arrays import Dataset
 from mlp_jax.training.config import Config
-from mlp_jax.training.run import BLOCK, crossed_seeds, make_run
+from mlp_jax.training.run import BLOCK, STREAMS, crossed_seeds, make_run
 
 
 class Results(NamedTuple):
@@ -32,7 +33,7 @@ class Results(NamedTuple):
     processors: dict[str, int]  # rows by what trained them
 
 
-def open_results(directory: Path, data_dir: Path | None = None) -> Results:
+def open_results(directory: Path, data_dir: str | Path | None = None) -> Results:
     """Raises UserError if there are none, for other data, and for rows of another kind; Damaged."""
     metadata, paths = read_metadata(directory), rows.checked_files(directory)
     processors, config = count_processors(paths, metadata), metadata.config
@@ -88,3 +89,41 @@ def read_blocks(paths: Sequence[Path], family: Family, config: Config) -> BlockS
     parts = [sums[block] for block in whole]
     contrasts, squares = (np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[:2])
     return BlockSums(contrasts, squares, parts[0].n_test)
+
+
+class Target(NamedTuple):
+    """One family of a sweep, at one learning rate."""
+
+    name: str  # as on a command line
+    directory: Path
+    metadata: Metadata
+    vary: str
+    rate: float
+
+    def read_scores(self) -> dict[int, float]:
+        """Accuracy by seed, nan where a run diverged."""
+        scores = rows.read_scores(self.directory)
+        return {run[2]: score for run, score in scores.items() if run[:2] == (self.vary, self.rate)}
+
+    def read_family(self, data_dir: Path | None = None) -> Family:
+        _, paths, dataset, _ = open_results(self.directory, data_dir)
+        families = read_families(paths, dataset.test.labels, dataset.n_classes)
+        return next(f for f in families if (f.vary, f.rate) == (self.vary, self.rate))
+
+
+def parse_target(text: str) -> Target:
+    """What DIR, DIR:FAMILY, DIR@RATE or both name: by default "all", and the only rate."""
+    match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@([\d.e+-]+))?", text)
+    place, vary, rate = match.groups() if match and not Path(text).is_dir() else (text, None, None)
+    vary, directory = vary or "all", Path(place)
+    if vary not in ("all", *STREAMS):
+        raise UserError(f"{text}: a family is all or one of {', '.join(STREAMS)}, not {vary!r}")
+    metadata = read_metadata(directory)
+    if metadata.seed is not None:
+        raise UserError(f"{directory} has a single run: compare sweeps")
+    rates = sorted({run[1] for run in rows.read_scores(directory) if run[0] == vary})
+    chosen = [each for each in rates if rate is None or f"{each:g}" == f"{float(rate):g}"]
+    if len(chosen) != 1:
+        found = ", ".join(f"{each:g}" for each in rates) or "none"
+        raise UserError(f"{text}: the learning rates of family {vary!r} are {found}: name one")
+    return Target(text, directory, metadata, vary, chosen[0])

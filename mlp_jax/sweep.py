@@ -84,28 +84,31 @@ def main(argv: list[str] | None = None) -> None:
         for cell in cells:
             # interleaved, so that all families grow together; there may be more shards than runs
             if runs := cell.runs[index::count]:
-                missing = train_cell(cell._replace(runs=runs), args, options, stop)
+                if args.out != cell.directory and not args.quiet:
+                    print(cell.directory, flush=True)
+                cell, data = cell._replace(runs=runs), args.data_options()
+                missing = train_cell(cell, data, options, stop)
             if runs and missing:
                 again = cli.command_line(PROG, argv)
                 counts = f"{len(runs) - missing} of {len(runs)} runs finished"
                 stop.exit(f"{counts}, the epochs of the others saved; resume with: {again}")
 
 
-def train_cell(cell: Cell, args: Args, options: dict, stop: cli.StopSignals) -> int:
-    """How many runs of `cell` are still missing after a stop; 0 at the end."""
+def train_cell(cell: Cell, data: dict, options: dict, stop: cli.StopSignals) -> int:
+    """Train what is missing of `cell`; how many of its runs still are, after a stop.
+
+    `data` and `options` are those of `load_dataset` and of `open_experiment`.
+    """
     # these take a second, and bad flags are answered without them
     from mlp_jax.data.dataset import load_dataset
     from mlp_jax.experiment import open_experiment
 
-    dataset = load_dataset(cell.config.dataset, **args.data_options())
+    dataset = load_dataset(cell.config.dataset, **data)
     opened = open_experiment(cell.directory, cell.config, dataset, cell.runs, **options)
     del dataset  # the devices have their own
     with opened as experiment:
-        if cell.directory != args.out and not args.quiet:
-            print(cell.directory, flush=True)
-        bar = console.Bar(
-            experiment, len(cell.runs), len(experiment.missing(cell.runs)), args.quiet
-        )
+        n_missing = len(experiment.missing(cell.runs))
+        bar = console.Bar(experiment, len(cell.runs), n_missing, data["quiet"])
         for epoch in experiment.train(cell.runs, lambda: stop.requested):
             bar.update(epoch)
         bar.close()

@@ -6,7 +6,7 @@ in colours that are safe for colour-blind readers, and are made to be read 900 p
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,17 @@ def add_legend(figure: Any, ax: Any, columns: int) -> Any:
     return figure
 
 
-def figures(families: list, summary: dict, images: np.ndarray) -> Iterator[tuple]:
-    """File names and figures; of the families, `all` at the recipe's rate stands for the sweep."""
+def figures(
+    families: list, summary: dict, images: np.ndarray, crossed: Mapping[float, Any]
+) -> Iterator[tuple]:
+    """File names and figures; of the families, `all` at the recipe's rate stands for the sweep.
+
+    `crossed` are Crossed indices by learning rate.
+    """
+    for rate, indices in crossed.items():
+        if indices:
+            name = "crossed.png" if len(crossed) == 1 else f"crossed-lr{rate:g}.png"
+            yield name, draw_indices(indices, summary["recipe"])
     recipe = RECIPES.get(summary["recipe"])
     families = [family for family in families if family.vary != "crossed"]
     if not families:

@@ -14,21 +14,18 @@ from mlp_jax.analysis.summary import format_value, to_json
 ALPHA = 0.05
 
 
-def rank(cells: Mapping[str, Mapping[str, Any]]) -> dict:
+def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]]) -> dict:
     """Mean accuracy of each cell and learning rate, highest first.
 
-    A cell has columns of equal length (vary, learning_rate, test_correct, both losses) and n_test.
-    Runs that vary one stream are left out, and those that diverged are counted apart. Intervals are
-    Student's at 1 - ALPHA / m of m means (Bonferroni), None below two runs.
+    A cell has accuracies by (vary, learning rate, seed), nan for a run that diverged. Runs that
+    vary one stream are left out. Intervals are Student's at 1 - ALPHA / m of m means (Bonferroni),
+    None below two runs.
     """
     scores: dict[tuple[str, float], list[float]] = {}
-    for name, columns in cells.items():
-        for i, vary in enumerate(columns["vary"]):
+    for name, cell in cells.items():
+        for (vary, rate, _), score in cell.items():
             if vary == "all":
-                loss = columns["train_loss"][i] + columns["test_loss"][i]
-                score = columns["test_correct"][i] / columns["n_test"]
-                each = scores.setdefault((name, columns["learning_rate"][i]), [])
-                each.append(score if math.isfinite(loss) else math.nan)
+                scores.setdefault((name, rate), []).append(score)
     ranked = []
     for (name, rate), values in scores.items():
         kept = np.array(values)[np.isfinite(values)]

@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlp_jax.analysis import predictions, stats
 from mlp_jax.analysis.compare import ALPHA, holm, sign_test
-from mlp_jax.analysis.crossed import BlockSums, crossed_indices
+from mlp_jax.analysis.crossed import Crossed
 from mlp_jax.analysis.predictions import PredictionCounts, signed_sqrt
 from mlp_jax.errors import UserError
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
@@ -96,40 +96,40 @@ def summarize(
     recipe: str,
     config: Config,
     processors: dict[str, int],
-    blocks: Mapping[float, BlockSums | None],
+    crossed: Mapping[float, Crossed | None],
 ) -> dict:
     """summary.json: the families and, where learning rates share seeds, these in pairs.
 
-    `blocks` are those of the crossed families, by learning rate: dependent runs, of which none of
-    the other statistics is true.
+    `crossed` has the indices of the crossed families by learning rate, None without a whole block;
+    their runs are dependent, so they have none of the other statistics.
     """
-    crossed = [family for family in families if family.vary == "crossed"]
+    blocks = [family for family in families if family.vary == "crossed"]
     families = [family for family in families if family.vary != "crossed"]
     summary = {
         "recipe": recipe,
         "dataset": config.dataset,
         "epochs": config.epochs,
         "processors": processors,
-        "n_test": len((families or crossed)[0].counts.labels),
+        "n_test": len((families or blocks)[0].counts.labels),
         "units": "shares of 1; intervals at 95 %; diverged runs (seeds) are in no statistic, but"
         " lose in pairs of learning rates, whose intervals (Jeffreys) are of one pair each; their"
         " p_holm is of the exact sign test, corrected for the number of pairs",
         "families": [family_statistics(family, families, recipe, config) for family in families],
         "learning_rates": compare_rates(families),
     }
-    if crossed:
-        streams = used_streams(config)
-        each = [crossed_statistics(family, blocks[family.rate], streams) for family in crossed]
+    if blocks:
+        each = [crossed_statistics(family, crossed[family.rate], config) for family in blocks]
         summary["crossed"] = each
     return summary
 
 
-def crossed_statistics(family: Family, sums: BlockSums | None, streams: Sequence[str]) -> dict:
+def crossed_statistics(family: Family, indices: Crossed | None, config: Config) -> dict:
     """Which of the crossed streams makes accuracy vary; without indices if no block is whole."""
-    used = len(sums.contrasts) * 2 ** len(streams) if sums else 0
+    streams = used_streams(config)
+    used = indices.test.blocks * 2 ** len(streams) if indices else 0
     result = {"learning_rate": family.rate, "streams": list(streams), "runs": used}
     result |= {"runs_in_broken_blocks": len(family.seeds) - used, "diverged": family.diverged}
-    return to_json(result | (crossed_indices(sums, streams)._asdict() if sums else {}))
+    return to_json(result | (indices._asdict() if indices else {}))
 
 
 def format_crossed(crossed: dict) -> list[str]:

@@ -43,12 +43,12 @@ class Metadata(NamedTuple):
     def from_json(cls, fields: dict) -> "Metadata":
         """UserError for fields that this version of mlp_jax did not write."""
         try:
-            settings = dict(fields["config"])
+            config = dict(fields["config"])
             # sweeps once kept all their learning rates here; each row has its own
-            if isinstance(rates := settings["learning_rate"], list):
-                settings["learning_rate"] = rates[0]
-            metadata = cls(**fields | {"config": Config.from_json(settings)})
-            _settings(metadata), _numerics(metadata)
+            if isinstance(rates := config["learning_rate"], list):
+                config["learning_rate"] = rates[0]
+            metadata = cls(**fields | {"config": Config.from_json(config)})
+            settings(metadata), numerics(metadata)
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise UserError("written by another version of mlp_jax") from error
         return metadata
@@ -117,23 +117,23 @@ def _git_state() -> dict | None:
         return None
 
 
-def _settings(metadata: Metadata) -> dict[str, Any]:
+def settings(metadata: Metadata) -> dict[str, Any]:
     """What the runs of a directory share for good."""
-    settings = dataclasses.asdict(metadata.config)
+    fields = dataclasses.asdict(metadata.config)
     if metadata.seed is None:
-        del settings["learning_rate"]  # it tells the runs of a sweep apart
-    return {"recipe": metadata.recipe, "seed": metadata.seed} | settings
+        del fields["learning_rate"]  # it tells the runs of a sweep apart
+    return {"recipe": metadata.recipe, "seed": metadata.seed} | fields
 
 
-def _numerics(metadata: Metadata) -> dict[str, Any]:
+def numerics(metadata: Metadata) -> dict[str, Any]:
     """What else can change a number."""
     environment = FORMER_NUMERICS | metadata.environment
     names = ("backend", "device_kind", "prng", "matmul_precision", *FORMER_NUMERICS)
     if environment["backend"] != "cpu":
         names = names[:-1]  # rows of any number of lanes above one agree in distribution
     versions = environment["versions"]
-    numerics = {name: versions[name] for name in ("jax", "jaxlib", "flax", "optax")}
-    return numerics | {name: environment[name] for name in names} | {"program": metadata.program}
+    here = {name: versions[name] for name in ("jax", "jaxlib", "flax", "optax")}
+    return here | {name: environment[name] for name in names} | {"program": metadata.program}
 
 
 def check_same(place: Path, stored: Metadata, asked: Metadata) -> None:
@@ -145,16 +145,16 @@ def check_same(place: Path, stored: Metadata, asked: Metadata) -> None:
         data = (stored.fingerprint, asked.fingerprint)
     else:
         data = (stored.images or stored.fingerprint, asked.images or asked.fingerprint)
-    asked_settings = _settings(asked)
-    pairs = {name: (value, asked_settings.get(name)) for name, value in _settings(stored).items()}
+    asked_settings = settings(asked)
+    pairs = {name: (value, asked_settings.get(name)) for name, value in settings(stored).items()}
     for name, (before, now) in (pairs | {"data": data}).items():
         if before != now:
             advice = "change that, or name another --out"
             raise UserError(f"{place} has {name}={before}; you asked for {name}={now}: {advice}")
     if stored.mixed or asked.mixed:
         return
-    here = _numerics(asked)
-    for name, before in _numerics(stored).items():
+    here = numerics(asked)
+    for name, before in numerics(stored).items():
         if name == "program" and None in (before, here[name]):
             continue
         if before != here[name]:

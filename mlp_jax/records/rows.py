@@ -216,6 +216,17 @@ def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[list[tuple], np.nd
         yield run_ids(batch), predictions(batch["predictions"])
 
 
+def read_scores(directory: Path) -> dict[tuple[str, float, int], float]:
+    """Accuracy of each run by ROW_ID, nan where it diverged; UserError if there are none."""
+    paths = checked_files(directory)
+    names = ("test_correct", "train_loss", "test_loss")
+    table = read_table(paths, names)
+    correct, *losses = (table[name].to_numpy() for name in names)
+    _, first = next(read_predictions(paths))
+    scores = np.where(np.isfinite(sum(losses)), correct / first.shape[1], np.nan)
+    return dict(zip(run_ids(table), scores.tolist(), strict=True))
+
+
 def predictions(column) -> np.ndarray:
     """uint8 [runs, images] of a Parquet column of predictions."""
     return np.stack([np.frombuffer(row.as_buffer(), np.uint8) for row in column])

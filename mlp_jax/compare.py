@@ -1,0 +1,197 @@
+"""`python -m mlp_jax.compare`: whether the runs of one sweep score higher than those of another."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from mlp_jax import cli, files
+from mlp_jax.errors import UserError
+from mlp_jax.records.provenance import numerics, settings
+from mlp_jax.training.run import make_runs
+
+if TYPE_CHECKING:  # --help does without
+    from mlp_jax.analysis.compare import Comparison
+    from mlp_jax.results import Target
+
+PROG = "python -m mlp_jax.compare"
+DESCRIPTION = (
+    "Say whether the runs of one sweep score higher than those of another. DIR:FAMILY@RATE names"
+    " one family or learning rate of a sweep, as in runs/why:order or runs/rates@0.1."
+)
+STEP = 10  # seeds between two looks of --until-decided
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    sweeps: tyro.conf.Positional[tuple[str, ...]]
+    """Two or more sweeps."""
+    margin: float = 0.05
+    """Difference in percentage points below which two sweeps count as equivalent."""
+    until_decided: bool = False
+    """Train further seeds of both sweeps until a confidence sequence decides, which holds however
+    often it is looked at."""
+    max_seeds: int = 1000
+    """Seeds after which --until-decided gives up."""
+    out: Path | None = None
+    """Directory for comparison.json and figures; default: nothing is written."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a verdict on each pair of sweeps; raises UserError."""
+    default = Args(sweeps=tyro.MISSING)
+    args = cli.parse_args(default, argv, prog=PROG, description=DESCRIPTION)
+    if not 0 < args.margin < 100:
+        raise UserError(f"--margin must be between 0 and 100 points, not {args.margin}")
+    if len(args.sweeps) < 2 or (args.until_decided and len(args.sweeps) > 2):
+        raise UserError("name two sweeps" + " or more" * (not args.until_decided))
+    if args.out:
+        files.check_writable(args.out)
+
+    # these take a second, and bad flags are answered without them
+    from mlp_jax.analysis.compare import describe
+    from mlp_jax.results import parse_target
+
+    targets = [parse_target(sweep) for sweep in args.sweeps]
+    check_comparable(targets)
+    if args.until_decided:
+        train_until_decided(targets, args, cli.command_line(PROG, argv))
+    pairs = list(itertools.combinations(targets, 2))
+    compared = [compare_targets(a, b, args.margin / 100, args.data_dir) for a, b in pairs]
+    for (a, b), comparison in zip(pairs, compared, strict=True):
+        print(describe(comparison, a.name, b.name), format_details(a, b, comparison), sep="\n")
+    if args.out:
+        write(args.out, pairs, compared)
+
+
+def compare(a: str | Path, b: str | Path, *, margin: float = 0.05) -> "Comparison":
+    """A `Comparison` of the test accuracies (shares of 1) of two sweeps, from the rows on disk.
+
+    Each is a directory, or DIR:FAMILY@RATE as on the command line. `margin` is in percentage
+    points. Paired by seed where they share at least half of their seeds. UserError for other data.
+    """
+    from mlp_jax.results import parse_target
+
+    targets = [parse_target(str(sweep)) for sweep in (a, b)]
+    check_comparable(targets)
+    return compare_targets(*targets, margin / 100)
+
+
+def check_comparable(targets: Sequence["Target"]) -> None:
+    """UserError if the targets were scored on different data."""
+    first = targets[0]
+    for other in targets[1:]:
+        for name in ("dataset", "split"):
+            ours, theirs = (getattr(each.metadata.config, name) for each in (first, other))
+            if ours != theirs:
+                raise UserError(f"{first.name} has {name}={ours}, and {other.name} {name}={theirs}")
+
+
+def compare_targets(
+    a: "Target", b: "Target", margin: float, data_dir: Path | None = None
+) -> "Comparison":
+    """A against B, of the runs that did not diverge; `margin` is a share of 1."""
+    from mlp_jax.analysis.compare import compare as compare_scores
+    from mlp_jax.analysis.predictions import sd_over_test_sets
+
+    families = [target.read_family(data_dir) for target in (a, b)]
+    for target, family in zip((a, b), families, strict=True):
+        if len(family.seeds) < 2:
+            raise UserError(f"{target.name} has fewer than two runs that did not diverge")
+    ours, theirs = (
+        dict(zip(f.seeds.tolist(), f.correct[:, -1] / len(f.counts.labels), strict=True))
+        for f in families
+    )
+    spread = sd_over_test_sets(*(family.counts for family in families))
+    return compare_scores(ours, theirs, margin=margin, sd_over_test_sets=spread)
+
+
+def differences(a: "Target", b: "Target") -> dict[str, tuple]:
+    """What may have made the difference: settings, and what else can change a number."""
+    ours, theirs = (
+        settings(each.metadata)
+        | numerics(each.metadata)
+        | {"family": each.vary, "learning_rate": each.rate}
+        for each in (a, b)
+    )
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+def format_details(a: "Target", b: "Target", comparison: "Comparison") -> str:
+    """What the two differ in, and what the comparison rests on."""
+    texts = [
+        "training code" if name == "program" else f"{name.replace('_', ' ')} ({ours}, {theirs})"
+        for name, (ours, theirs) in differences(a, b).items()
+    ]
+    text = f"They differ in {', '.join(texts) or 'no setting'}; p = {comparison.p_value:.2g}"
+    if not math.isnan(comparison.correlation):
+        text += (
+            f"; paired by seed with a correlation of {comparison.correlation:.2f}, which leaves"
+            f" {comparison.variance_ratio:.2f} of the variance of independent runs"
+        )
+    return text + ".\n"
+
+
+def write(out: Path, pairs: Sequence[tuple], compared: Sequence["Comparison"]) -> None:
+    """comparison.json, with p values adjusted for the number of pairs, too; a figure for each."""
+    from mlp_jax.analysis.compare import describe, holm
+    from mlp_jax.analysis.figures import draw_comparison
+    from mlp_jax.analysis.summary import to_json
+
+    adjusted = holm([comparison.p_value for comparison in compared]).tolist()
+    files.make_directory(out)
+    record = []
+    for i, ((a, b), comparison) in enumerate(zip(pairs, compared, strict=True)):
+        each = {"a": a.name, "b": b.name, "differences": differences(a, b)}
+        each |= comparison._asdict() | {"p_value_holm": adjusted[i]}
+        record.append(to_json(each | {"says": describe(comparison, a.name, b.name)}))
+        scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
+        figure = draw_comparison(*scores, comparison, (a.name, b.name))
+        name = "comparison.png" if len(pairs) == 1 else f"comparison-{i + 1}.png"
+        with files.atomic_write(out / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+    units = "shares of 1; intervals at 95 %"
+    files.write_json(out / "comparison.json", {"units": units, "comparisons": record})
+
+
+def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> None:
+    """Train the same seeds of both targets until their difference is decided."""
+    from mlp_jax.analysis.compare import FIRST_LOOK, decide
+    from mlp_jax.sweep import Cell, train_cell
+    from mlp_jax.training.parallel import use_cores
+
+    use_cores()
+    seeds = sorted(set().union(*(target.read_scores() for target in targets)))
+    wanted = max(FIRST_LOOK, len(seeds))
+    with cli.StopSignals() as stop:
+        while True:
+            seeds += range(seeds[-1] + 1, seeds[-1] + 1 + wanted - len(seeds))
+            for target in targets:
+                config, recipe = target.metadata.config, target.metadata.recipe
+                runs = make_runs(seeds, [target.vary], [target.rate])
+                data = {"data_dir": args.data_dir, "split": config.split, "quiet": True}
+                cell = Cell(target.directory, config, runs)
+                if train_cell(cell, data, {"recipe": recipe}, stop):
+                    stop.exit(f"what is finished is stored; resume with: {again}")
+            a, b = (target.read_scores() for target in targets)
+            pairs = [d for seed in seeds if not math.isnan(d := a[seed] - b[seed])]
+            decision = decide(pairs, margin=args.margin / 100)
+            print(format_decision(decision, len(pairs)), flush=True)
+            if decision.verdict != "undecided" or wanted >= args.max_seeds:
+                return
+            wanted = min(wanted + STEP, args.max_seeds)
+
+
+def format_decision(decision, pairs: int) -> str:
+    mean, low, high = (100 * end for end in decision.difference)
+    return f"{pairs} pairs: {mean:+.3f} ({low:+.3f} to {high:+.3f}) points: {decision.verdict}"
+
+
+if __name__ == "__main__":
+    cli.run_cli(main)

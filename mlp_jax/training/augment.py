@@ -4,10 +4,12 @@ The key of a deformation is folded from (seed, augment stream, epoch, image), so
 deformed alike in an epoch whatever the order of the examples and the batch size.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.ndimage import map_coordinates
+from jax import lax
 
 from mlp_jax.training.arrays import N_PIXELS
 from mlp_jax.training.config import Config
@@ -16,29 +18,66 @@ SIDE = 28
 
 
 def deform_batch(
-    pixels: jax.Array, indices: jax.Array, key: jax.Array, *, config: Config
+    images: jax.Array, indices: jax.Array, key: jax.Array, *, config: Config
 ) -> jax.Array:
-    """Float32 [batch, 784], each image deformed by the key of its index; `key` is the epoch's."""
+    """Float32 [batch, 784] in [0, 1] of uint8 images, each deformed by the key of its index.
+
+    `key` is the epoch's.
+    """
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-    return jax.vmap(lambda image, key: deform(image, key, config=config))(pixels, keys)
+    return deform(images, keys, config=config)
 
 
-def deform(image: jax.Array, key: jax.Array, *, config: Config) -> jax.Array:
-    """One image, float32 [784], sampled bilinearly at moved positions; 0 beyond its border."""
-    positions = list(sampling_positions(key, config=config))
-    image = jnp.reshape(image, (SIDE, SIDE))
-    return jnp.reshape(map_coordinates(image, positions, order=1), N_PIXELS)
+def deform(images: jax.Array, keys: jax.Array, *, config: Config) -> jax.Array:
+    """Uint8 images [n, 784] as `deform_batch` has them, with a key for each."""
+    positions = jax.vmap(lambda key: sampling_positions(key, config=config))(keys)
+    # without the barrier XLA computes them anew for each of their uses
+    return jax.vmap(sample)(images, lax.optimization_barrier(positions))
+
+
+def sample(image: jax.Array, positions: jax.Array) -> jax.Array:
+    """Pixels [784] in [0, 1], bilinear at `positions` [2, 28, 28] of a uint8 image [784].
+
+    Beyond the border they fall to 0 over one pixel.
+    """
+    rows, columns = jnp.reshape(positions, (2, N_PIXELS))
+    (row, down, near_row), (column, right, near_column) = locate(rows), locate(columns)
+    # Each word has the 2 x 2 pixels of which its own is the first, since on CPU a gather is what
+    # this takes its time for.
+    pixels, n_words = image.astype(jnp.uint32), N_PIXELS - SIDE - 1
+    starts = (0, 1, SIDE, SIDE + 1)
+    words = sum(pixels[start : start + n_words] << (8 * i) for i, start in enumerate(starts))
+    word = words[SIDE * row + column]
+    top_left, top_right, bottom_left, bottom_right = (
+        (word >> (8 * i) & 255).astype(jnp.int32).astype(jnp.float32) for i in range(4)
+    )
+    top = top_left + right * (top_right - top_left)
+    bottom = bottom_left + right * (bottom_right - bottom_left)
+    return (top + down * (bottom - top)) * (near_row * near_column / 255)
+
+
+def locate(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of positions along an axis: the pixel before each, the way to the next, in [0, 1], and the
+    share that is not beyond the border."""
+    inside = jnp.clip(x, 0, SIDE - 1)
+    before = jnp.minimum(inside, SIDE - 2).astype(jnp.int32)
+    return before, inside - before, jnp.maximum(0, 1 - jnp.abs(x - inside))
 
 
 def sampling_positions(key: jax.Array, *, config: Config) -> jax.Array:
     """Where the pixels of a deformed image are taken from: rows and columns, [2, 28, 28].
 
-    Rotation, shear, both scales and both shifts are uniform. The elastic shifts are normal, with
-    the covariance of noise smoothed by a Gaussian of width `elastic_sigma` (Simard, Steinkraus and
-    Platt 2003, who draw uniform noise for each pixel and do not fix the SD of the result).
+    Rotation, shear, both scales and both shifts are uniform. The elastic shifts have the covariance
+    of noise smoothed by a Gaussian of width `elastic_sigma`; as in Simard, Steinkraus and Platt
+    (2003) the noise is uniform, but the SD of the result is fixed.
     """
-    affine_key, elastic_key = jax.random.split(key)
-    rotation, shear, *scales_and_shift = jax.random.uniform(affine_key, (6,), minval=-1, maxval=1)
+    bumps = smooth_basis(config.elastic_sigma)
+    n_knots = bumps.shape[1]
+    n_weights = 2 * n_knots**2 if config.elastic else 0
+    # random bits are dear on CPU: 32 for each number of the affine map, 8 for each elastic one
+    bits = jax.random.bits(key, (6 + -(-n_weights // 4),))
+    draws = lax.bitcast_convert_type(bits[:6], jnp.int32).astype(jnp.float32) / 2.0**31
+    rotation, shear, *scales_and_shift = draws  # in [-1, 1]
     scales, shift = jnp.split(jnp.stack(scales_and_shift), 2)
     angle = jnp.deg2rad(config.rotation) * rotation
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -49,9 +88,10 @@ def sampling_positions(key: jax.Array, *, config: Config) -> jax.Array:
     positions = jnp.einsum("ab,bij->aij", turn @ stretch, grid) + centre
     positions += config.shift * shift[:, None, None]
     if config.elastic:
-        bumps = smooth_basis(config.elastic_sigma)
-        noise = jax.random.normal(elastic_key, (2, bumps.shape[1], bumps.shape[1]))
-        positions += config.elastic * jnp.einsum("ik,akl,jl->aij", bumps, noise, bumps)
+        weights = jnp.ravel(lax.bitcast_convert_type(bits[6:], jnp.int8))[:n_weights]
+        weights = (weights + 0.5) / math.sqrt((2**16 - 1) / 12)  # their SD, so that it is 1
+        weights = jnp.reshape(weights, (2, n_knots, n_knots))
+        positions += config.elastic * jnp.einsum("ik,akl,jl->aij", bumps, weights, bumps)
     return positions
 
 

@@ -100,9 +100,11 @@ def train_epoch(
     augment_key = jax.random.fold_in(keys.augment, epoch)
 
     def one_step(state: TrainState, rows: jax.Array, mask: jax.Array):
-        pixels = to_float(split.images[rows])
+        pixels = split.images[rows]
         if config.augments:
             pixels = deform_batch(pixels, rows, augment_key, config=config)
+        else:
+            pixels = to_float(pixels)
         batch = Batch(pixels, split.labels[rows], mask)
         return train_step(state, batch, keys, learning_rate, n_steps, config=config)
 

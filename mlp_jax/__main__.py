@@ -1,0 +1,38 @@
+"""`mlp-jax COMMAND ...` and `python -m mlp_jax COMMAND ...`: the commands under one name.
+
+Imports the module of the chosen command alone, so that `--help` is answered at once.
+"""
+
+import importlib
+import sys
+
+from mlp_jax.errors import nearest
+
+COMMANDS = {
+    "train": "one run, epoch by epoch, and the files it leaves",
+    "sweep": "many runs of one recipe, in a directory that can be resumed",
+    "report": "how much a sweep's test accuracy varies, and why",
+    "verify": "train some stored runs again and compare every number",
+    "predict": "which digit is in an image, and how sure trained runs are",
+    "demo": "a page to draw digits on; one file, which needs no server",
+}
+USAGE = "usage: mlp-jax COMMAND [--help] ..."
+
+
+def main() -> None:
+    """Run the command that `sys.argv` names, as `python -m mlp_jax.COMMAND` would."""
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE, "", *(f"  {name:<9}{text}" for name, text in COMMANDS.items()), sep="\n")
+    elif name in COMMANDS:
+        from mlp_jax import cli
+
+        module = importlib.import_module(f"mlp_jax.{name}")
+        cli.run_cli(lambda: module.main(argv))
+    else:
+        print(f"error: unknown command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -81,8 +81,9 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> No
     """An .npz of `arrays`, with `metadata` as JSON and the SHA-256 of both."""
     about = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
     digest = np.frombuffer(_array_digest(arrays | {"metadata": about}), np.uint8)
+    content: dict[str, Any] = arrays | {"metadata": about, "sha256": digest}
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays, metadata=about, sha256=digest)
+        np.savez(file, **content)
 
 
 def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:

@@ -71,13 +71,14 @@ def count_block(block: ArrayLike, labels: NDArray, classes: NDArray[np.int64]) -
 
     Returns the images that each run gets right among those of even and of odd index, [2, r].
     """
-    correct = [np.zeros((2, 0), np.int64)]
+    correct: list[NDArray] = [np.zeros((2, 0), np.int64)]
     for part in _parts(block):
         for c in range(classes.shape[1]):
             # A uint8 sum over at most 255 rows cannot wrap, and is 9 times as fast as bincount.
             classes[:, c] += (part == c).view(np.uint8).sum(axis=0, dtype=np.uint8)
         right = part == labels
-        correct.append([np.count_nonzero(half, axis=1) for half in (right[:, ::2], right[:, 1::2])])
+        halves = (right[:, ::2], right[:, 1::2])
+        correct.append(np.array([np.count_nonzero(half, axis=1) for half in halves]))
     return np.concatenate(correct, axis=1)
 
 

@@ -86,8 +86,9 @@ def make_families(
     families = []
     for name, mine in family_of.items():
         kept, diverged = mine & finite, seeds[mine & ~finite].tolist()
-        per_run = (seeds[kept], history["test_correct"][kept], seconds[kept], diverged)
-        families.append(Family(*name, *per_run, counts[name], overlaps[kept]))
+        correct = history["test_correct"][kept]
+        predicted = (counts[name], overlaps[kept])
+        families.append(Family(*name, seeds[kept], correct, seconds[kept], diverged, *predicted))
     return families
 
 

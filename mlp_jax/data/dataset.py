@@ -90,7 +90,8 @@ def _decode(name: str, directory: Path, quiet: bool) -> Dataset:
     except Exception as error:  # array_record, protobuf and Pillow each raise their own
         reason = one_line(error)
         raise UserError(f"{directory} cannot be read ({reason}): remove it") from error
-    return make_dataset(name, *splits, builder.info.features["label"].num_classes)
+    train, test = splits
+    return make_dataset(name, train, test, builder.info.features["label"].num_classes)
 
 
 def _read_cache(name: str, directory: Path) -> Dataset | None:

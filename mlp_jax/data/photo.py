@@ -44,8 +44,8 @@ def read_grey(path: Path) -> np.ndarray:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # of odd metadata, and of half of Pillow's size limit
             image.draft("L", (LONGEST, LONGEST))  # a JPEG is decoded at a fraction of its size
-            image = make_grey(ImageOps.exif_transpose(image))
-            image = image.reduce(-(-max(image.size) // LONGEST))
+            upright = make_grey(ImageOps.exif_transpose(image))
+            small = upright.reduce(-(-max(upright.size) // LONGEST))
     except Image.DecompressionBombError:
         raise UserError("has too many pixels to be read: make it smaller") from None
     except OSError as error:
@@ -53,8 +53,8 @@ def read_grey(path: Path) -> np.ndarray:
         raise UserError(f"cannot be read: {reason}") from None
     except Exception as error:  # each of Pillow's decoders raises its own
         raise UserError(f"cannot be read: {one_line(error)}") from None
-    grey = np.nan_to_num(np.asarray(image, float))
-    return grey / (255 if image.mode == "L" else max(grey.max(), 1))
+    grey = np.nan_to_num(np.asarray(small, float))
+    return grey / (255 if small.mode == "L" else max(grey.max(), 1))
 
 
 def make_grey(image: Image.Image) -> Image.Image:

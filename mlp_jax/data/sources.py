@@ -149,7 +149,7 @@ def _write(builder: Any, arrays: list[np.ndarray]) -> None:
             Image.fromarray(image).save(png, "PNG")
             yield key, {"image": png.getvalue(), "label": int(label)}
 
-    base = type(builder)
+    base: Any = type(builder)
     with tfds.core.registered.skip_registration():
 
         class Builder(base):

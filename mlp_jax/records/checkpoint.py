@@ -144,8 +144,8 @@ def load_committee(directory: str | Path | None = None) -> Committee:
         params = traverse_util.unflatten_dict(arrays, sep="/")
         runs = tuple(make_run(*run) for run in runs)
         return Committee(Config.from_json(about["config"]), runs, params, metrics)
-    members = map(_read_weights, _find_weights(directory))
-    members = [member for member in members if np.isfinite(member.metrics["test_loss"])]
+    stored = map(_read_weights, _find_weights(directory))
+    members = [member for member in stored if np.isfinite(member.metrics["test_loss"])]
     if not members:
         raise UserError(f"all runs in {directory} diverged")
     configs, runs, params, metrics = zip(*sorted(members, key=lambda m: m.run), strict=True)

@@ -130,7 +130,7 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def new_directory(directory: Path) -> Path:
+def new_directory(directory: Path) -> Path:  # type: ignore[return]  # count() has no end
     """Create `directory`, or the first of directory-2, directory-3, ... that does not exist."""
     for i in itertools.count(1):
         candidate = directory if i == 1 else directory.with_name(f"{directory.name}-{i}")

@@ -59,6 +59,7 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
     import jax
 
     packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    settings = jax.config.values
     return {
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in packages},
@@ -67,18 +68,18 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         "n_devices": len(devices),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "prng": jax.config.jax_default_prng_impl,
-        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
-        "x64": jax.config.jax_enable_x64,
-        "threefry_partitionable": jax.config.jax_threefry_partitionable,
-        "random_seed_offset": jax.config.jax_random_seed_offset,
+        "prng": settings["jax_default_prng_impl"],
+        "matmul_precision": settings["jax_default_matmul_precision"] or "default",
+        "x64": settings["jax_enable_x64"],
+        "threefry_partitionable": settings["jax_threefry_partitionable"],
+        "random_seed_offset": settings["jax_random_seed_offset"],
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "git": _git_state(),
     }
 
 
 # What older records do not say of their environment, but had.
-FORMER_NUMERICS = {
+FORMER_NUMERICS: dict[str, Any] = {
     "x64": False,
     "threefry_partitionable": True,
     "random_seed_offset": 0,

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,8 @@ class Dataset(NamedTuple):
     n_classes: int
     fingerprint: str  # SHA-256 (hex) of all four arrays, in TFDS's order
     image_fingerprint: str = ""  # and of the training images, all that older records name
-    split: str = "test"  # what `test` has: the test set, or validation images held out of `train`
+    # what `test` has: the test set, or validation images held out of `train`
+    split: Literal["test", "validation"] = "test"
 
 
 def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Dataset:
@@ -64,8 +65,9 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
         )
     if (n_steps := count_steps(config, n_train)) >= 2**31:
         raise UserError(f"{config.epochs} epochs are {n_steps} steps; at most {2**31 - 1} fit")
-    of_data = {"dataset": dataset.name, "split": dataset.split, "n_classes": dataset.n_classes}
-    return dataclasses.replace(config, **of_data)
+    return dataclasses.replace(
+        config, dataset=dataset.name, split=dataset.split, n_classes=dataset.n_classes
+    )
 
 
 def count_steps(config: Config, n_train: int) -> int:

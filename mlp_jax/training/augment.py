@@ -84,7 +84,7 @@ def sampling_positions(key: jax.Array, *, config: Config) -> jax.Array:
     turn = jnp.array([[cos, -sin], [sin, cos]])
     stretch = jnp.diag(1 + config.scale * scales).at[0, 1].set(config.shear * shear)
     centre = (SIDE - 1) / 2
-    grid = np.stack(np.mgrid[:SIDE, :SIDE]).astype(np.float32) - centre
+    grid = np.mgrid[:SIDE, :SIDE].astype(np.float32) - centre
     positions = jnp.einsum("ab,bij->aij", turn @ stretch, grid) + centre
     positions += config.shift * shift[:, None, None]
     if config.elastic:

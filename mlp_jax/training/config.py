@@ -163,7 +163,7 @@ RECIPES: dict[str, Config] = {
     # One epoch with momentum, for studies that need thousands of runs: about 96.4 %.
     "short": Config(optimizer="momentum", learning_rate=0.1, epochs=1),
 }
-DEFAULT_RECIPE = "keras-sgd"
+DEFAULT_RECIPE: RecipeName = "keras-sgd"
 
 REFERENCES: dict[str, Reference] = {
     "keras-sgd": Reference(9726, "the Keras README"),

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -160,7 +160,7 @@ def program_text(config: Config, n_train: int, n_test: int) -> str:
     It changes with anything in this code that can change a number, and neither with comments, names
     and files nor with the rate, the epochs and the seeds. What JAX makes of it, its version says.
     """
-    array = jax.ShapeDtypeStruct
+    array: Any = jax.ShapeDtypeStruct
     run = (array((len(STREAMS),), np.uint32), array((), np.float32))
     splits = (
         Split(array((n, N_PIXELS), np.uint8), array((n,), np.int32)) for n in (n_train, n_test)
@@ -188,18 +188,19 @@ def _compile(config: Config, placement: Placement, n_train: int, n_test: int) ->
     width, by_run = placement.width, placement.one_run_a_place
     runs = (array((width, len(STREAMS)), np.uint32, by_run), array((width,), np.float32, by_run))
     count = jax.ShapeDtypeStruct((), np.int32)
-    init, epoch = (
+    init_fn, epoch_fn = (
         jax.jit(map_runs(functools.partial(fn, config), placement), donate_argnums=0)
         for fn in (_init, _epoch)
     )
-    init = init.lower((), runs, ())
-    epoch = epoch.lower(init.out_info[0], runs, (split(n_train), split(n_test), count, count))
+    init = init_fn.lower((), runs, ())
+    epoch = epoch_fn.lower(init.out_info[0], runs, (split(n_train), split(n_test), count, count))
     # without it XLA's CPU backend copies two of the kernels in every step
-    in_place = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    in_place: dict[str, Any] = {"xla_cpu_copy_insertion_use_region_analysis": True}
     options = in_place if placement.devices[0].platform == "cpu" else {}
     with ThreadPoolExecutor(max_workers=1) as beside:
         # init runs once, for milliseconds, and would take a second to optimise
-        quick = beside.submit(init.compile, {"xla_backend_optimization_level": 0})
+        as_it_is: dict[str, Any] = {"xla_backend_optimization_level": 0}
+        quick = beside.submit(init.compile, as_it_is)
         return Programs(epoch=epoch.compile(options), init=quick.result())
 
 

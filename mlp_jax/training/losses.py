@@ -1,7 +1,7 @@
 """What training minimises. Every term of the loss is here and nowhere else."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def loss_fn(
     stored under their names with `train_` before them.
     """
 
-    def apply(pixels: jax.Array) -> jax.Array:
+    def apply(pixels: jax.Array) -> Any:
         rngs = {"dropout": keys.dropout}
         return make_model(config).apply({"params": params}, pixels, train=True, rngs=rngs)
 
@@ -73,7 +73,8 @@ def mix(
     partners = jax.random.permutation(order_key, len(labels))
     shares = jnp.where(mask[partners] > 0, share, 1.0)[:, None]
     targets = jax.nn.one_hot(labels, config.n_classes)
-    return tuple(shares * each + (1 - shares) * each[partners] for each in (pixels, targets))
+    mixed = [shares * each + (1 - shares) * each[partners] for each in (pixels, targets)]
+    return mixed[0], mixed[1]
 
 
 def virtual_adversarial_losses(

@@ -81,20 +81,24 @@ def place(
     try:
         local = jax.local_devices()
     except (RuntimeError, AssertionError) as error:
-        asked = jax.config.jax_platforms or "any"
+        asked = jax.config.values["jax_platforms"] or "any"
         raise UserError(f"JAX finds no device (platforms: {asked}): {one_line(error)}") from error
     if devices == "auto":
         devices = len(local)
     if devices > len(local):
         raise UserError(f"--devices {devices}: there are {len(local)} ({local[0].device_kind})")
     chosen = tuple(local[: min(devices, n_runs)])
-    if lanes == "auto" and chosen[0].platform == "cpu":
-        lanes = 1
-    elif lanes == "auto":
-        memory = (chosen[0].memory_stats() or {}).get("bytes_limit", 8 * 2**30)
-        lanes = min(MAX_AUTO_LANES, memory // 2 // run_bytes, math.ceil(n_runs / len(chosen)))
+    if lanes == "auto":
+        lanes = _auto_lanes(chosen[0], run_bytes)
     # more lanes than runs would train padding
     return Placement(chosen, max(1, min(lanes, math.ceil(n_runs / len(chosen)))))
+
+
+def _auto_lanes(device: jax.Device, run_bytes: int) -> int:
+    if device.platform == "cpu":
+        return 1
+    memory = (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
+    return min(MAX_AUTO_LANES, memory // 2 // run_bytes)
 
 
 def map_runs(fn: Callable, placement: Placement) -> Callable:

@@ -5,7 +5,7 @@ so what a run draws does not depend on the runs beside it.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: dict
     opt_state: optax.OptState
-    mean_params: dict | tuple = ()  # running mean of the weights, if it is what is scored
+    mean_params: Any = ()  # running mean of the weights, if it is what is scored
 
 
 def run_keys(seeds: jax.Array) -> Streams:

@@ -140,7 +140,8 @@ def format_crossed(crossed: dict) -> list[str]:
         lines[0] += f"; {left} more are in blocks that are not finished, or diverged"
     for key, meaning in (("test", "on this test set"), ("distribution", "on an infinite one")):
         if indices := crossed.get(key):
-            sd = {end: signed_sqrt(value) for end, value in indices["variance"].items()}
+            variance = indices["variance"].items()  # its ends are None where there are few blocks
+            sd = {end: None if v is None else float(signed_sqrt(v)) for end, v in variance}
             value, interval = format_value(sd, "points")
             lines.append(f"  SD {meaning:<21}{value:>8}  {interval}")
             for name in crossed["streams"]:

@@ -1,0 +1,168 @@
+"""Sweeps that answer a question: crossed streams, grids, and whether A scores higher than B."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import mlp_jax as mj
+from mlp_jax.analysis.compare import FIRST_LOOK
+from mlp_jax.compare import main as compare_main
+from mlp_jax.records.rows import predictions, row_files
+from mlp_jax.report import main as report_main
+from mlp_jax.sweep import main as sweep_main
+
+TINY = [
+    *("--dataset", "kmnist", "--hidden", "16", "8", "--quiet", "--batch-size", "32"),
+    *("--epochs", "1", "--learning-rate", "0.1", "--recipe", "short"),
+]
+
+
+@pytest.fixture
+def sweep(small_dir, here, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(small_dir))
+    return lambda *flags: sweep_main([*TINY, *flags])
+
+
+def test_a_report_on_crossed_streams_is_the_design_by_hand(sweep, small):
+    sweep("--crossed", "12", "--chunk", "7", "--out", "s")
+    report_main(["s"])
+    summary = json.loads(Path("s/summary.json").read_text())
+    assert summary["families"] == []
+    (crossed,) = summary["crossed"]
+    assert crossed["streams"] == ["init", "order", "dropout"]
+    assert (crossed["runs"], crossed["runs_in_broken_blocks"]) == (96, 0)
+    table = mj.read_runs("s")
+    seeds = zip(*(table[f"{name}_seed"].to_pylist() for name in crossed["streams"]), strict=True)
+    scores = dict(zip(seeds, (table["test_correct"].to_numpy() / 130).tolist(), strict=True))
+    y = np.array(
+        [
+            [scores[tuple(np.add(2 * block, bits))] for bits in itertools.product((0, 1), repeat=3)]
+            for block in range(12)
+        ]
+    ).reshape(-1, 2, 2, 2)
+    # total index of init: half the mean squared difference along its edges
+    total = ((y[:, 1] - y[:, 0]) ** 2).mean() / 2
+    variance = crossed["test"]["variance"]["estimate"]
+    assert crossed["test"]["total"]["init"]["estimate"] == pytest.approx(total / variance)
+    # the variance is that of two runs which share no seed
+    apart = ((y - y[:, ::-1, ::-1, ::-1]) ** 2).mean() / 2
+    assert variance == pytest.approx(apart)
+    assert Path("s/figures/crossed.png").stat().st_size > 10_000
+
+
+def test_unfinished_blocks_are_left_out(sweep, here, capsys):
+    sweep("--crossed", "2", "--chunk", "2", "--out", "s")
+    row_files(Path("s"))[0].unlink()
+    report_main(["s"])
+    (crossed,) = json.loads(Path("s/summary.json").read_text())["crossed"]
+    assert (crossed["runs"], crossed["runs_in_broken_blocks"]) == (8, 6)
+    assert "6 more are in blocks that are not finished" in capsys.readouterr().out
+    next(Path("s/runs").glob("*-seed32-*")).unlink()
+    report_main(["s"])
+    (crossed,) = json.loads(Path("s/summary.json").read_text())["crossed"]
+    assert crossed["runs"] == 0
+
+
+def test_a_grid_is_ranked_with_intervals_for_all_at_once(sweep, capsys):
+    sweep("--seeds", "0:4", "--dropout", "0", "0.9", "--learning-rate", "0.1", "0.02", "--out", "g")
+    report_main(["g"])
+    summary = json.loads(Path("g/summary.json").read_text())
+    cells = summary["cells"]
+    assert len(cells) == 4
+    means = [cell["mean"]["estimate"] for cell in cells]
+    assert means == sorted(means, reverse=True)
+    for cell in cells:
+        table = mj.read_runs(Path("g", cell["settings"])).to_pylist()
+        rate = cell["learning_rate"]
+        scores = [row["test_correct"] / 130 for row in table if row["learning_rate"] == rate]
+        half = stats.t.ppf(1 - 0.05 / 8, 3) * stats.sem(scores)
+        assert cell["mean"]["estimate"] == pytest.approx(np.mean(scores))
+        assert cell["mean"]["high"] == pytest.approx(np.mean(scores) + half)
+    assert "dropout=0.0, learning rate 0.1: 4 runs" in capsys.readouterr().out
+    assert Path("g/figures/grid.png").stat().st_size > 5_000
+
+
+def test_compare_is_the_paired_t_test_and_names_what_differs(sweep, capsys):
+    sweep("--seeds", "0:8", "--out", "a")
+    sweep("--seeds", "0:9", "--dropout", "0.6", "--out", "b")
+    compare_main(["a", "b", "--out", "c"])
+    said = capsys.readouterr().out
+    assert "over 8 shared seeds" in said
+    assert "They differ in dropout (0.2, 0.6); p = " in said
+    (found,) = json.loads(Path("c/comparison.json").read_text())["comparisons"]
+    a, b = (mj.read_runs(name)["test_correct"].to_numpy()[:8] / 130 for name in ("a", "b"))
+    assert found["difference"]["estimate"] == pytest.approx(np.mean(a - b))
+    assert found["p_value"] == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    right = [
+        (predictions(mj.read_runs(name)["predictions"])[:n] == small_labels()).mean(0)
+        for name, n in (("a", 8), ("b", 9))
+    ]
+    noise = sum((p * (1 - p)).mean() / (n - 1) for p, n in zip(right, (8, 9), strict=True))
+    spread = math.sqrt(max(0, (right[0] - right[1]).var(ddof=1) - noise) / 130)
+    own = stats.sem(a - b) * stats.t.ppf(0.975, 7)
+    wide = math.hypot(own, stats.norm.ppf(0.975) * spread)
+    assert found["over_test_sets"]["high"] - np.mean(a - b) == pytest.approx(wide)
+    assert Path("c/comparison.png").stat().st_size > 5_000
+    assert mj.compare("a", "b", margin=5).verdict in ("better", "worse", "equivalent", "undecided")
+
+
+def small_labels():
+    return mj.load_dataset("kmnist").test.labels
+
+
+def test_families_and_rates_are_compared_and_holm_adjusts(sweep):
+    flags = ["--seeds", "0:5", "--vary", "all", "order", "--learning-rate", "0.1", "0.001"]
+    sweep(*flags, "--out", "s")
+    compare_main(["s@0.1", "s:order@0.1", "s@0.001", "--out", "c"])
+    found = json.loads(Path("c/comparison.json").read_text())["comparisons"]
+    assert len(found) == 3
+    p = np.array([each["p_value"] for each in found])
+    adjusted = np.array([each["p_value_holm"] for each in found])
+    assert adjusted.min() == pytest.approx(min(1, 3 * p.min()))
+    assert found[0]["differences"] == {"family": ["all", "order"]}
+    assert found[1]["differences"] == {"learning_rate": [0.1, 0.001]}
+    assert {path.name for path in Path("c").glob("*.png")} == {
+        f"comparison-{i}.png" for i in (1, 2, 3)
+    }
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "message"),
+    [
+        (["s"], "name two sweeps or more"),
+        (["s", "nowhere"], "nowhere has no results"),
+        (["s", "s:chaos"], "s:chaos: a family is all or one of"),
+        (["s", "s@3"], "s@3: the learning rates of family 'all' are 0.1: name one"),
+        (["s", "s:order"], "s:order: the learning rates of family 'order' are none"),
+        (["s", "v"], "s has split=test, and v split=validation"),
+        (["s", "s", "--margin", "0"], "--margin must be between 0 and 100"),
+        (["s", "s", "s", "--until-decided"], "name two sweeps"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(sweeps, message, sweep):
+    sweep("--seeds", "0:2", "--out", "s")
+    sweep("--seeds", "0:2", "--split", "validation", "--out", "v")
+    with pytest.raises(mj.UserError, match=message):
+        compare_main(sweeps)
+
+
+def test_seeds_are_trained_until_it_is_decided(sweep, capsys):
+    sweep("--seeds", "5", "--out", "a")
+    sweep("--seeds", "3,4", "--learning-rate", "0.001", "--out", "b")
+    compare_main(["a", "b", "--until-decided"])
+    assert f"\n{FIRST_LOOK} pairs: +" in "\n" + capsys.readouterr().out
+    trained = [mj.read_runs(name)["seed"].to_pylist() for name in ("a", "b")]
+    assert trained[0] == trained[1] == [3, 4, 5, *range(6, 33)]
+    # too like to tell within the budget
+    sweep("--seeds", "0:31", "--out", "c")
+    sweep("--seeds", "100:131", "--dropout", "0.21", "--out", "d")
+    compare_main(["c", "d", "--until-decided", "--max-seeds", "64", "--margin", "0.001"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("62 pairs: ")
+    assert lines[0].endswith("undecided")
+    assert lines[1].startswith("64 pairs: ")

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs = list(itertools.combinations(targets, 2))
     compared = [compare_targets(a, b, args.margin / 100, args.data_dir) for a, b in pairs]
     for (a, b), comparison in zip(pairs, compared, strict=True):
-        print(describe(comparison, a.name, b.name), format_details(a, b, comparison), sep="\n")
+        print(describe(comparison, *labels(a, b)), format_details(a, b, comparison), sep="\n")
     if args.out:
         write(args.out, pairs, compared)
 
@@ -112,6 +112,12 @@ def compare_targets(
     return compare_scores(ours, theirs, margin=margin, sd_over_test_sets=spread)
 
 
+def labels(a: "Target", b: "Target") -> tuple[str, str]:
+    """The last parts of the names, if these tell the targets apart."""
+    short = (Path(a.name).name, Path(b.name).name)
+    return short if len(set(short)) == 2 else (a.name, b.name)
+
+
 def differences(a: "Target", b: "Target") -> dict[str, tuple]:
     """What may have made the difference: settings, and what else can change a number."""
     ours, theirs = (
@@ -150,9 +156,9 @@ def write(out: Path, pairs: Sequence[tuple], compared: Sequence["Comparison"]) -
     for i, ((a, b), comparison) in enumerate(zip(pairs, compared, strict=True)):
         each = {"a": a.name, "b": b.name, "differences": differences(a, b)}
         each |= comparison._asdict() | {"p_value_holm": adjusted[i]}
-        record.append(to_json(each | {"says": describe(comparison, a.name, b.name)}))
+        record.append(to_json(each | {"says": describe(comparison, *labels(a, b))}))
         scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
-        figure = draw_comparison(*scores, comparison, (a.name, b.name))
+        figure = draw_comparison(*scores, comparison, labels(a, b))
         name = "comparison.png" if len(pairs) == 1 else f"comparison-{i + 1}.png"
         with files.atomic_write(out / name) as temporary:
             figure.savefig(temporary, format="png", dpi=150)

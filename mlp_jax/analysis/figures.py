@@ -171,10 +171,10 @@ def draw_indices(crossed: Any, recipe: str) -> Any:
 def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> Any:
     """The accuracies [R] of A and B, and a Comparison of them beside its margin."""
     kind = f"{comparison.pairs} shared seeds" if comparison.pairs else "independent runs"
-    title = f"{names[0]} (A) against {names[1]} (B): {comparison.verdict}, {kind}"
+    title = f"A against B: {comparison.verdict}, {kind}"
     figure, left, right = new_figure(title, 3.6, 1, 2)
     edges = 100 * np.histogram_bin_edges(np.concatenate([a, b]), 30)
-    for scores, color, name in ((a, BLUE, names[0]), (b, ORANGE, names[1])):
+    for scores, color, name in ((a, BLUE, f"A: {names[0]}"), (b, ORANGE, f"B: {names[1]}")):
         left.hist(100 * np.asarray(scores), edges, color=color, alpha=0.45, label=name)
         left.axvline(100 * np.mean(scores), color=color, lw=1.5)
     left.locator_params("y", integer=True)

@@ -90,13 +90,13 @@ def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
     words = list(_words(argv))
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
     groups = [words[i:j] for i, j in itertools.pairwise([0, *starts, len(words)])]
-    settings = {field.name for field in dataclasses.fields(Config)}
+    several = {f.name for f in dataclasses.fields(Config)} - {"hidden", "split", "n_classes"}
     choices = []
     for group in filter(None, groups):
         flag, values = group[0], group[1:]
         if flag == "--hidden" and any("x" in value for value in values):
             choices.append([[flag, *value.split("x")] for value in values])
-        elif flag[2:].replace("-", "_") in settings - {"hidden"} and len(values) > 1:
+        elif flag[2:].replace("-", "_") in several and len(values) > 1:
             choices.append([[flag, value] for value in values])
         else:
             choices.append([group])

@@ -127,10 +127,10 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
     ]
     for cell in cells:
         directories.check_out_dir(cell.directory)
-    is_grid = bool(directories.grid_cells(args.out))
-    if len(cells) == 1 and is_grid:
+    if len(cells) == 1 and directories.grid_cells(args.out):
         raise UserError(f"{args.out} has a grid of sweeps: name one of its directories")
-    if len(cells) > 1 and directories.check_out_dir(args.out) and not is_grid:
+    ours = len(cells) > 1 and directories.check_out_dir(args.out)
+    if ours and directories.stored_metadata(args.out):
         raise UserError(f"{args.out} has a sweep: name another --out for a grid")
     return cells
 

@@ -9,7 +9,7 @@ import pytest
 from scipy.special import log_softmax, softmax
 
 from mlp_jax.errors import UserError
-from mlp_jax.training import losses, optim, step
+from mlp_jax.training import losses, model, optim, step
 from mlp_jax.training.arrays import hold_out
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import fit
@@ -283,3 +283,39 @@ def test_a_stream_moves_alone(stream, config, small):
 def test_settings_out_of_range_are_one_line(settings, message):
     with pytest.raises(UserError, match=message):
         Config(**settings)
+
+
+def test_bfloat16_products_round_their_operands_and_sum_in_float32():
+    rng = np.random.default_rng(0)
+    x, w, d = (rng.normal(size=size).astype(np.float32) for size in ((32, 64), (64, 16), (32, 16)))
+
+    def rounded(a):
+        return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64)
+
+    def product(x, w):
+        return model.rounded_product(x, w, (((1,), (0,)), ((), ())))
+
+    made, gradients = jax.vjp(product, x, w)
+    assert made.dtype == np.float32
+    np.testing.assert_allclose(made, rounded(x) @ rounded(w), rtol=1e-5, atol=1e-5)
+    for gradient, wanted in zip(gradients(d), (d @ rounded(w).T, rounded(x).T @ d), strict=True):
+        assert gradient.dtype == np.float32
+        np.testing.assert_allclose(gradient, rounded(wanted), rtol=0.02, atol=0.02)
+    config = Config(hidden=(16, 8), n_classes=4, dropout=0)
+    params = step.init_state(make_keys(), config=config).params
+    found = {}
+    for products in ("float32", "bfloat16"):
+        changed = dataclasses.replace(config, products=products)
+        found[products] = losses.loss_fn(params, make_batch(), make_keys(), config=changed)[0]
+    assert 0 < abs(found["bfloat16"] - found["float32"]) < 0.01
+
+
+def test_rmsprop_as_keras_had_it_adds_epsilon_outside_of_the_root():
+    g = {"w": jnp.array([1e-7, 1e-3, -2.0])}
+    for name, scale in (
+        ("rmsprop", lambda v: 1 / np.sqrt(v + 1e-7)),
+        ("rmsprop-outside", lambda v: 1 / (np.sqrt(v) + 1e-7)),
+    ):
+        rule = optim.OPTIMIZERS[name]()
+        made, _ = rule.update(g, rule.init(g))
+        np.testing.assert_allclose(made["w"], g["w"] * scale(0.1 * g["w"] ** 2), rtol=1e-5)

@@ -14,7 +14,16 @@ import tyro
 from mlp_jax.errors import UserError
 
 OptimizerName = Literal[
-    "sgd", "momentum", "nesterov", "rmsprop", "adam", "adabelief", "lion", "radam", "yogi"
+    "sgd",
+    "momentum",
+    "nesterov",
+    "rmsprop",
+    "rmsprop-outside",
+    "adam",
+    "adabelief",
+    "lion",
+    "radam",
+    "yogi",
 ]
 ScheduleName = Literal["constant", "linear", "cosine"]
 RecipeName = Literal["keras-sgd", "keras-rmsprop", "short"]
@@ -46,6 +55,9 @@ class Config:
     """Passes over the training set; the last may be a part of one, as in 0.7."""
     init: Literal["glorot", "he"] = "glorot"
     """Initial weights: uniform by Glorot and Bengio, as in Keras, or normal by He et al."""
+    products: Literal["float32", "bfloat16"] = "float32"
+    """Operands of the matrix products; sums, weights and updates are float32. On TPU, and with TF32
+    on GPU, JAX rounds float32 operands, too, unless jax_default_matmul_precision is "float32"."""
     loss: Literal["softmax", "squared-hinge"] = "softmax"
     """Cross-entropy, or the one-against-all L2-SVM of Tang, arXiv 1306.0239."""
     label_smoothing: float = 0.0

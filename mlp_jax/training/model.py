@@ -23,16 +23,19 @@ class MLP(nn.Module):
     n_classes: int
     kernel_init: str = "glorot"
     input_dropout: float = 0.0
+    products: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits [..., n_classes] of float32 pixels [..., 784]; `train` needs a "dropout" rng."""
-        dense = functools.partial(nn.Dense, kernel_init=KERNEL_INITS[self.kernel_init])
+        product, last_product = PRODUCTS[self.products]
+        kernel_init = KERNEL_INITS[self.kernel_init]
+        dense = functools.partial(nn.Dense, kernel_init=kernel_init, dot_general=product)
         x = nn.Dropout(self.input_dropout, name="input_dropout")(x, deterministic=not train)
         for i, width in enumerate(self.hidden):
             x = dense(width, name=f"hidden_{i}")(x)
             x = ReluDropout(self.dropout, name=f"dropout_{i}")(x, train=train)
-        return dense(self.n_classes, name="output", dot_general=narrow_product)(x)
+        return dense(self.n_classes, name="output", dot_general=last_product)(x)
 
 
 class ReluDropout(nn.Module):
@@ -68,9 +71,24 @@ def narrow_product(x: jax.Array, w: jax.Array, dimensions, precision=None) -> ja
     return x @ lax.optimization_barrier(w.T).T
 
 
+def rounded_product(
+    x: jax.Array, w: jax.Array, dimensions: lax.DotDimensionNumbers, precision=None
+) -> jax.Array:
+    """The product of `x` and `w` in bfloat16, with sums in float32, as `lax.dot_general`."""
+    operands = (each.astype(jnp.bfloat16) for each in (x, w))
+    return lax.dot_general(*operands, dimensions, preferred_element_type=jnp.float32)
+
+
+PRODUCTS = {
+    # of the hidden layers (None: Linen's own), and of the output layer
+    "float32": (None, narrow_product),
+    "bfloat16": (rounded_product, rounded_product),
+}
+
+
 def make_model(config: Config) -> MLP:
     settings = (config.hidden, config.dropout, config.n_classes, config.init, config.input_dropout)
-    return MLP(*settings)
+    return MLP(*settings, config.products)
 
 
 def to_float(images: jax.Array) -> jax.Array:

@@ -19,6 +19,8 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "nesterov": lambda: optax.trace(decay=0.9, nesterov=True),
     # Keras' RMSprop: rho 0.9, and epsilon 1e-7 under the root (keras/src/optimizers/rmsprop.py).
     "rmsprop": lambda: optax.scale_by_rms(decay=0.9, eps=1e-7, eps_in_sqrt=True),
+    # as Keras had it before version 3: epsilon outside of the root
+    "rmsprop-outside": lambda: optax.scale_by_rms(decay=0.9, eps=1e-7, eps_in_sqrt=False),
     # Keras' Adam, whose epsilon is 1e-7 too.
     "adam": lambda: optax.scale_by_adam(eps=1e-7),
     # with Optax's settings

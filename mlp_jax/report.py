@@ -4,7 +4,7 @@ A table, the same numbers as summary.json, and figures; of a grid, a ranking of 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ class Args:
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     out: Path | None = None
     """Directory for summary.json and figures/; default: that of the sweep."""
+    html: bool = False
+    """Write report.html, too: all of it on one page to keep or to send."""
 
 
 class Report(NamedTuple):
@@ -36,7 +38,16 @@ class Report(NamedTuple):
 
     text: str
     summary: dict
-    figures: Iterator[tuple[str, Any]]
+    figures: list[tuple[str, Any]]
+    settings: dict[str, Any]  # of a sweep, and where its rows come from
+
+    @property
+    def page(self) -> str:
+        """One HTML page of all that."""
+        from mlp_jax.analysis.page import make_page
+
+        title = self.text.splitlines()[0]
+        return make_page(title, self.summary, self.figures, self.settings)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,6 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         saved.append(out / "figures" / name)
         with files.atomic_write(saved[-1]) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
+    if args.html:
+        saved.append(out / "report.html")
+        files.write_text(saved[-1], made.page)
     print(made.text, "", *saved, sep="\n")
 
 
@@ -83,8 +97,11 @@ def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:
             sums = read_blocks(paths, family, config)
             crossed[family.rate] = sums and crossed_indices(sums, used_streams(config))
     summary = summarize(families, metadata.recipe, config, processors, crossed)
-    drawn = figures(families, summary, dataset.test.images, crossed)
-    return Report(format_table(summary), summary, drawn)
+    drawn = list(figures(families, summary, dataset.test.images, crossed))
+    settings = dataclasses.asdict(config) | {"data, SHA-256": metadata.fingerprint}
+    settings |= {f"runs on {name}": count for name, count in processors.items()}
+    settings |= metadata.environment["versions"]
+    return Report(format_table(summary), summary, drawn, settings)
 
 
 def report_grid(cells: Sequence[Path]) -> Report:
@@ -92,7 +109,7 @@ def report_grid(cells: Sequence[Path]) -> Report:
     from mlp_jax.records import rows
 
     summary = rank({cell.name: rows.read_scores(cell) for cell in cells})
-    return Report(format_ranking(summary), summary, iter([("grid.png", draw_ranking(summary))]))
+    return Report(format_ranking(summary), summary, [("grid.png", draw_ranking(summary))], {})
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mlp_jax import report, train
+from mlp_jax import train
 from mlp_jax.data import sources
 from mlp_jax.errors import UserError
 from mlp_jax.files import LOCK, Damaged, read_signed_json
 from mlp_jax.records import provenance
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import Metadata
+from mlp_jax.report import Args as ReportArgs
+from mlp_jax.report import main as report_main
 from mlp_jax.sweep import Args as SweepArgs
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.training.config import Config
@@ -81,7 +83,7 @@ MEMBERS = ("mnist/data/mnist.pkl.gz", "gzip/emnist-digits-train-images-idx3-ubyt
 PATHS = st.lists(st.sampled_from(["{0}", "..", "link", "evil", "gzip"]), min_size=1).map("/".join)
 ATOMS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 JSON = st.recursive(ATOMS, lambda it: st.lists(it) | st.dictionaries(st.text(), it))
-ARGS = (Config, train.Args, SweepArgs, report.Args)
+ARGS = (Config, train.Args, SweepArgs, ReportArgs)
 FIELDS = {field.name for args in ARGS for field in dataclasses.fields(args)}
 FLAGS = sorted("--" + name.replace("_", "-") for name in FIELDS)
 WORDS = ["", "s", ".", "--", "-1", "3", "1e999", "adam", "0:3", "0:4294967297", "0:" + "9" * 5000]
@@ -179,7 +181,7 @@ def swept(directory, small):
     mocks |= {"data__dataset__load_dataset": lambda *_, **__: small}
     mocks |= {"experiment__program_text": lambda *_: ""}
     with untouched(records__provenance__describe_environment=lambda _: HERE, **mocks):
-        assert isinstance(ending(report.main, [str(directory)]), UserError)
+        assert isinstance(ending(report_main, [str(directory)]), UserError)
         return ending(sweep_main, ["--quiet", "--out", str(directory)])
 
 
@@ -224,7 +226,7 @@ def test_a_config_json_is_what_was_written_or_told(small, tmp_path_factory, data
     assert ours or not damaged or list(directory.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("main", [train.main, sweep_main, report.main])
+@pytest.mark.parametrize("main", [train.main, sweep_main, report_main])
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(FLAGS), TOKENS) | st.tuples(TOKENS)))
 @example([("--out", "s"), ("--seeds", "0:" + "9" * 5000)])

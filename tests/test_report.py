@@ -1,4 +1,5 @@
 import dataclasses
+import html.parser
 import json
 import math
 import subprocess
@@ -11,15 +12,17 @@ import pytest
 from PIL import Image
 from scipy import stats as scipy_stats
 
-from mlp_jax import report, results
+from mlp_jax import results
 from mlp_jax.analysis import figures
-from mlp_jax.analysis.summary import format_table, summarize
+from mlp_jax.analysis.summary import STATISTICS, format_table, format_value, summarize
 from mlp_jax.data import dataset as datasets
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged
 from mlp_jax.records import directory as directories
 from mlp_jax.records import rows as records
 from mlp_jax.records.provenance import Metadata
+from mlp_jax.report import main as report_main
+from mlp_jax.report import report
 from mlp_jax.training.arrays import Split, make_dataset
 from mlp_jax.training.config import RECIPES
 
@@ -90,7 +93,7 @@ def write_sweep(directory, rows, per_file=4, **settings):
 
 
 def summary_of(directory):
-    report.main([str(directory)])
+    report_main([str(directory)])
     return json.loads((directory / "summary.json").read_text())
 
 
@@ -281,7 +284,7 @@ def test_equal_runs_have_no_spread(tmp_path, dataset, wrong):
 def test_figures_show_something(tmp_path, dataset):
     rows = random_rows(dataset, 9) + random_rows(dataset, 9, "dropout")
     sweep = write_sweep(tmp_path / "s", rows)
-    report.main([str(sweep), "--out", str(tmp_path / "elsewhere")])
+    report_main([str(sweep), "--out", str(tmp_path / "elsewhere")])
     assert not (sweep / "summary.json").exists()
     drawn = tmp_path / "elsewhere" / "figures"
     names = ["accuracy.png", "epochs.png", "hardest.png", "sources.png"]
@@ -341,7 +344,7 @@ def test_predictions_are_read_as_a_stream(tmp_path, dataset, monkeypatch):
 
 def one_line(argv):
     with pytest.raises(UserError) as caught:
-        report.main([str(word) for word in argv])
+        report_main([str(word) for word in argv])
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -387,28 +390,28 @@ def test_rows_that_cannot_be_true_are_refused(tmp_path, dataset):
     unknown = rows[0] | {"predictions": classes.tobytes()}
     sweep = write_sweep(tmp_path / "c", [unknown, *rows[1:]])
     with pytest.raises((UserError, ValueError), match="prediction"):
-        report.main([str(sweep)])
+        report_main([str(sweep)])
 
 
 def test_each_file_is_checked_once_and_a_damaged_one_named(tmp_path, dataset, monkeypatch):
     sweep = write_sweep(tmp_path / "s", random_rows(dataset, 9))
     check, checked = records.check_content, []
     monkeypatch.setattr(records, "check_content", lambda path: check(path) or checked.append(path))
-    report.main([str(sweep)])
+    report_main([str(sweep)])
     paths = records.row_files(sweep)
     assert len(paths) == 3
     assert checked == paths
     paths[1].write_bytes(paths[1].read_bytes()[:-20])
     (sweep / "summary.json").unlink()
     with pytest.raises(Damaged, match=f"{paths[1].name} is damaged"):
-        report.main([str(sweep)])
+        report_main([str(sweep)])
     assert not (sweep / "summary.json").exists()
 
 
 def test_help_imports_no_jax_and_nothing_slow():
     code = (
-        "import sys\nfrom mlp_jax import report\n"
-        "try:\n    report.main(['--help'])\n"
+        "import sys\nfrom mlp_jax.report import main\n"
+        "try:\n    main(['--help'])\n"
         "except SystemExit as stop:\n    assert not stop.code\n"
         "slow = {'jax', 'scipy', 'matplotlib', 'pyarrow', 'tensorflow'} & set(sys.modules)\n"
         "assert not slow, slow"
@@ -416,3 +419,44 @@ def test_help_imports_no_jax_and_nothing_slow():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--data-dir" in done.stdout
+
+
+class Reader(html.parser.HTMLParser):
+    """The texts of a page's cells, and its addresses; raises where tags do not match."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.cells, self.addresses, self.open = [], [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] and self.open[-1] in ("td", "dd"):
+            self.cells.append(data)
+
+
+def test_the_page_has_all_that_the_table_says_and_needs_nothing_beside_it(tmp_path, dataset):
+    sweep = write_sweep(tmp_path / "s", random_rows(dataset, 12))
+    made = report(sweep)
+    assert made.page == report(sweep).page
+    page = Reader(made.page)
+    (family,) = made.summary["families"]
+    for key, (name, unit, _) in STATISTICS.items():
+        if family[key] is not None:
+            value, interval = format_value(family[key], unit)
+            at = page.cells.index(name)
+            assert page.cells[at + 1] == value
+            assert not interval or page.cells[at + 2] == interval
+    assert len(page.addresses) == len(made.figures) == 3
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert made.settings["data, SHA-256"] in page.cells
+    report_main([str(sweep), "--html"])
+    assert (sweep / "report.html").read_text() == made.page

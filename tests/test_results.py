@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mlp_jax import report, results
+from mlp_jax import results
 from mlp_jax.analysis.summary import beside_reference, to_json
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import describe_environment
 from mlp_jax.records.rows import checked_files, read_runs
+from mlp_jax.report import main as report_main
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
 from mlp_jax.training.fit import fit
 from mlp_jax.training.parallel import Placement
@@ -255,7 +256,7 @@ def test_a_record_without_a_newer_setting_is_still_that_of_its_recipe(directory)
 @pytest.mark.network
 @pytest.mark.parametrize("directory", SWEEPS, ids=by_name)
 def test_summaries_are_what_the_report_makes(directory, tmp_path):
-    report.main([str(directory), "--out", str(tmp_path)])
+    report_main([str(directory), "--out", str(tmp_path)])
     made, stored = (
         json.loads((place / "summary.json").read_text()) for place in (tmp_path, directory)
     )

@@ -1,0 +1,106 @@
+"""A report as one HTML page that needs nothing beside it: tables, figures and settings."""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from mlp_jax.analysis.summary import STATISTICS, format_value
+from mlp_jax.training.config import REFERENCES
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --faint: #777; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .9rem .25rem 0; text-align: left; }
+th, td { white-space: nowrap; } th { font-weight: 600; }
+td.number { text-align: right; } p { color: var(--faint); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.5rem; font-size: .92rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 1.5rem 0; } img { background: white; border-radius: 6px; max-width: 100%; }
+@media print { body { margin: 0; max-width: none; } figure, tr { break-inside: avoid; } }
+"""
+
+
+def make_page(title: str, summary: dict, figures: Iterable[tuple[str, Any]], settings: dict) -> str:
+    """The page of a report; `settings` are shown as they are, and figures as SVG."""
+    parts = [f"<h1>{escape(title)}</h1>"]
+    parts.append("<p>Accuracies and errors in per cent, SDs in percentage points.</p>")
+    for family in summary.get("families", []):
+        name = "vary {vary}, learning rate {learning_rate:g}: {runs:,} runs".format(**family)
+        source = REFERENCES[summary["recipe"]].source if family.get("reference") else ""
+        parts += [f"<h2>{escape(name)}</h2>", statistics_table(family, source)]
+    for crossed in summary.get("crossed", []):
+        name = "crossed streams, learning rate {learning_rate:g}: {runs:,} runs".format(**crossed)
+        parts += [f"<h2>{escape(name)}</h2>", crossed_table(crossed)]
+    if cells := summary.get("cells"):
+        rows = [
+            (cell["settings"], f"{cell['learning_rate']:g}", cell["runs"], *percent(cell["mean"]))
+            for cell in cells
+        ]
+        parts.append(table(("settings", "learning rate", "runs", "mean, %", "interval"), rows))
+    for name, figure in figures:
+        alt = figure.get_suptitle() or name
+        parts.append(f'<figure><img src="{to_data_url(figure)}" alt="{escape(alt)}"></figure>')
+    if settings:
+        shown = [f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in settings.items()]
+        parts += ["<h2>Settings and origin</h2>", f"<dl>{''.join(shown)}</dl>"]
+    body = "\n".join(parts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def percent(value: dict) -> tuple[str, str]:
+    return format_value(value, "%")
+
+
+def statistics_table(family: dict, source: str) -> str:
+    rows = []
+    for key, (name, unit, meaning) in STATISTICS.items():
+        if family.get(key) is not None:
+            value, interval = format_value(family[key], unit)
+            rows.append((name, value, interval, unit, meaning.format(source=source, **family)))
+    return table(("", "estimate", "95 % interval", "unit", ""), rows)
+
+
+def crossed_table(crossed: dict) -> str:
+    """Shares of the variance: of each stream by itself and in all, on both kinds of test set."""
+    rows = []
+    for key, where in (("test", "this test set"), ("distribution", "an infinite one")):
+        if indices := crossed.get(key):
+            for stream in crossed["streams"]:
+                first, total = (indices[kind][stream] for kind in ("indices", "total"))
+                shares = (*format_value(first, ""), *format_value(total, ""))
+                rows.append((where, stream, *shares))
+            rows.append((where, "interactions", *format_value(indices["interactions"], ""), "", ""))
+    heads = ("on", "stream", "by itself", "95 % interval", "in all", "95 % interval")
+    return table(heads, rows)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Cells that begin like a number are aligned as numbers."""
+
+    def cell(value: Any) -> str:
+        text = str(value)
+        number = text[:1].isdigit() or (text[:1] == "-" and text[1:2].isdigit())
+        return f"<td{' class=number' * number}>{escape(text)}</td>"
+
+    head = "".join(f"<th>{escape(each)}</th>" for each in heads)
+    lines = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>\n{lines}</table></div>'
+
+
+def to_data_url(figure: Any) -> str:
+    """The figure as SVG, the same bytes each time, in a data: address."""
+    import matplotlib
+
+    drawn = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "mlp_jax"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(drawn.getvalue()).decode()

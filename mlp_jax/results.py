@@ -44,7 +44,7 @@ def open_results(directory: Path, data_dir: str | Path | None = None) -> Results
 
 def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int]:
     """How many rows were trained on which processor; UserError for rows of another kind."""
-    counts = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for path in paths:
         stored = rows.read_metadata(path)
         check_same(path, stored, metadata)

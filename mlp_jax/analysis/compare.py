@@ -156,7 +156,7 @@ def decide(differences: ArrayLike, *, margin: float, alpha: float = ALPHA) -> De
     equivalent = np.maximum(-low, high) < margin
     decided = (low > 0) | (high < 0) | equivalent
     at = int(decided.argmax()) if decided.any() else len(low) - 1
-    mean, e_value = np.mean(differences[: at + 1]), sign_e_values(differences)[at]
+    mean, e_value = np.mean(np.asarray(differences)[: at + 1]), sign_e_values(differences)[at]
     difference = Interval(*map(float, (mean, low[at], high[at])))
     verdict = _verdict(difference, bool(equivalent[at]))
     if at + 1 < FIRST_LOOK:

@@ -10,7 +10,7 @@ that one may be negative.
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -65,7 +65,8 @@ def sum_blocks(blocks: Iterable[ArrayLike]) -> BlockSums:
         of_images = contrasts(right.reshape(1, *(2,) * k, -1), k)[0]
         squares = np.square(of_images, dtype=np.int16).sum(axis=-1, dtype=np.int64)
         kept.append((of_images.sum(axis=-1, dtype=np.int64), squares))
-    return BlockSums(*map(np.stack, zip(*kept, strict=True)), right.shape[-1])
+    sums, squares = map(np.stack, zip(*kept, strict=True))
+    return BlockSums(sums, squares, right.shape[-1])
 
 
 def squared_contrasts(scores: ArrayLike) -> NDArray[np.float64]:
@@ -109,7 +110,7 @@ def sobol_indices(
     if squares.shape[1:] != (2,) * k:
         raise ValueError(f"blocks of shape {squares.shape[1:]} are not crossed in {k} streams")
     sets = sorted(itertools.product([True, False], repeat=k), key=sum)[1:]
-    of_sets = variance_components(squares)
+    of_sets: Any = variance_components(squares)
     of_blocks = np.stack([of_sets[:, *map(int, u)] for u in sets], axis=1)
     sets = np.array(sets)
     linear = np.concatenate([np.eye(len(sets)), sets, sets.sum(axis=1, keepdims=True) > 1], axis=1)

@@ -5,7 +5,7 @@ Equal inputs and an equal `rng` give equal outputs; intervals are at 95 %, varia
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -61,7 +61,7 @@ def sd_interval(x: ArrayLike) -> Interval:
 
 
 def bootstrap(
-    estimate: ArrayLike, resample: Callable[[int], NDArray], n_resamples: int, width: int
+    estimate: Any, resample: Callable[[int], NDArray], n_resamples: int, width: int
 ) -> Interval:
     """Percentile interval of `resample(m)`, called for blocks of m resamples of `width` numbers.
 
@@ -134,7 +134,7 @@ def brunner_munzel(a: ArrayLike, b: ArrayLike) -> Interval:
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
 
-    def ranked(x: NDArray, y: NDArray) -> NDArray:
+    def ranked(x: NDArray, y: NDArray) -> Any:
         """Share of y below each x."""
         return sum(np.searchsorted(np.sort(y), x, side) for side in ("left", "right")) / 2 / y.size
 

@@ -155,7 +155,8 @@ def format_crossed(crossed: dict) -> list[str]:
 
 def compare_rates(families: list[Family]) -> list[dict]:
     """P(one learning rate beats another) for each two that share seeds; Holm's p over all pairs."""
-    pairs, p_values = [], []
+    pairs: list[dict[str, Any]] = []
+    p_values = []
     for a, b in itertools.combinations(families, 2):
         shared = sorted(a.scores.keys() & b.scores.keys())
         if a.vary == b.vary and len(shared) >= 2:

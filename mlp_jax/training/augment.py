@@ -5,6 +5,7 @@ deformed alike in an epoch whatever the order of the examples and the batch size
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def sample(image: jax.Array, positions: jax.Array) -> jax.Array:
     # this takes its time for.
     pixels, n_words = image.astype(jnp.uint32), N_PIXELS - SIDE - 1
     starts = (0, 1, SIDE, SIDE + 1)
-    words = sum(pixels[start : start + n_words] << (8 * i) for i, start in enumerate(starts))
+    words: Any = sum(pixels[start : start + n_words] << (8 * i) for i, start in enumerate(starts))
     word = words[SIDE * row + column]
     top_left, top_right, bottom_left, bottom_right = (
         (word >> (8 * i) & 255).astype(jnp.int32).astype(jnp.float32) for i in range(4)

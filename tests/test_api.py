@@ -129,7 +129,7 @@ def test_a_sweep_keeps_weights_if_asked(small_dir, here, small):
 @pytest.mark.network
 def test_what_readme_shows_runs(mnist, here):
     """As it stands there, but for the number of seeds."""
-    readme = (Path(mj.__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
     example = readme.partition("<!-- api -->\n```python\n")[2].partition("```")[0]
     assert example.count("range(8)") == 2
     code = example.replace("range(8)", "range(4)")

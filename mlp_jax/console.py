@@ -2,8 +2,8 @@
 
 import math
 import statistics
-import sys
 
+from mlp_jax.bars import progress_bar
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
 from mlp_jax.training.run import Run
 
@@ -54,13 +54,11 @@ class Bar:
     """A progress bar: finished runs, runs an hour, the time left; and a line for each file."""
 
     def __init__(self, experiment, n_runs: int, n_missing: int, quiet: bool):
-        from tqdm import tqdm
-
         self._experiment, self._n_runs, self._seconds = experiment, n_runs, 0.0
         self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.n_epochs
         shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
-        quiet |= sys.stderr is None  # closed
-        self._bar = tqdm(total=n_missing * self._epochs, bar_format=shape, disable=quiet)
+        total = n_missing * self._epochs
+        self._bar = progress_bar(quiet=quiet, total=total, bar_format=shape)
 
     def update(self, epoch) -> None:
         self._write_stored()

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from mlp_jax.bars import progress_bar
 from mlp_jax.data import sources
 from mlp_jax.errors import UserError, one_line
 from mlp_jax.files import Damaged, check_writable, load_arrays, quarantine, save_arrays
@@ -77,14 +78,13 @@ def _cached_directory(name: str, data_dir: Path) -> Path | None:
 
 
 def _decode(name: str, directory: Path, quiet: bool) -> Dataset:
-    from tqdm import tqdm
-
     splits = []
     try:
         with sources.hushed(quiet) as tfds:
             builder = tfds.builder_from_directory(directory)
             for split in SPLITS:
-                bar = tqdm(builder.as_data_source(split), f"Decoding {split}", disable=quiet)
+                source, desc = builder.as_data_source(split), f"Decoding {split}"
+                bar = progress_bar(source, quiet=quiet, desc=desc)
                 images, labels = zip(*((e["image"].ravel(), e["label"]) for e in bar), strict=True)
                 splits.append(Split(np.stack(images), np.array(labels, np.int32)))
     except Exception as error:  # array_record, protobuf and Pillow each raise their own

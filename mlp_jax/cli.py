@@ -42,6 +42,8 @@ class TrainingArgs:
     """Epochs between checkpoints; 0: save only when stopped."""
     allow_mixed: bool = False
     """Continue although the code, a version or the numerics changed; the new rows are marked."""
+    tensorboard: bool = False
+    """Write curves for TensorBoard as well, to tensorboard/ beside the results."""
     quiet: bool = False
     """Print only the result, and errors."""
 

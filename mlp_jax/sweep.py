@@ -87,14 +87,16 @@ def main(argv: list[str] | None = None) -> None:
                 if args.out != cell.directory and not args.quiet:
                     print(cell.directory, flush=True)
                 cell, data = cell._replace(runs=runs), args.data_options()
-                missing = train_cell(cell, data, options, stop)
+                missing = train_cell(cell, data, options, stop, args.tensorboard)
             if runs and missing:
                 again = cli.command_line(PROG, argv)
                 counts = f"{len(runs) - missing} of {len(runs)} runs finished"
                 stop.exit(f"{counts}, the epochs of the others saved; resume with: {again}")
 
 
-def train_cell(cell: Cell, data: dict, options: dict, stop: cli.StopSignals) -> int:
+def train_cell(
+    cell: Cell, data: dict, options: dict, stop: cli.StopSignals, tensorboard: bool = False
+) -> int:
     """Train what is missing of `cell`; how many of its runs still are, after a stop.
 
     `data` and `options` are those of `load_dataset` and of `open_experiment`.
@@ -102,6 +104,7 @@ def train_cell(cell: Cell, data: dict, options: dict, stop: cli.StopSignals) -> 
     # these take a second, and bad flags are answered without them
     from mlp_jax.data.dataset import load_dataset
     from mlp_jax.experiment import open_experiment
+    from mlp_jax.tensorboard import log_sweep
 
     dataset = load_dataset(cell.config.dataset, **data)
     opened = open_experiment(cell.directory, cell.config, dataset, cell.runs, **options)
@@ -109,7 +112,8 @@ def train_cell(cell: Cell, data: dict, options: dict, stop: cli.StopSignals) -> 
     with opened as experiment:
         n_missing = len(experiment.missing(cell.runs))
         bar = console.Bar(experiment, len(cell.runs), n_missing, data["quiet"])
-        for epoch in experiment.train(cell.runs, lambda: stop.requested):
+        epochs = experiment.train(cell.runs, lambda: stop.requested)
+        for epoch in log_sweep(epochs, experiment) if tensorboard else epochs:
             bar.update(epoch)
         bar.close()
         return len(experiment.missing(cell.runs))

@@ -9,6 +9,8 @@ from pathlib import Path
 from mlp_jax import cli, console, files
 from mlp_jax.errors import Diverged, UserError
 from mlp_jax.records import directory as directories
+from mlp_jax.records.directory import CURVE
+from mlp_jax.records.provenance import Metadata
 from mlp_jax.training.arrays import for_dataset
 from mlp_jax.training.config import RECIPES
 from mlp_jax.training.run import make_run
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     # these take a second, and bad flags are answered without them
     from mlp_jax.data.dataset import load_dataset
     from mlp_jax.experiment import open_experiment
+    from mlp_jax.tensorboard import log_run
 
     dataset = load_dataset(args.config.dataset, **args.data_options())
     config = for_dataset(args.config, dataset)
@@ -51,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         lines = []
         say = (lambda *_: None) if args.quiet else functools.partial(print, flush=True)
         say(console.header(experiment))
-        for epoch in experiment.train([run], lambda: stop.requested):
+        epochs = experiment.train([run], lambda: stop.requested)
+        for epoch in log_run(epochs, experiment) if args.tensorboard else epochs:
             lines = metrics_by_epoch(epoch)
             files.write_text(out / "metrics.jsonl", "".join(map(json_line, lines)))
             say(console.table_line(lines, config.n_epochs))
@@ -64,8 +68,12 @@ def main(argv: list[str] | None = None) -> None:
         summary = summarize(experiment, run)
         if lines or not (out / "summary.json").exists():
             files.write_json(out / "summary.json", summary)
+            if (out / "metrics.jsonl").exists():
+                save_curve(out, experiment.metadata)
     say()
     print(console.verdict(args.recipe, config, summary))
+    if (out / CURVE).exists():
+        say(out / CURVE)
 
 
 def check_args(args: Args) -> None:
@@ -104,6 +112,17 @@ def check_finite(line: dict, out: Path) -> None:
             f"the loss is not finite after epoch {line['epoch']} (training {line['train_loss']},"
             f" test {line['test_loss']}); the epochs so far are in {out}"
         )
+
+
+def save_curve(out: Path, metadata: Metadata) -> None:
+    """A picture of metrics.jsonl."""
+    from mlp_jax.analysis.figures import draw_run
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    where = metadata.environment["device_kind"]
+    figure = draw_run(lines, f"{metadata.recipe}, seed {metadata.seed}, on {where}")
+    with files.atomic_write(out / CURVE) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def summarize(experiment, run) -> dict:

@@ -39,7 +39,7 @@ def python(*args, cwd=None, **env):
 
 def test_what_is_left(small_dir, here, capsys):
     run(small_dir, "--out", "a", "--seed", "3")
-    names = ["config.json", "metrics.jsonl", "runs", "summary.json", "weights"]
+    names = ["config.json", "curve.png", "metrics.jsonl", "runs", "summary.json", "weights"]
     assert sorted(path.name for path in Path("a").glob("[!.]*")) == names
     rows = [json.loads(line) for line in Path("a/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
@@ -66,7 +66,7 @@ def test_what_is_left(small_dir, here, capsys):
     said = capsys.readouterr().out
     assert re.search(r"hidden_0 \(Dense, ReLU\) +\(batch, 16\) +12,560", said)
     assert re.search(r"^ +3 / 3 ", said, re.MULTILINE)
-    assert f"test accuracy {summary['test_correct']} / 130" in said.splitlines()[-1]
+    assert f"test accuracy {summary['test_correct']} / 130" in said.splitlines()[-2]
 
 
 def test_the_same_command_twice_leaves_the_same(small_dir, here):

@@ -6,6 +6,7 @@ in colours that are safe for colour-blind readers, and are made to be read 900 p
 
 import itertools
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tu
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, height), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.suptitle(textwrap.fill(title, 92), x=0.01, ha="left", fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -57,7 +58,8 @@ def figures(
         both,
         key=lambda two: (two[0].vary == "all", recipe and two[0].rate == recipe.learning_rate),
     )
-    name = f"{summary['recipe']}, {len(family.seeds)} runs"
+    where = backends(summary)
+    name = f"{summary['recipe']}, {len(family.seeds)} runs on {where}"
     if len(families) > 1 or family.vary != "all":
         name += f" (vary {family.vary}, learning rate {family.rate:g})"
     if statistics["sd"]:
@@ -66,9 +68,37 @@ def figures(
             yield "epochs.png", draw_epochs(family, statistics, name)
     spreads = [each for each in summary["families"] if each["sd"]]
     if len(spreads) > 1:
-        yield "sources.png", draw_sources(spreads, summary["recipe"])
+        yield "sources.png", draw_sources(spreads, f"{summary['recipe']}, on {where}")
     if family.counts.errors.any():
         yield "hardest.png", draw_hardest(family.counts, images, name)
+
+
+def backends(summary: dict) -> str:
+    """The kinds of device that trained the rows: the last part of the processors' names."""
+    names = (name.removesuffix(" (--allow-mixed)") for name in summary["processors"])
+    return " and ".join(sorted({name.rpartition(", ")[2] for name in names}))
+
+
+def draw_run(lines: list[dict], name: str) -> Any:
+    """Losses and test accuracy of one run by epoch, of the objects in metrics.jsonl."""
+    figure, left, right = new_figure(f"One run: {name}", 3.6, 1, 2)
+    epochs = [line["epoch"] for line in lines]
+    for ax, keys, unit in (
+        (left, ("train_loss", "test_loss"), 1),
+        (right, ("test_accuracy",), 100),
+    ):
+        for key, color in zip(keys, (BLUE, ORANGE), strict=False):
+            values = unit * np.array([line[key] for line in lines], float)  # null: not finite
+            label, style = (
+                key.replace("_", " "),
+                {"marker": "o", "ms": 3} if len(lines) < 30 else {},
+            )
+            ax.plot(epochs, values, color=color, label=label, **style)
+        ax.locator_params("x", integer=True)
+        ax.set_xlabel("epoch")
+    left.set_ylabel("loss")
+    right.set_ylabel("test accuracy (%)")
+    return add_legend(figure, left, 2)
 
 
 def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
@@ -120,9 +150,9 @@ def draw_epochs(family: Any, statistics: dict, name: str) -> Any:
     return add_legend(figure, axes[0], 4)
 
 
-def draw_sources(spreads: list[dict], recipe: str) -> Any:
+def draw_sources(spreads: list[dict], name: str) -> Any:
     """SD of accuracy by what the seed decides, on this test set and on an infinite one."""
-    title = f"Spread of test accuracy by what the seed decides: {recipe}"
+    title = f"Spread of test accuracy by what the seed decides: {name}"
     figure, ax = new_figure(title, 1.5 + 0.6 * len(spreads))
     style = {"capsize": 3, "elinewidth": 1.3, "ms": 5}
     for key, color, marker, shift, label in (

@@ -23,7 +23,8 @@ from mlp_jax.records import rows
 from mlp_jax.records.provenance import Metadata, check_same
 
 CONFIG = "config.json"
-SINGLE_RUN_FILES = ("metrics.jsonl", "summary.json")
+CURVE = "curve.png"
+SINGLE_RUN_FILES = ("metrics.jsonl", "summary.json", CURVE)
 
 
 def read_metadata(directory: Path) -> Metadata:

@@ -1,0 +1,112 @@
+"""What is seen while runs train: bars, TensorBoard's curves, and the picture at the end."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlp_jax import bars
+from mlp_jax.errors import UserError
+from mlp_jax.records.rows import read_runs
+from mlp_jax.sweep import main as sweep_main
+from mlp_jax.train import main as train_main
+
+TINY = [
+    *("--dataset", "kmnist", "--hidden", "16", "8", "--quiet", "--tensorboard"),
+    *("--batch-size", "32", "--epochs", "3", "--learning-rate", "0.1"),
+]
+
+
+def scalars(directory):
+    """By tag, the (step, value) that TensorBoard shows: a later session purges from its start."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    shown = {}
+    for path in sorted(Path(directory).glob("events.*"), key=lambda p: p.stat().st_mtime_ns):
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + size])
+            content = content[12 + size + 4 :]
+            if event.session_log.status == SessionLog.START:
+                shown = {tag: [p for p in ps if p[0] < event.step] for tag, ps in shown.items()}
+            for value in event.summary.value:
+                shown.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return shown
+
+
+def numbers(pairs):
+    assert [step for step, _ in pairs] == list(range(1, len(pairs) + 1))
+    return [value for _, value in pairs]
+
+
+def test_in_a_log_a_bar_is_a_line_now_and_then():
+    code = "import time\nfrom mlp_jax import bars\nbars.SECONDS_A_LINE = 0.2\n"
+    code += "for _ in bars.progress_bar(range(100), quiet=False): time.sleep(0.01)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert b"\r" not in done.stderr
+    assert done.stdout == b""
+    first, *between, last = done.stderr.decode().splitlines()
+    assert first.startswith("0%|")
+    assert last.startswith("100%|")
+    assert 1 <= len(between) <= 8
+
+
+def test_on_a_terminal_it_is_redrawn(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for _ in bars.progress_bar(range(3), quiet=False):
+        pass
+    assert "\r" in capsys.readouterr().err
+    for _ in bars.progress_bar(range(3), quiet=True):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_resumed_run_has_each_epoch_once_in_tensorboard(small_dir, here):
+    flags = [*TINY, "--data-dir", str(small_dir), "--out", "a"]
+    train_main(flags)
+    row = read_runs("a").to_pylist()[0]
+    for _ in range(2):
+        shown = scalars("a/tensorboard")
+        assert set(shown) == {"train/loss", "test/loss", "test/accuracy"}
+        for name in ("train_loss", "test_loss"):
+            assert numbers(shown[name.replace("_", "/")]) == pytest.approx(row[f"{name}_by_epoch"])
+        accuracy = np.array(row["test_correct_by_epoch"]) / 130
+        assert numbers(shown["test/accuracy"]) == pytest.approx(accuracy)
+        train_main([*flags, "--overwrite"])
+
+
+def test_a_sweep_has_mean_and_sd_by_epoch_of_all_its_runs(small_dir, here):
+    flags = [*TINY, "--data-dir", str(small_dir), "--vary", "all", "init", "--out", "s"]
+    sweep_main([*flags, "--seeds", "0:2"])
+    sweep_main([*flags, "--seeds", "0:5"])
+    rows = read_runs("s").to_pylist()
+    assert sorted(p.name for p in Path("s/tensorboard").iterdir()) == ["all-lr0.1", "init-lr0.1"]
+    for vary in ("all", "init"):
+        shown = scalars(f"s/tensorboard/{vary}-lr0.1")
+        correct = np.array([r["test_correct_by_epoch"] for r in rows if r["vary"] == vary]) / 130
+        loss = np.array([r["train_loss_by_epoch"] for r in rows if r["vary"] == vary])
+        assert len(correct) == 5
+        for name, values in (("test/accuracy", correct), ("train/loss", loss)):
+            assert numbers(shown[f"{name}_mean"]) == pytest.approx(values.mean(axis=0))
+            assert numbers(shown[f"{name}_SD"]) == pytest.approx(values.std(axis=0, ddof=1))
+
+
+def test_without_tensorboardx_it_is_one_line_before_training(small_dir, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match=r"pip install 'mlp_jax\[tensorboard\]'"):
+        train_main([*TINY, "--data-dir", str(small_dir), "--out", "a"])
+    assert not list(Path("a").glob("runs/*"))
+
+
+def test_a_run_ends_with_the_path_of_its_curve(small_dir, here, capsys):
+    loud = [flag for flag in TINY if flag not in ("--quiet", "--tensorboard")]
+    train_main([*loud, "--data-dir", str(small_dir), "--out", "a"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "a/curve.png"
+    with Image.open(last) as image:
+        assert image.width == 1080
+        assert len(image.convert("L").getcolors()) > 20

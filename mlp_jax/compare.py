@@ -158,7 +158,9 @@ def write(out: Path, pairs: Sequence[tuple], compared: Sequence["Comparison"]) -
         each |= comparison._asdict() | {"p_value_holm": adjusted[i]}
         record.append(to_json(each | {"says": describe(comparison, *labels(a, b))}))
         scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
-        figure = draw_comparison(*scores, comparison, labels(a, b))
+        sides = zip((a, b), labels(a, b), strict=True)
+        names = (f"{label}, {side.metadata.title}" for side, label in sides)
+        figure = draw_comparison(*scores, comparison, tuple(names))
         name = "comparison.png" if len(pairs) == 1 else f"comparison-{i + 1}.png"
         with files.atomic_write(out / name) as temporary:
             figure.savefig(temporary, format="png", dpi=150)

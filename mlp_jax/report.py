@@ -109,7 +109,8 @@ def report_grid(cells: Sequence[Path]) -> Report:
     from mlp_jax.records import rows
 
     summary = rank({cell.name: rows.read_scores(cell) for cell in cells})
-    return Report(format_ranking(summary), summary, [("grid.png", draw_ranking(summary))], {})
+    figure = draw_ranking(summary, read_metadata(cells[0]).title)
+    return Report(format_ranking(summary), summary, [("grid.png", figure)], {})
 
 
 if __name__ == "__main__":

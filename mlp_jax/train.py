@@ -119,8 +119,7 @@ def save_curve(out: Path, metadata: Metadata) -> None:
     from mlp_jax.analysis.figures import draw_run
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    where = metadata.environment["device_kind"]
-    figure = draw_run(lines, f"{metadata.recipe}, seed {metadata.seed}, on {where}")
+    figure = draw_run(lines, f"{metadata.title}, seed {metadata.seed}")
     with files.atomic_write(out / CURVE) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 

@@ -110,3 +110,27 @@ def test_a_run_ends_with_the_path_of_its_curve(small_dir, here, capsys):
     with Image.open(last) as image:
         assert image.width == 1080
         assert len(image.convert("L").getcolors()) > 20
+
+
+def test_figures_say_how_many_runs_of_what_and_on_what(small_dir, here, monkeypatch):
+    from mlp_jax.analysis import figures
+    from mlp_jax.compare import main as compare_main
+    from mlp_jax.report import main as report_main
+
+    titles, new_figure = [], figures.new_figure
+
+    def remembering(title, *args):
+        titles.append(title)
+        return new_figure(title, *args)
+
+    for module in ("figures", "ranking"):
+        monkeypatch.setattr(f"mlp_jax.analysis.{module}.new_figure", remembering)
+    quiet = [flag for flag in TINY if flag != "--tensorboard"]
+    flags = [*quiet, "--data-dir", str(small_dir), "--seeds", "0:4"]
+    sweep_main([*flags, "--vary", "all", "init", "--out", "s"])
+    sweep_main([*flags, "--dropout", "0", "0.5", "--out", "grid"])
+    report_main(["s", "--data-dir", str(small_dir)])
+    report_main(["grid", "--data-dir", str(small_dir)])
+    compare_main(["s", "grid/dropout=0.0", "--data-dir", str(small_dir), "--out", "c"])
+    assert len(titles) >= 5
+    assert all("keras-sgd on cpu" in title or "4 runs on cpu" in title for title in titles), titles

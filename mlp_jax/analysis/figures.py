@@ -45,10 +45,11 @@ def figures(
 
     `crossed` are Crossed indices by learning rate.
     """
+    where = backends(summary)
     for rate, indices in crossed.items():
         if indices:
             name = "crossed.png" if len(crossed) == 1 else f"crossed-lr{rate:g}.png"
-            yield name, draw_indices(indices, summary["recipe"])
+            yield name, draw_indices(indices, f"{summary['recipe']} on {where}")
     recipe = RECIPES.get(summary["recipe"])
     families = [family for family in families if family.vary != "crossed"]
     if not families:
@@ -58,7 +59,6 @@ def figures(
         both,
         key=lambda two: (two[0].vary == "all", recipe and two[0].rate == recipe.learning_rate),
     )
-    where = backends(summary)
     name = f"{summary['recipe']}, {len(family.seeds)} runs on {where}"
     if len(families) > 1 or family.vary != "all":
         name += f" (vary {family.vary}, learning rate {family.rate:g})"
@@ -68,7 +68,7 @@ def figures(
             yield "epochs.png", draw_epochs(family, statistics, name)
     spreads = [each for each in summary["families"] if each["sd"]]
     if len(spreads) > 1:
-        yield "sources.png", draw_sources(spreads, f"{summary['recipe']}, on {where}")
+        yield "sources.png", draw_sources(spreads, f"{summary['recipe']} on {where}")
     if family.counts.errors.any():
         yield "hardest.png", draw_hardest(family.counts, images, name)
 
@@ -170,10 +170,10 @@ def draw_sources(spreads: list[dict], name: str) -> Any:
     return add_legend(figure, ax, 2)
 
 
-def draw_indices(crossed: Any, recipe: str) -> Any:
+def draw_indices(crossed: Any, name: str) -> Any:
     """What each stream does to accuracy, by itself and in all: a Crossed of `crossed_indices`."""
     streams, blocks = list(crossed.test.total), crossed.test.blocks
-    title = f"{recipe}, {blocks} blocks of {2 ** len(streams)} runs"
+    title = f"{name}, {blocks} blocks of {2 ** len(streams)} runs"
     height = 2.2 + 0.5 * len(streams)
     figure, *axes = new_figure(f"Which randomness makes test accuracy vary: {title}", height, 1, 2)
     for ax, of, where in zip(axes, crossed, ("this", "an infinite"), strict=True):
@@ -200,7 +200,8 @@ def draw_indices(crossed: Any, recipe: str) -> Any:
 
 def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> Any:
     """The accuracies [R] of A and B, and a Comparison of them beside its margin."""
-    kind = f"{comparison.pairs} shared seeds" if comparison.pairs else "independent runs"
+    runs = f"{comparison.runs_a} and {comparison.runs_b} independent runs"
+    kind = f"{comparison.pairs} shared seeds" if comparison.pairs else runs
     title = f"A against B: {comparison.verdict}, {kind}"
     figure, left, right = new_figure(title, 3.6, 1, 2)
     edges = 100 * np.histogram_bin_edges(np.concatenate([a, b]), 30)

@@ -58,10 +58,10 @@ def format_ranking(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def draw_ranking(summary: dict) -> Any:
+def draw_ranking(summary: dict, name: str) -> Any:
     """Means and their intervals, highest on top."""
     cells = [cell for cell in summary["cells"] if cell["mean"]["estimate"] is not None]
-    title = "Accuracy by setting, 95 % intervals for all at once"
+    title = f"Accuracy by setting, 95 % intervals for all at once: {name}"
     figure, ax = new_figure(title, 1.2 + 0.4 * len(cells))
     for y, cell in enumerate(cells):
         mean, low, high = (100 * (end or math.nan) for end in cell["mean"].values())

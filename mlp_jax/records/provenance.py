@@ -33,6 +33,11 @@ class Metadata(NamedTuple):
     program: str | None = None  # fingerprint of the training code, see `fit.program_text`
     mixed: bool = False  # stored, by --allow-mixed, beside rows with other numerics
 
+    @property
+    def title(self) -> str:
+        """What a figure says of them: the recipe, and the kind of device that trained it."""
+        return f"{self.recipe} on {self.environment['device_kind']}"
+
     def to_json(self) -> dict:
         fields = self._asdict() | {"config": dataclasses.asdict(self.config)}
         return {

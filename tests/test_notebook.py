@@ -69,7 +69,7 @@ def test_what_it_shows_follows_from_the_rows_it_leaves(mnist, tmp_path):
         families[family].append(n)
     assert all(len(numbers) == 3 for numbers in families.values())
     shown = [line.split()[1] for line in texts["streams"] if line.split()[:1] == ["SD"]]
-    assert shown == [f"{np.std(n, ddof=1) / 100:.3f}" for n in families.values()]
+    assert shown == [f"{np.std(n, ddof=1) / 100:.4f}" for n in families.values()]
     for name, directory in (("report", "short"), ("streams", "why")):
         saved = list((tmp_path / "runs" / directory / "figures").glob("*.png"))
         assert pictures[name] == len(saved) > 0

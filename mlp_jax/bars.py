@@ -18,13 +18,18 @@ class _Lines:
         sys.stderr.flush()
 
 
+def redrawn() -> bool:
+    """Whether a bar on standard error is seen on a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def progress_bar(iterable: Iterable | None = None, *, quiet: bool, **options: Any) -> Any:
     """A tqdm bar on standard error, with tqdm's `options`."""
     from tqdm import tqdm
 
     if sys.stderr is None:  # closed
         quiet = True
-    elif not sys.stderr.isatty():
+    elif not redrawn():
         # not so many updates at a time that tqdm's monitor repeats a line
         options |= {"file": _Lines(), "mininterval": SECONDS_A_LINE, "miniters": 1}
     return tqdm(iterable, disable=quiet, **options)

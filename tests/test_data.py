@@ -267,6 +267,7 @@ def test_the_mirror_gives_the_fingerprint_without_tensorflow(mirrored):
     )
     for bar in ("Generating train examples", "Decoding train", "Decoding test"):
         assert any(bar in line for line in bars)
+    assert len(bars) < 40  # one in half a minute, and the first and last of each bar
     assert [path.name for path in data_dir.iterdir()] == ["mnist"]
 
 

@@ -1,7 +1,9 @@
 """What is seen while runs train: bars, TensorBoard's curves, and the picture at the end."""
 
+import contextlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +136,30 @@ def test_figures_say_how_many_runs_of_what_and_on_what(small_dir, here, monkeypa
     compare_main(["s", "grid/dropout=0.0", "--data-dir", str(small_dir), "--out", "c"])
     assert len(titles) >= 5
     assert all("keras-sgd on cpu" in title or "4 runs on cpu" in title for title in titles), titles
+
+
+def test_what_readme_logs_elsewhere(small, monkeypatch):
+    """README's lines for Weights & Biases, into a stand-in that has their two functions."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = readme.partition("<!-- wandb -->\n```python\n")[2].partition("```")[0]
+    assert code.count('mj.load_dataset("mnist")') == code.count("range(8)") == 1
+    code = code.replace('mj.load_dataset("mnist")', "small").replace("range(8)", "range(3)")
+    logged, asked = {}, {}
+
+    @contextlib.contextmanager
+    def init(project, config):
+        asked.update(config)
+        log = types.SimpleNamespace(
+            log=lambda values, step: logged.setdefault(step, {}).update(values)
+        )
+        yield log
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    scope = {"small": small}
+    exec(code, scope)
+    assert asked["optimizer"] == "momentum"
+    history = scope["epoch"].history
+    assert set(logged) == {1}
+    for name, by_run in history.items():
+        assert logged[1][name] == pytest.approx(np.mean(by_run))
+        assert logged[1][f"{name}_sd"] == pytest.approx(np.std(by_run, ddof=1))

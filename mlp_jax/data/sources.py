@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import math
+import os
 import pickle
 import re
 import struct
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from mlp_jax.bars import SECONDS_A_LINE, redrawn
 from mlp_jax.errors import UserError, nearest, one_line
 
 # SHA-256 of the IDX contents, not of the .gz: whoever compressed them, the digits are the same.
@@ -90,6 +92,8 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None, quiet: bo
 @contextlib.contextmanager
 def hushed(quiet: bool) -> Iterator[Any]:
     """Gives TFDS without its log lines and notices, and with its bars unless `quiet`."""
+    if not (quiet or redrawn()):
+        os.environ.setdefault("TQDM_MININTERVAL", str(SECONDS_A_LINE))  # of TFDS's own bars
     import tensorflow_datasets as tfds
     from absl import logging
 

@@ -75,8 +75,8 @@ def rounded_product(
     x: jax.Array, w: jax.Array, dimensions: lax.DotDimensionNumbers, precision=None
 ) -> jax.Array:
     """The product of `x` and `w` in bfloat16, with sums in float32, as `lax.dot_general`."""
-    operands = (each.astype(jnp.bfloat16) for each in (x, w))
-    return lax.dot_general(*operands, dimensions, preferred_element_type=jnp.float32)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
 
 
 PRODUCTS = {

@@ -35,7 +35,7 @@ class TrainingArgs:
     data_dir: Path | None = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     manual_dir: Path | None = None
-    """Directory of the four IDX files, to use them in place of a download."""
+    """Directory of four IDX files: published ones, or your own under a --dataset of that name."""
     split: Literal["test", "validation"] = "test"
     """Images scored: the test set, or the last sixth of the training set, then not trained on."""
     checkpoint_every: int = 10

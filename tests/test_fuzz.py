@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mlp_jax import train
-from mlp_jax.data import sources
+from mlp_jax.data import idx, sources
 from mlp_jax.errors import UserError
 from mlp_jax.files import LOCK, Damaged, read_signed_json
 from mlp_jax.records import provenance
@@ -77,7 +77,7 @@ def spliced(draw, data):
 
 reach = mock.Mock(side_effect=Reached)
 HERE = provenance.describe_environment(jax.devices())
-IDX = sources.format_idx(np.random.default_rng(0).integers(0, 256, (1, 28, 28), np.uint8))
+IDX = idx.format_idx(np.random.default_rng(0).integers(0, 256, (1, 28, 28), np.uint8))
 KNOWN = gzip.compress(IDX, mtime=0)
 MEMBERS = ("mnist/data/mnist.pkl.gz", "gzip/emnist-digits-train-images-idx3-ubyte.gz")
 PATHS = st.lists(st.sampled_from(["{0}", "..", "link", "evil", "gzip"]), min_size=1).map("/".join)
@@ -94,18 +94,18 @@ TOKENS = st.sampled_from(WORDS) | st.text(st.characters(codec="utf-8", exclude_c
 @settings(deadline=None, max_examples=300)
 @given(hnp.arrays(np.uint8, hnp.array_shapes(max_dims=4, min_side=0)), st.data())
 def test_idx_bytes_are_the_array_or_refused_and_cost_no_memory(array, data):
-    whole = sources.format_idx(array)
+    whole = idx.format_idx(array)
     sizes = st.lists(st.sampled_from([0, 1, 2**16, 2**31, 2**32 - 1]), min_size=3, max_size=3)
     huge = sizes.map(lambda sizes: b"\0\0\x08\x03" + np.array(sizes, ">u4").tobytes() + b"1234")
     for content in (whole, data.draw(huge), data.draw(st.binary() | spliced(whole))):
         tracemalloc.start()
-        parsed = ending(sources.parse_idx, content, "file")
+        parsed = ending(idx.parse_idx, content, "file")
         assert tracemalloc.get_traced_memory()[1] < 2**20
         tracemalloc.stop()
         if isinstance(parsed, UserError):
             assert content != whole or array.ndim not in (1, 3) or array.size == 0
         else:
-            assert (parsed.dtype, sources.format_idx(parsed)) == (np.uint8, content)
+            assert (parsed.dtype, idx.format_idx(parsed)) == (np.uint8, content)
             assert content != whole or np.array_equal(parsed, array)
 
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from mlp_jax.data import sources
-from mlp_jax.data.sources import PARTS, format_idx, parse_idx, prepare
+from mlp_jax.data.idx import CONTENTS, PARTS, format_idx, parse_idx, read_part
+from mlp_jax.data.sources import prepare
 from mlp_jax.errors import UserError
 
 N_TRAIN, N_TEST = 30, 12
@@ -68,8 +69,9 @@ def register(monkeypatch, name: str, url: str, folder: Path) -> None:
 
 def trust(monkeypatch, idx: dict[str, bytes]) -> None:
     """Makes `idx` the published contents of mnist."""
-    hashes = {part: hashlib.sha256(data).hexdigest() for part, data in idx.items()}
-    monkeypatch.setattr(sources, "MNIST_SHA256", hashes)
+    monkeypatch.setitem(
+        CONTENTS, "mnist", [hashlib.sha256(idx[part]).hexdigest() for part in PARTS]
+    )
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -126,8 +128,9 @@ def refusal(*args, quiet: bool = True) -> str:
     return str(caught.value)
 
 
-def assert_holds(builder, idx: dict[str, bytes]) -> None:
-    """TFDS reads the same examples from `builder`, in an order of its own."""
+def assert_holds(directory: Path, idx: dict[str, bytes]) -> None:
+    """TFDS reads the same examples from `directory`, in an order of its own."""
+    builder = tfds.builder_from_directory(directory)
     for split, prefix in (("train", "train"), ("test", "t10k")):
         images = parse_idx(idx[f"{prefix}-images-idx3-ubyte"], "images")
         labels = parse_idx(idx[f"{prefix}-labels-idx1-ubyte"], "labels")
@@ -190,12 +193,11 @@ def test_the_family_comes_from_its_host(name, path, tmp_path, monkeypatch, serve
     register(monkeypatch, name, url, published)
     trust(monkeypatch, idx)
     data_dir = tmp_path / "new" / "data"
-    assert_holds(prepare(name, data_dir, quiet=True), idx)
+    assert_holds(prepare(name, data_dir, quiet=True).directory, idx)
     assert capsys.readouterr() == ("", "")
     plain = tfds.builder(name, data_dir=data_dir)
     assert Path(plain.data_dir) == data_dir / path
     assert plain.is_prepared()
-    assert_holds(plain, idx)
     assert [p.name for p in data_dir.iterdir()] == [name.partition("/")[0]]  # no downloads stay
 
 
@@ -269,12 +271,12 @@ def test_the_family_comes_from_files(name, tmp_path, monkeypatch):
     register(monkeypatch, name, base.URL, folder)
     trust(monkeypatch, idx)
     data_dir = tmp_path / "data"
-    assert_holds(prepare(name, data_dir, folder, quiet=True), idx)
+    assert_holds(prepare(name, data_dir, folder, quiet=True).directory, idx)
     assert [path.name for path in data_dir.iterdir()] == [base.name]
     # Checked again where the data set is there already, and never replaced.
     next(folder.iterdir()).write_bytes(b"other")
     refusal(name, data_dir, folder)
-    assert_holds(prepare(name, data_dir, quiet=True), idx)
+    assert_holds(prepare(name, data_dir, quiet=True).directory, idx)
 
 
 def test_mnist_files_may_be_uncompressed(tmp_path, monkeypatch):
@@ -282,7 +284,7 @@ def test_mnist_files_may_be_uncompressed(tmp_path, monkeypatch):
     trust(monkeypatch, idx)
     for i, (part, data) in enumerate(idx.items()):
         (tmp_path / (part if i % 2 else part.replace("-idx", ".idx"))).write_bytes(data)
-    assert_holds(prepare("mnist", tmp_path / "data", tmp_path, quiet=True), idx)
+    assert_holds(prepare("mnist", tmp_path / "data", tmp_path, quiet=True).directory, idx)
 
 
 def _edit(part, change):
@@ -349,7 +351,72 @@ def test_missing_files(tmp_path):
     assert line.startswith("mnist_corrupted is not of MNIST's family: ")
 
 
+# Files of one's own
+
+
+def test_files_of_ones_own(tmp_path):
+    idx = small_idx()
+    for i, (part, data) in enumerate(idx.items()):
+        (tmp_path / (part if i % 2 else part.replace("-idx", ".idx"))).write_bytes(data)
+    directory, n_classes, arrays = prepare("my_digits", tmp_path / "data", tmp_path, quiet=True)
+    assert directory.parent == tmp_path / "data" / "my_digits"
+    assert n_classes == 1 + max(int(array.max()) for array in arrays[1::2])
+    for array, data in zip(arrays, idx.values(), strict=True):  # in the order of the files
+        np.testing.assert_array_equal(array, parse_idx(data, "file"), strict=True)
+
+
+@pytest.mark.parametrize("name", ["mnist", "kmnist"])
+def test_a_published_data_set_keeps_its_name(name, tmp_path, monkeypatch):
+    """Known by the contents of its files, or by its compressed files."""
+    idx = small_idx()
+    folder = write_published(tmp_path / "files", idx)
+    if name == "mnist":
+        trust(monkeypatch, idx)
+    else:
+        register(monkeypatch, name, tfds.builder_cls(name).URL, folder)
+    line = refusal("my_digits", tmp_path / "data", folder)
+    assert line == f"{folder}: holds the published {name}, not my_digits"
+    # with one label changed it is nobody's
+    labels = bytearray(idx[PARTS[1]])
+    labels[-1] ^= 1
+    (folder / f"{PARTS[1]}.gz").write_bytes(gzip.compress(labels))
+    assert prepare("my_digits", tmp_path / "data", folder, quiet=True).arrays[1][-1] == labels[-1]
+
+
+def test_files_of_ones_own_that_are_refused(tmp_path):
+    folder = write_published(tmp_path / "files", small_idx())
+    data_dir = tmp_path / "data"
+    for name in ("My_Digits_2026", "my-digits-2026"):
+        assert refusal(name, data_dir, folder).startswith(f"unknown data set {name!r}; files of")
+    assert refusal("fashion_mnist", data_dir, folder).startswith(
+        f"{folder / PARTS[0]}.gz: not the published fashion_mnist {PARTS[0]} (SHA-256 "
+    )
+    (folder / f"{PARTS[3]}.gz").write_bytes(format_idx(np.zeros(N_TEST + 1, np.uint8)))
+    line = refusal("my_digits", data_dir, folder)
+    assert line == f"{folder / PARTS[2]}.gz: holds {N_TEST} images for {N_TEST + 1} labels"
+    (folder / f"{PARTS[0]}.gz").write_bytes(format_idx(np.zeros((2, 32, 32), np.uint8)))
+    assert "holds images of another size" in refusal("my_digits", data_dir, folder)
+    (folder / f"{PARTS[0]}.gz").unlink()
+    assert f"{folder}: has no {PARTS[0]}.gz or " in refusal("my_digits", data_dir, folder)
+    assert not data_dir.exists()
+
+
+def test_fashion_mnist_as_debian_packages_it(tmp_path):
+    """Its .gz files are not the published ones; their contents are."""
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    if not folder.exists():
+        pytest.skip("dataset-fashion-mnist is not installed")
+    for i, part in enumerate(PARTS):
+        _, file, contents = read_part(folder / f"{part}.gz", part)
+        assert contents == CONTENTS["fashion_mnist"][i]
+        assert file not in sources._published(tfds.builder_cls("fashion_mnist"))[i]
+    assert "holds the published fashion_mnist" in refusal("my_clothes", tmp_path / "data", folder)
+
+
 # Names and directories
+
+
+OWN = "; files of your own need --manual-dir, and a name of a-z, 0-9 and _"
 
 
 @pytest.mark.parametrize(
@@ -359,9 +426,9 @@ def test_missing_files(tmp_path):
         ("Mnist", "; did you mean mnist?"),
         ("fashion-mnist", "; did you mean fashion_mnist?"),
         ("emnist/digit", "; did you mean emnist/digits?"),
-        ("huggingface:qqqqqqqqqqqqqqqqqqqqqqqqqqqq", ""),
-        ("../../..", ""),
-        ("", ""),
+        ("huggingface:qqqqqqqqqqqqqqqqqqqqqqqqqqqq", OWN),
+        ("../../..", OWN),
+        ("", OWN),
     ],
 )
 def test_unknown_names(name, hint, tmp_path):
@@ -391,7 +458,7 @@ def small_mnist(tmp_path, monkeypatch):
 
 
 def test_directories_that_cannot_be_used(tmp_path, small_mnist):
-    directory = Path(prepare("mnist", tmp_path, small_mnist, quiet=True).data_dir)
+    directory = prepare("mnist", tmp_path, small_mnist, quiet=True).directory
     info = directory / "dataset_info.json"
     stored = json.loads(info.read_text())
     info.write_text(json.dumps(stored | {"fileFormat": "tfrecord"}))
@@ -430,4 +497,6 @@ def test_another_process_was_first(tmp_path, small_mnist, monkeypatch):
         raise OSError(39, "Directory not empty")  # what the second rename meets
 
     monkeypatch.setattr(sources, "_write", write_twice)
-    assert prepare("mnist", tmp_path / "data", small_mnist, quiet=True).is_prepared()
+    prepared = prepare("mnist", tmp_path / "data", small_mnist, quiet=True)
+    assert prepared.arrays is None  # but to be read from what the other wrote
+    assert tfds.builder_from_directory(prepared.directory).is_prepared()

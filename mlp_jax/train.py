@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mlp_jax import cli, console, files
@@ -41,10 +43,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # these take a second, and bad flags are answered without them
     from mlp_jax.data.dataset import load_dataset
+
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        beside.submit(importlib.import_module, "mlp_jax.experiment")
+        dataset = load_dataset(args.config.dataset, **args.data_options())
     from mlp_jax.experiment import open_experiment
     from mlp_jax.tensorboard import log_run
 
-    dataset = load_dataset(args.config.dataset, **args.data_options())
     config = for_dataset(args.config, dataset)
     out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
     options = args.options("overwrite") | {"seed": args.seed, "devices": 1, "lanes": 1}

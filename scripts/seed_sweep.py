@@ -3,6 +3,7 @@
     python scripts/seed_sweep.py keras-sgd       100 seeds of 50 epochs: hours on two cores
     python scripts/seed_sweep.py short           1,900 runs of one epoch: all, init, order, dropout
     python scripts/seed_sweep.py keras-rmsprop   30 seeds of 20 epochs
+    python scripts/seed_sweep.py keras-rmsprop-fashion      5 seeds of it on Fashion-MNIST
 
 The rows are written to results/NAME/runs/, one chunk after another. results/keras-sgd-epyc is the
 first of these on another processor, an AMD EPYC, with --seeds 0:30.
@@ -24,6 +25,7 @@ SWEEPS = {
         "--recipe short --seeds 300:1000 --vary all",
     ],
     "keras-rmsprop": ["--recipe keras-rmsprop --seeds 0:30"],
+    "keras-rmsprop-fashion": ["--recipe keras-rmsprop --dataset fashion_mnist --seeds 0:5"],
 }
 
 

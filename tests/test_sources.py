@@ -68,10 +68,10 @@ def register(monkeypatch, name: str, url: str, folder: Path) -> None:
 
 
 def trust(monkeypatch, idx: dict[str, bytes]) -> None:
-    """Makes `idx` the published contents of mnist."""
-    monkeypatch.setitem(
-        CONTENTS, "mnist", [hashlib.sha256(idx[part]).hexdigest() for part in PARTS]
-    )
+    """Makes `idx` the published contents of mnist, and of fashion_mnist."""
+    for name in CONTENTS:
+        hashes = [hashlib.sha256(idx[part]).hexdigest() for part in PARTS]
+        monkeypatch.setitem(CONTENTS, name, hashes)
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -409,7 +409,8 @@ def test_fashion_mnist_as_debian_packages_it(tmp_path):
     for i, part in enumerate(PARTS):
         _, file, contents = read_part(folder / f"{part}.gz", part)
         assert contents == CONTENTS["fashion_mnist"][i]
-        assert file not in sources._published(tfds.builder_cls("fashion_mnist"))[i]
+        published = tfds.builder_cls("fashion_mnist").url_infos.values()
+        assert file not in {info.checksum for info in published}
     assert "holds the published fashion_mnist" in refusal("my_clothes", tmp_path / "data", folder)
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import urllib.parse
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,6 +174,8 @@ def _write(builder: Any, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
             with contextlib.suppress(OSError):  # another process may have filled it
                 path.rmdir()
         raise
+    if not all(pngs.values()):  # TFDS found a directory there, and wrote nothing
+        return None
     ordered, raw = [], tfds.decode.DeserializeMethod.RAW_BYTES
     for name, split in splits.items():
         order = sorted(range(len(pngs[name])), key=Hasher(name).hash_key)
@@ -235,7 +237,7 @@ def _own(name: str, folder: Path) -> list[np.ndarray]:
     arrays, *hashes = zip(*map(read_part, paths, PARTS), strict=True)
     for known in ("mnist", "fashion_mnist", "kmnist"):
         published = _published(tfds.builder_cls(known))
-        if all({*pair} & there for *pair, there in zip(*hashes, published, strict=True)):
+        if all(there in pair for *pair, there in zip(*hashes, published, strict=True)):
             raise UserError(f"{folder}: holds the published {known}, not {name}")
     for path, images, labels in zip(paths[::2], arrays[::2], arrays[1::2], strict=True):
         if len(images) != len(labels):
@@ -276,10 +278,9 @@ def _urls(base: Any) -> dict[str, str]:
     return {part: urllib.parse.urljoin(base.URL, file.format(part)) for part in PARTS}
 
 
-def _published(base: Any) -> list[set[str]]:
-    """SHA-256 of the file of each of PARTS, and of its contents where known."""
-    files = [base.url_infos[url].checksum for url in _urls(base).values()]
-    return [{*hashes} for hashes in zip(files, CONTENTS.get(base.name, files), strict=True)]
+def _published(base: Any) -> Sequence[str]:
+    """SHA-256 of the contents of each of PARTS where they are known, else of its file."""
+    return CONTENTS.get(base.name) or [base.url_infos[url].checksum for url in _urls(base).values()]
 
 
 def _read(builder: Any, paths: dict[str, Path]) -> list[np.ndarray]:
@@ -287,8 +288,8 @@ def _read(builder: Any, paths: dict[str, Path]) -> list[np.ndarray]:
     arrays, config = [], builder.builder_config and builder.builder_config.name
     for (part, path), published in zip(paths.items(), _published(builder), strict=True):
         array, file, contents = read_part(path, part, config)
-        if not published & {file, contents}:
-            digest = contents if builder.name in CONTENTS else file
+        digest = contents if builder.name in CONTENTS else file
+        if digest != published:
             line = f"{path}: not the published {builder.name} {part} (SHA-256 {digest})"
             raise UserError(f"{line}: give data of your own another --dataset name")
         arrays.append(array)

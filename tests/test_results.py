@@ -33,6 +33,7 @@ from mlp_jax.verify import TOLERANCE, same_machine
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SPEED_PARTS = ("epoch", "sweep", "whole")
+TRIED = ("tried", "survived", "lost")
 PRODUCTS = "the matrix products alone"
 ONE_BY_ONE = "mlp_jax.train, one after another"
 SWEEPS = sorted(path.parent for path in ROOT.glob("results/*/summary.json"))
@@ -67,21 +68,20 @@ def record_line(directory):
     summary = json.loads((directory / "summary.json").read_text())
     family = summary["families"][0]
     epochs = "1 epoch" if summary["epochs"] == 1 else f"{summary['epochs']} epochs"
-    reference = below = "-"
+    reference = beside = "-"
     if family["reference"]:
         reference = f"{100 * family['reference']:.2f}"
-        below = "{:.0f} % ({:.0f} to {:.0f})".format(
-            *(100 * end for end in family["share_below"].values())
-        )
+        beside = "{runs_below} / {runs_equal} / {runs_above}".format(**family)
     return row(
         f"[`{directory.name}`](results/{directory.name}), {epochs}",
         f"{family['runs']:,}",
         points(family["mean"]),
+        f"{100 * family['over_test_sets']:.2f}",
         points(family["sd"]),
         f"{100 * family['min']:.2f} to {100 * family['max']:.2f}",
         f"{100 * family['vote_accuracy']:.2f}",
         reference,
-        below,
+        beside,
     )
 
 
@@ -93,7 +93,7 @@ def endless_line():
     """README's words on what the spread would be on an endless test set."""
     said = []
     for directory in SWEEPS:
-        if directory == FASHION:  # five runs are too few for its interval
+        if directory == FASHION:  # five runs say nothing of it
             continue
         family = json.loads((directory / "summary.json").read_text())["families"][0]
         errors = f"{100 * family['independent_sd']:.3f}"
@@ -132,19 +132,24 @@ def fault_lines():
         faults.setdefault(trial["fault"], []).append(trial)
     for fault, both in faults.items():
         tried = " and ".join(f"{trial['tried']} of {trial['command']}" for trial in both)
-        ends = (str(sum(trial[name] for trial in both)) for name in ("survived", "lost"))
-        yield row(fault, tried, *ends)
+        n, survived, lost = (sum(trial[name] for trial in both) for name in TRIED)
+        assert not lost
+        yield row(fault, tried, str(survived), f"0, at most {upper_limit(n)}")
+
+
+def upper_limit(n):
+    """The share that is lost 0 times in n with a chance of 5 %."""
+    return f"{100 * (1 - 0.05 ** (1 / n)):.2g} %"
 
 
 def headline():
     """README's answer to: is the reference a fair number?"""
     family = read("results/keras-sgd/summary.json")["families"][0]
-    below = family["share_below"]
     return (
         f"**{family['runs']} seeds reach {points(family['mean'], 2)} % on average, with an SD of"
-        f" {points(family['sd'])} points; 97.26 % lies {family['z']:+.1f} SDs from that mean,"
-        f" above {100 * below['estimate']:.0f} % of the runs"
-        f" ({100 * below['low']:.0f} to {100 * below['high']:.0f} %).**"
+        f" {points(family['sd'])} points; 97.26 % lies {family['z']:+.1f} SDs from that mean:"
+        f" {family['runs_below']} of the runs lie below it, {family['runs_equal']} equal it and"
+        f" {family['runs_above']} lie above.**"
     )
 
 
@@ -231,9 +236,13 @@ def test_summaries_follow_from_the_rows(directory):
         plain = sd * math.sqrt((n - 1) / scipy.stats.chi2.ppf(0.025, n - 1))
         assert plain * (1 - 1e-9) <= family["sd"]["high"] < 1.1 * plain
         assert (family["min"], family["max"]) == (min(accuracy), max(accuracy))
+        p = (10_000 - np.array(accuracy) * summary["n_test"]).mean() / 10_000
+        assert 0 < family["over_test_sets"] < 1.96 * math.sqrt(p * (1 - p) / summary["n_test"])
         if below := family["share_below"]:
             right, _ = REFERENCES[summary["recipe"]]
             signs = [np.sign(round(a * summary["n_test"]) - right) for a in accuracy]
+            counted = [family[f"runs_{where}"] for where in ("below", "equal", "above")]
+            assert counted == [signs.count(-1), signs.count(0), signs.count(1)]
             share = (signs.count(-1) + signs.count(0) / 2) / n
             assert below["estimate"] == pytest.approx(share)
             ends = scipy.stats.beta.ppf([0.025, 0.975], share * n + 0.5, (1 - share) * n + 0.5)
@@ -254,7 +263,8 @@ def test_a_record_without_a_newer_setting_is_still_that_of_its_recipe(directory)
     counts = SimpleNamespace(labels=range(10_000))
     family = SimpleNamespace(vary="all", rate=ids["learning_rate"], correct=correct, counts=counts)
     made = to_json(beside_reference(family, metadata.recipe, metadata.config))
-    names = ("reference", "share_below", "z") if metadata.recipe in REFERENCES else ()
+    names = ("reference", "runs_below", "runs_equal", "runs_above", "share_below", "z")
+    names = names if metadata.recipe in REFERENCES else ()
     assert close(made, {name: stored[name] for name in names})
 
 
@@ -280,6 +290,8 @@ def test_the_readme_quotes_the_records(directory):
 
 def test_the_readme_quotes_its_headline_and_speed():
     assert headline() in README.replace("\n", " ")
+    zero = read("results/keras-sgd/summary.json")["families"][0]["distribution_sd"]["high"]
+    assert f"consistent with zero, and at most {100 * zero:.3f} points" in README.replace("\n", " ")
     for words in (hardware_line(), endless_line(), hardware(), speed_bound()):
         assert words in README.replace("\n", " ")
     for line in [time_line(), *source_lines(), *speed_lines()]:
@@ -328,7 +340,10 @@ def test_nothing_was_lost():
     for trial in faults:
         assert trial["tried"] == trial["survived"] > 0
         assert trial["lost"] == 0
-    assert f"**In {sum(trial['tried'] for trial in faults)} trials nothing" in README
+    n = sum(trial["tried"] for trial in faults)
+    assert f"**In {n} trials nothing" in README
+    limit = f"loss in at most {upper_limit(n)} of such trials"
+    assert limit in README.replace("\n", " ")
     for line in fault_lines():
         assert line in README
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from mlp_jax.analysis.stats import HIGH, Interval, brunner_munzel, paired_improvement, welch
+from mlp_jax.analysis.stats import HIGH, Interval, Z, brunner_munzel, paired_improvement, welch
 
 ALPHA = 0.05
 FIRST_LOOK = 30  # pairs before which the sequence says nothing: it needs an SD
@@ -74,7 +74,7 @@ def compare(
         error, df = math.sqrt(own / x.size), x.size - 1
     mean = x.mean() - y.mean()
     half = stats.t.ppf(HIGH, df) * error
-    wider = math.hypot(half, stats.norm.ppf(HIGH) * sd_over_test_sets)
+    wider = math.hypot(half, Z * sd_over_test_sets)
     with np.errstate(divide="ignore", invalid="ignore"):  # equal runs: 0 / 0 is no difference
         t = np.divide([mean, mean + margin, mean - margin], error)
         t = np.where(np.isnan(t), 0, t)

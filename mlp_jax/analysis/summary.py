@@ -29,7 +29,6 @@ class Family(NamedTuple):
     seconds: np.ndarray  # [R]
     diverged: list[int]  # seeds of the runs left out
     counts: PredictionCounts
-    overlaps: np.ndarray  # [R]
 
     @property
     def scores(self) -> dict[int, int]:
@@ -48,7 +47,7 @@ def make_families(
 ) -> list[Family]:
     """All families, "all" first, of sorted runs, their metrics [R, epochs] and seconds [R].
 
-    `read_predictions()` yields some runs and their predictions, uint8 [r, n]; it is called twice.
+    `read_predictions()` yields some runs and their predictions, uint8 [r, n].
     UserError for a run that is there twice, or whose predictions cannot be or do not give its
     accuracy.
     """
@@ -59,36 +58,30 @@ def make_families(
     known = ("all", *STREAMS, "crossed")
     names = sorted({run[:2] for run in runs}, key=lambda n: ([*known, n[0]].index(n[0]), *n))
 
-    def blocks():
-        for ids, block in read_predictions():
-            at = np.array([position[run] for run in ids])
-            for name in dict.fromkeys(run[:2] for run in ids):
-                here = finite[at] & [run[:2] == name for run in ids]
-                yield name, at[here], block[here]
-
     labels = labels.astype(np.int64)
-    classes = {name: np.zeros((len(labels), n_classes), np.int64) for name in names}
-    halves, overlaps = np.zeros((2, len(runs)), np.int64), np.zeros(len(runs), np.int64)
-    for name, at, block in blocks():
-        halves[:, at] = predictions.count_block(block, labels, classes[name])
+    shapes = (len(labels), n_classes), (2, len(labels))
+    sums = {name: [np.zeros(shape, np.int64) for shape in shapes] for name in names}
+    halves = np.zeros((2, len(runs)), np.int64)
+    for ids, block in read_predictions():
+        at = np.array([position[run] for run in ids])
+        for name in dict.fromkeys(run[:2] for run in ids):
+            here = finite[at] & [run[:2] == name for run in ids]
+            halves[:, at[here]] = predictions.count_block(block[here], labels, *sums[name])
     if not np.array_equal(halves.sum(axis=0)[finite], history["test_correct"][finite, -1]):
         raise UserError("some predictions do not give their row's test_correct")
     family_of = {name: np.array([run[:2] == name for run in runs]) for name in names}
     counts = {
-        name: PredictionCounts(labels, classes[name], *halves[:, mine & finite])
+        name: PredictionCounts(labels, *sums[name], *halves[:, mine & finite])
         for name, mine in family_of.items()
     }
     if any((each.classes.sum(axis=1) != each.runs).any() for each in counts.values()):
         raise UserError(f"a prediction is not in 0..{n_classes - 1}")
-    for name, at, block in blocks():
-        overlaps[at] = predictions.error_overlaps(block, counts[name])
     seeds = np.array([seed for *_, seed in runs])
     families = []
     for name, mine in family_of.items():
         kept, diverged = mine & finite, seeds[mine & ~finite].tolist()
-        correct = history["test_correct"][kept]
-        predicted = (counts[name], overlaps[kept])
-        families.append(Family(*name, seeds[kept], correct, seconds[kept], diverged, *predicted))
+        correct, each = history["test_correct"][kept], counts[name]
+        families.append(Family(*name, seeds[kept], correct, seconds[kept], diverged, each))
     return families
 
 
@@ -176,29 +169,54 @@ def compare_rates(families: list[Family]) -> list[dict]:
 # a statistic's key in summary.json: its name, its unit and what it says in the field's terms
 STATISTICS = {
     "mean": ("mean accuracy", "%", "over runs (Student's t)"),
+    "over_test_sets": ("  over other test sets", "points", "of this size, +-, beyond the runs"),
     "interquartile_mean": ("interquartile mean", "%", "of the middle half of the runs (bootstrap)"),
     "min": ("lowest run", "%", ""),
     "max": ("highest run", "%", ""),
     "reference": ("reference", "%", "one number that {source} reports"),
-    "share_below": ("  runs below it", "%", "(Jeffreys)"),
+    "runs_below": ("  runs below it", "runs", ""),
+    "runs_equal": ("  runs equal to it", "runs", ""),
+    "runs_above": ("  runs above it", "runs", ""),
+    "share_below": ("  share below it", "%", "ties count one half (Jeffreys)"),
     "z": ("  its z", "", "SDs that it lies from the mean"),
     "sd": ("SD", "points", "of accuracy over runs, sqrt(V_test) (chi-square)"),
     "sd_over_all": ("  relative to all's", "", "while the seed decides this stream alone (F)"),
     "independent_sd": ("  independent errors", "points", "sqrt(V_ind): the finite test set's own"),
-    "distribution_sd": ("  distribution-wise", "points", "on an infinite test set (bootstrap)"),
+    "distribution_sd": (
+        "  distribution-wise",
+        "points",
+        "on an infinite test set (over runs and images)",
+    ),
     "halves_sd": ("  the same by halves", "points", "covariance of two halves of the test set"),
     "binomial_sd": ("  binomial", "points", "were all images equally hard"),
-    "binary_sd": ("  calibrated, binary", "points", "predicted: sqrt(error / 2n)"),
-    "k_class_sd": ("  calibrated, k classes", "points", "predicted, at least: sqrt(error / nk)"),
-    "label_free_sd": ("  label-free", "points", "predicted from the votes alone"),
+    "binary_sd": ("  if calibrated: binary", "points", "sqrt(error / 2n), of independent errors"),
+    "k_class_sd": (
+        "  if calibrated: k-class",
+        "points",
+        "at least sqrt(error / nk), of the same",
+    ),
+    "label_free_sd": (
+        "  label-free",
+        "points",
+        "a prediction of independent errors from the votes",
+    ),
     "error": ("mean error", "%", "of a run, on an image"),
     "disagreement": ("disagreement", "%", "of two runs; calibrated: the mean error"),
     "calibration_error": ("calibration gap", "%", "CACE of the shares of votes"),
-    "vote_accuracy": ("ensemble accuracy", "%", "by majority vote of all runs"),
+    "vote_accuracy": ("ensemble accuracy", "%", "by majority vote of all {runs}"),
     "runs_for_mean": ("runs needed", "runs", "for the mean to +/- 0.01 points"),
     "runs_for_sd": ("runs needed", "runs", "for the SD to 5 %"),
     "seconds_a_run": ("seconds per run", "s", "wall time of the sweep, divided by its runs"),
 }
+OPTIONAL = (
+    "reference",
+    "runs_below",
+    "runs_equal",
+    "runs_above",
+    "share_below",
+    "z",
+    "sd_over_all",
+)
 
 
 def family_statistics(family: Family, families: list[Family], recipe: str, config: Config) -> dict:
@@ -213,6 +231,7 @@ def family_statistics(family: Family, families: list[Family], recipe: str, confi
         result["vote_accuracy"] = predictions.ensemble_correct(counts) / n_test
         result["seconds_a_run"] = float(family.seconds.mean())
     if runs >= 2:
+        result["over_test_sets"] = stats.Z * predictions.sd_over_test_sets(counts)
         # of whole numbers: equal runs then have an SD of 0, not of a rounding error
         estimators = {"mean": stats.mean_interval, "sd": stats.sd_interval}
         estimators["interquartile_mean"] = stats.interquartile_mean
@@ -221,7 +240,7 @@ def family_statistics(family: Family, families: list[Family], recipe: str, confi
         parts = predictions.variance_parts(counts)
         result |= {"v_test": parts.test, "v_ind": parts.independent}
         result["independent_sd"] = math.sqrt(parts.independent)
-        result["distribution_sd"] = predictions.distribution_sd(counts, family.overlaps)
+        result["distribution_sd"] = predictions.distribution_sd(counts)
         result["halves_sd"] = float(predictions.signed_sqrt(parts.halves))
         result |= predictions.disagreement(counts)._asdict()
         result["runs_for_mean"] = stats.seeds_for_mean(result["sd"].estimate, 1e-4)
@@ -243,6 +262,9 @@ def beside_reference(family: Family, recipe: str, config: Config) -> dict:
     right, sd = REFERENCES[recipe].correct * n_test / 10_000, correct.std(ddof=1)
     return {
         "reference": REFERENCES[recipe].correct / 10_000,
+        "runs_below": int((correct < right).sum()),
+        "runs_equal": int((correct == right).sum()),
+        "runs_above": int((correct > right).sum()),
         "share_below": stats.share_below(right, correct),
         "z": (right - correct.mean()) / sd if sd else None,
     }
@@ -294,10 +316,10 @@ def format_table(summary: dict) -> str:
         if left_out := family["diverged"]:
             lines.append(f"  and {len(left_out)} that diverged, in no statistic: seeds {left_out}")
         for key, (name, unit, meaning) in STATISTICS.items():
-            if family[key] is None and key in ("reference", "share_below", "z", "sd_over_all"):
+            if family[key] is None and key in OPTIONAL:
                 continue
             value, interval = format_value(family[key], unit)
-            meaning = meaning.format(source=source)
+            meaning = meaning.format(source=source, runs=family["runs"])
             lines.append(f"  {name:<24}{value:>8}  {interval:<19}  {meaning}".rstrip())
     for crossed in summary.get("crossed", []):
         lines += format_crossed(crossed)

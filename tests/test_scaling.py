@@ -35,16 +35,17 @@ B = (SMALL["bytes a row"] - LARGE["bytes a row"]) * 10_000 / FEWER
 A = LARGE["bytes a row"] - B * LARGE["files"] / 10_000
 
 
-def short(x):
-    return f"{float(f'{x:.3g}'):,g}"
+def short(x, digits=3):
+    return f"{float(f'{x:.{digits}g}'):,g}"
 
 
 def size(n_bytes):
     return f"{short(n_bytes / 1e9)} GB" if n_bytes >= 1e9 else f"{short(n_bytes / 1e6)} MB"
 
 
-def line(name, seeds, hours, stored, files):
-    timed = f"{short(hours)} | {short(seeds / hours)}" if hours > 1 / 60 else "under a minute | -"
+def line(name, seeds, hours, stored, files, digits=3):
+    timed = " | ".join(short(x, digits) for x in (hours, seeds / hours))
+    timed = timed if hours > 1 / 60 else "under a minute | -"
     return f"| {name} | {seeds:,} | {timed} | {size(stored)} | {files:,} |"
 
 
@@ -72,7 +73,7 @@ def test_the_tables_follow_from_the_measurements_and_the_formulas(monkeypatch):
     name, sizes = "2 CPU cores, measured rate", [10**power for power in range(2, 7)]
     lines = [line(name, n, n * hours, n * STORED, math.ceil(n / chunk)) for n in sizes]
     for name in MACHINES:
-        lines += [line(f"{name}, modelled", n, *modelled(name, n, monkeypatch)) for n in sizes]
+        lines += [line(f"{name}, modelled", n, *modelled(name, n, monkeypatch), 1) for n in sizes]
     assert quoted("table") == lines
     names = ("report peak MB", "report CPU seconds", "report seconds", "check seconds")
     for each, row in zip(SWEEPS, quoted("measured"), strict=True):

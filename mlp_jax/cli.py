@@ -201,6 +201,8 @@ class StopSignals:
 
 def command_line(prog: str, argv: Sequence[str] | None, *more: str) -> str:
     """The command line `argv` as it would be typed, with `more`, and overwriting nothing."""
+    if Path(sys.argv[0]).name == "mlp-jax":  # which may be all that is on the PATH
+        prog = prog.replace("python -m mlp_jax.", "mlp-jax ")
     words = (word for word in _words(argv) if word != "--overwrite")
     return shlex.join([*prog.split(), *words, *more])
 

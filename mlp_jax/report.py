@@ -86,7 +86,8 @@ def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:
     # --help does without
     from mlp_jax.analysis.crossed import crossed_indices
     from mlp_jax.analysis.figures import figures
-    from mlp_jax.analysis.summary import format_table, summarize
+    from mlp_jax.analysis.summary import summarize
+    from mlp_jax.analysis.tables import format_table
     from mlp_jax.results import open_results, read_blocks, read_families
 
     metadata, paths, dataset, processors = open_results(directory, data_dir)

@@ -241,7 +241,8 @@ def test_the_figure_shows_the_interval_and_the_margin():
     assert ends == pytest.approx([100 * got.difference.low, 100 * got.over_test_sets.low])
     (box,) = right.patches
     assert box.get_x() == pytest.approx(-0.05)
-    assert "new (A) against old (B): better, 40 shared seeds" in left.figure.get_suptitle()
+    assert "A against B: better, 40 shared seeds" in left.figure.get_suptitle()
+    assert left.get_legend_handles_labels()[1] == ["A: new", "B: old"]
     unknown = got._replace(over_test_sets=Interval(0.001, math.nan, math.nan))
     figures.draw_comparison(*values(a, b), unknown, ("new", "old"))
 

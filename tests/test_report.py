@@ -14,7 +14,8 @@ from scipy import stats as scipy_stats
 
 from mlp_jax import results
 from mlp_jax.analysis import figures
-from mlp_jax.analysis.summary import STATISTICS, format_table, format_value, summarize
+from mlp_jax.analysis.summary import summarize
+from mlp_jax.analysis.tables import STATISTICS, format_table, format_value
 from mlp_jax.data import dataset as datasets
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged
@@ -448,17 +449,16 @@ class Reader(html.parser.HTMLParser):
 def test_the_page_has_all_that_the_table_says_and_needs_nothing_beside_it(tmp_path, dataset):
     sweep = write_sweep(tmp_path / "s", random_rows(dataset, 12))
     made = report(sweep)
-    assert made.page == report(sweep).page
     page = Reader(made.page)
-    (family,) = made.summary["families"]
+    (family,), at = made.summary["families"], -1
     for key, (name, unit, _) in STATISTICS.items():
         if family[key] is not None:
             value, interval = format_value(family[key], unit)
-            at = page.cells.index(name)
+            at = page.cells.index(name, at + 1)
             assert page.cells[at + 1] == value
             assert not interval or page.cells[at + 2] == interval
     assert len(page.addresses) == len(made.figures) == 3
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
     assert made.settings["data, SHA-256"] in page.cells
     report_main([str(sweep), "--html"])
-    assert (sweep / "report.html").read_text() == made.page
+    assert Reader((sweep / "report.html").read_text()).cells == page.cells

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from mlp_jax.analysis.summary import STATISTICS, format_value
+from mlp_jax.analysis.tables import STATISTICS, format_value
 from mlp_jax.training.config import REFERENCES
 
 STYLE = """

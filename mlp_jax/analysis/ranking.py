@@ -9,7 +9,8 @@ from scipy import stats
 
 from mlp_jax.analysis.figures import BLUE, new_figure
 from mlp_jax.analysis.stats import Interval
-from mlp_jax.analysis.summary import format_value, to_json
+from mlp_jax.analysis.summary import to_json
+from mlp_jax.analysis.tables import format_value
 
 ALPHA = 0.05
 

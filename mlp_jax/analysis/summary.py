@@ -11,7 +11,8 @@ import numpy as np
 from mlp_jax.analysis import predictions, stats
 from mlp_jax.analysis.compare import ALPHA, holm, sign_test
 from mlp_jax.analysis.crossed import Crossed
-from mlp_jax.analysis.predictions import PredictionCounts, signed_sqrt
+from mlp_jax.analysis.predictions import PredictionCounts
+from mlp_jax.analysis.tables import STATISTICS
 from mlp_jax.errors import UserError
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
 from mlp_jax.training.run import STREAMS, used_streams
@@ -53,7 +54,8 @@ def make_families(
     """
     if len(set(runs)) < len(runs):
         raise UserError("a run is stored twice: remove one of its files")
-    finite = np.isfinite([history["train_loss"], history["test_loss"]]).all(axis=(0, 2))
+    losses = np.stack([history["train_loss"], history["test_loss"]])
+    finite = np.isfinite(losses).all(axis=(0, 2))
     position = {run: i for i, run in enumerate(runs)}
     known = ("all", *STREAMS, "crossed")
     names = sorted({run[:2] for run in runs}, key=lambda n: ([*known, n[0]].index(n[0]), *n))
@@ -65,7 +67,7 @@ def make_families(
     for ids, block in read_predictions():
         at = np.array([position[run] for run in ids])
         for name in dict.fromkeys(run[:2] for run in ids):
-            here = finite[at] & [run[:2] == name for run in ids]
+            here = finite[at] & np.array([run[:2] == name for run in ids])
             halves[:, at[here]] = predictions.count_block(block[here], labels, *sums[name])
     if not np.array_equal(halves.sum(axis=0)[finite], history["test_correct"][finite, -1]):
         raise UserError("some predictions do not give their row's test_correct")
@@ -126,26 +128,6 @@ def crossed_statistics(family: Family, indices: Crossed | None, config: Config) 
     return to_json(result | (indices._asdict() if indices else {}))
 
 
-def format_crossed(crossed: dict) -> list[str]:
-    """Lines on a crossed family: the SD, and the share of the variance of each stream."""
-    lines = ["\ncrossed streams, learning rate {learning_rate:g}: {runs} runs".format(**crossed)]
-    if left := crossed["runs_in_broken_blocks"] + len(crossed["diverged"]):
-        lines[0] += f"; {left} more are in blocks that are not finished, or diverged"
-    for key, meaning in (("test", "on this test set"), ("distribution", "on an infinite one")):
-        if indices := crossed.get(key):
-            variance = indices["variance"].items()  # its ends are None where there are few blocks
-            sd = {end: None if v is None else float(signed_sqrt(v)) for end, v in variance}
-            value, interval = format_value(sd, "points")
-            lines.append(f"  SD {meaning:<21}{value:>8}  {interval}")
-            for name in crossed["streams"]:
-                first, total = (indices[kind][name] for kind in ("indices", "total"))
-                shares = ("{:>6} {:<16}".format(*format_value(s, "")) for s in (first, total))
-                lines.append("    {:<10}by itself {}  in all {}".format(name, *shares).rstrip())
-            value, interval = format_value(indices["interactions"], "")
-            lines.append(f"    interactions        {value:>6} {interval}")
-    return lines
-
-
 def compare_rates(families: list[Family]) -> list[dict]:
     """P(one learning rate beats another) for each two that share seeds; Holm's p over all pairs."""
     pairs: list[dict[str, Any]] = []
@@ -164,59 +146,6 @@ def compare_rates(families: list[Family]) -> list[dict]:
         pair |= {"p_holm": p, "significant": p < ALPHA and higher}
         pair["meaningful"] = pair["probability"]["high"] > 0.75
     return pairs
-
-
-# a statistic's key in summary.json: its name, its unit and what it says in the field's terms
-STATISTICS = {
-    "mean": ("mean accuracy", "%", "over runs (Student's t)"),
-    "over_test_sets": ("  over other test sets", "points", "of this size, +-, beyond the runs"),
-    "interquartile_mean": ("interquartile mean", "%", "of the middle half of the runs (bootstrap)"),
-    "min": ("lowest run", "%", ""),
-    "max": ("highest run", "%", ""),
-    "reference": ("reference", "%", "one number that {source} reports"),
-    "runs_below": ("  runs below it", "runs", ""),
-    "runs_equal": ("  runs equal to it", "runs", ""),
-    "runs_above": ("  runs above it", "runs", ""),
-    "share_below": ("  share below it", "%", "ties count one half (Jeffreys)"),
-    "z": ("  its z", "", "SDs that it lies from the mean"),
-    "sd": ("SD", "points", "of accuracy over runs, sqrt(V_test) (chi-square)"),
-    "sd_over_all": ("  relative to all's", "", "while the seed decides this stream alone (F)"),
-    "independent_sd": ("  independent errors", "points", "sqrt(V_ind): the finite test set's own"),
-    "distribution_sd": (
-        "  distribution-wise",
-        "points",
-        "on an infinite test set (over runs and images)",
-    ),
-    "halves_sd": ("  the same by halves", "points", "covariance of two halves of the test set"),
-    "binomial_sd": ("  binomial", "points", "were all images equally hard"),
-    "binary_sd": ("  if calibrated: binary", "points", "sqrt(error / 2n), of independent errors"),
-    "k_class_sd": (
-        "  if calibrated: k-class",
-        "points",
-        "at least sqrt(error / nk), of the same",
-    ),
-    "label_free_sd": (
-        "  label-free",
-        "points",
-        "a prediction of independent errors from the votes",
-    ),
-    "error": ("mean error", "%", "of a run, on an image"),
-    "disagreement": ("disagreement", "%", "of two runs; calibrated: the mean error"),
-    "calibration_error": ("calibration gap", "%", "CACE of the shares of votes"),
-    "vote_accuracy": ("ensemble accuracy", "%", "by majority vote of all {runs}"),
-    "runs_for_mean": ("runs needed", "runs", "for the mean to +/- 0.01 points"),
-    "runs_for_sd": ("runs needed", "runs", "for the SD to 5 %"),
-    "seconds_a_run": ("seconds per run", "s", "wall time of the sweep, divided by its runs"),
-}
-OPTIONAL = (
-    "reference",
-    "runs_below",
-    "runs_equal",
-    "runs_above",
-    "share_below",
-    "z",
-    "sd_over_all",
-)
 
 
 def family_statistics(family: Family, families: list[Family], recipe: str, config: Config) -> dict:
@@ -288,46 +217,3 @@ def to_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: to_json(item) for name, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-FORMATS = {"%": "{:.3%}", "points": "{:.4%}", "s": "{:.1f}", "runs": "{:,}", "": "{:.2f}"}
-
-
-def format_value(value: Any, unit: str) -> tuple[str, str]:
-    """A value and its interval, if it has one, as the table prints them; a dash for None."""
-    if isinstance(value, dict):
-        (estimate, _), (low, _), (high, _) = (format_value(end, unit) for end in value.values())
-        return estimate, "-" if low == "-" else f"{low} ... {high}"
-    return "-" if value is None else FORMATS[unit].format(value).rstrip("%"), ""
-
-
-def format_table(summary: dict) -> str:
-    """The summary as it is read at a terminal."""
-    lines = [
-        "{recipe} on {dataset}: epochs {epochs}, test images {n_test:,}".format(**summary),
-        "accuracies and errors in per cent, SDs in percentage points, intervals at 95 %",
-    ]
-    if marked := [name for name in summary["processors"] if "--allow-mixed" in name]:
-        n_mixed = sum(summary["processors"][name] for name in marked)
-        lines.append(f"{n_mixed} runs were pooled with others by --allow-mixed: see their files")
-    _, source = REFERENCES.get(summary["recipe"], (0, ""))
-    for family in summary["families"]:
-        lines.append("\nvary {vary}, learning rate {learning_rate:g}: {runs} runs".format(**family))
-        if left_out := family["diverged"]:
-            lines.append(f"  and {len(left_out)} that diverged, in no statistic: seeds {left_out}")
-        for key, (name, unit, meaning) in STATISTICS.items():
-            if family[key] is None and key in OPTIONAL:
-                continue
-            value, interval = format_value(family[key], unit)
-            meaning = meaning.format(source=source, runs=family["runs"])
-            lines.append(f"  {name:<24}{value:>8}  {interval:<19}  {meaning}".rstrip())
-    for crossed in summary.get("crossed", []):
-        lines += format_crossed(crossed)
-    for pair in summary["learning_rates"]:
-        p, interval = format_value(pair["probability"], "")
-        lines.append(
-            "\nvary {vary}, P(learning rate {a:g} beats {b:g})".format(**pair)
-            + f" = {p} ({interval}), {pair['pairs']} seeds, Holm's p {pair['p_holm']:.2g};"
-            f" significant: {pair['significant']}, meaningful: {pair['meaningful']}"
-        )
-    return "\n".join(lines)

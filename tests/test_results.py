@@ -115,6 +115,18 @@ def source_lines():
         )
 
 
+def decide_lines():
+    """README's table on the pairs of runs that a decision takes: better by it, or equivalent."""
+    rows = read("results/decide.json")["rows"]
+    for recipe in dict.fromkeys(each["recipe"] for each in rows):
+        mine = [each for each in rows if each["recipe"] == recipe]
+        cells = [
+            f"{each['median_pairs']:,.0f} ({each['pairs_of_90_percent']:,.0f})" for each in mine
+        ]
+        both = (" / ".join(two) for two in zip(cells[::2], cells[1::2], strict=True))
+        yield row(f"`{recipe}`", f"{mine[0]['sd']:.3f}", *both)
+
+
 def hardware_line():
     """README's words on where the rows come from."""
     said = []
@@ -292,9 +304,11 @@ def test_the_readme_quotes_its_headline_and_speed():
     assert headline() in README.replace("\n", " ")
     zero = read("results/keras-sgd/summary.json")["families"][0]["distribution_sd"]["high"]
     assert f"consistent with zero, and at most {100 * zero:.3f} points" in README.replace("\n", " ")
+    wrong = max(each["wrong"] for each in read("results/decide.json")["rows"])
+    assert f"wrong in {wrong} of 1,000 at most" in README.replace("\n", " ")
     for words in (hardware_line(), endless_line(), hardware(), speed_bound()):
         assert words in README.replace("\n", " ")
-    for line in [time_line(), *source_lines(), *speed_lines()]:
+    for line in [time_line(), *source_lines(), *decide_lines(), *speed_lines()]:
         assert line in README
 
 

@@ -43,8 +43,8 @@ STATISTICS = {
     "disagreement": ("disagreement", "%", "of two runs; calibrated: the mean error"),
     "calibration_error": ("calibration gap", "%", "CACE of the shares of votes"),
     "vote_accuracy": ("ensemble accuracy", "%", "by majority vote of all {runs}"),
-    "runs_for_mean": ("runs needed", "runs", "for the mean to +/- 0.01 points"),
-    "runs_for_sd": ("runs needed", "runs", "for the SD to 5 %"),
+    "runs_for_mean": ("runs needed for mean", "runs", "for the mean to +/- 0.01 points"),
+    "runs_for_sd": ("runs needed for SD", "runs", "for the SD to 5 %"),
     "seconds_a_run": ("seconds per run", "s", "wall time of the sweep, divided by its runs"),
 }
 # left out where there is no reference, or no other family

@@ -42,7 +42,7 @@ class Args(cli.TrainingArgs):
     devices: Literal["auto"] | int = "auto"
     """How many local devices (on CPU: cores) train; auto: all."""
     lanes: Literal["auto"] | int = "auto"
-    """Runs that a device trains in one vmap; auto: on GPU and TPU what fits; on CPU 1, since with
+    """Runs that a device trains in one vmap; auto: on GPU and TPU what pays; on CPU 1, since with
     more the rows are no longer the single runs bit for bit."""
     chunk: Literal["auto"] | int = "auto"
     """Runs that share a file; auto: enough to take minutes."""

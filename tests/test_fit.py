@@ -12,7 +12,7 @@ from mlp_jax.training import step
 from mlp_jax.training.arrays import for_dataset
 from mlp_jax.training.config import RECIPES
 from mlp_jax.training.fit import fit
-from mlp_jax.training.parallel import Placement, place
+from mlp_jax.training.parallel import Placement, RunBytes, place
 from mlp_jax.training.run import make_run
 
 
@@ -170,19 +170,20 @@ def test_data_is_held_once_a_device_as_uint8(small):
         assert shard.data.unsafe_buffer_pointer() == same.data.unsafe_buffer_pointer()
 
 
+SIZE = RunBytes(state=2 * 2**20, total=10 * 2**20)
+
+
 def test_place():
-    assert place(5, 10**7) == two_devices()
-    assert place(5, 10**7, devices=1, lanes=3) == Placement(tuple(jax.devices()[:1]), 3)
-    assert place(1, 10**7) == one_device()
+    assert place(5, SIZE) == two_devices()
+    assert place(5, SIZE, devices=1, lanes=3) == Placement(tuple(jax.devices()[:1]), 3)
+    assert place(1, SIZE) == one_device()
     with pytest.raises(UserError, match="--devices 3: there are 2"):
-        place(5, 10**7, devices=3)
+        place(5, SIZE, devices=3)
 
 
-class FakeGPU:
-    platform = "gpu"
-
-    def __init__(self, memory):
-        self.memory = memory
+class FakeDevice:
+    def __init__(self, memory, platform="gpu", device_kind="NVIDIA A100"):
+        self.memory, self.platform, self.device_kind = memory, platform, device_kind
 
     def memory_stats(self):
         return {"bytes_limit": self.memory}
@@ -193,5 +194,5 @@ class FakeGPU:
     [(80 * 2**30, 1000, 256), (80 * 2**30, 9, 9), (2**30, 1000, 51), (2**20, 1000, 1)],
 )
 def test_lanes_on_a_gpu_are_what_fits_and_what_helps(memory, n_runs, lanes, monkeypatch):
-    monkeypatch.setattr(jax, "local_devices", lambda: [FakeGPU(memory)])
-    assert place(n_runs, 10 * 2**20).lanes == lanes
+    monkeypatch.setattr(jax, "local_devices", lambda: [FakeDevice(memory)])
+    assert place(n_runs, SIZE).lanes == lanes

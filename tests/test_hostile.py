@@ -94,9 +94,9 @@ def test_an_unwritable_data_directory_is_told_before_the_download(here, monkeypa
 
 
 def test_more_lanes_than_runs_train_no_padding(config, small):
-    from mlp_jax.training.parallel import place
+    from mlp_jax.training.parallel import RunBytes, place
 
-    assert place(2, 10**7, lanes=300).width == 2
+    assert place(2, RunBytes(10**6, 10**7), lanes=300).width == 2
 
 
 def test_a_disk_that_fails_is_no_damage(small_dir, here, monkeypatch, caplog):

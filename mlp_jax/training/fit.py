@@ -15,7 +15,7 @@ import numpy as np
 
 from mlp_jax.training.arrays import N_PIXELS, Dataset, Split, count_steps, for_dataset
 from mlp_jax.training.config import Config
-from mlp_jax.training.parallel import Placement, from_groups, map_runs, place, to_groups
+from mlp_jax.training.parallel import Placement, RunBytes, from_groups, map_runs, place, to_groups
 from mlp_jax.training.run import STREAMS, Run, make_run
 from mlp_jax.training.step import (
     EVAL_BATCH,
@@ -210,9 +210,9 @@ def state_shapes(config: Config) -> TrainState:
     return jax.eval_shape(lambda seeds: init_state(run_keys(seeds), config=config), seeds)
 
 
-def run_bytes(config: Config) -> int:
-    """Device memory that a run takes while it trains, roughly: what a lane costs."""
+def run_bytes(config: Config) -> RunBytes:
+    """What a lane costs."""
     n_state = sum(leaf.size for leaf in jax.tree.leaves(state_shapes(config)))
     # donated state, gradients and updates; hidden activations of the test batch and their ReLU
     n_activations = 2 * EVAL_BATCH * (N_PIXELS + sum(config.hidden))
-    return 4 * (3 * n_state + n_activations)
+    return RunBytes(4 * n_state, 4 * (3 * n_state + n_activations))

@@ -1,7 +1,7 @@
 """Lifts a function of one run to many runs: devices x lanes.
 
 Runs train in groups: of one run per device on CPU, so that a row of many runs is the single run bit
-for bit; of as many lanes a device as fit, vmapped, on GPU and TPU. The groups go through one
+for bit; of the lanes that `auto_lanes` chooses, vmapped, on GPU and TPU. The groups go through one
 program, one after another.
 """
 
@@ -23,6 +23,19 @@ RUNS = "runs"
 MAX_AUTO_LANES = 256
 """By arithmetic, not by measurement: past some hundred lanes, weight traffic limits the
 speed, and more lanes gain nothing."""
+
+VMEM = {
+    **{kind: 16 * 2**20 for kind in ("TPU v2", "TPU v3", "TPU v4")},
+    **{"TPU v5": 64 * 2**20, "TPU v5 lite": 128 * 2**20, "TPU v6 lite": 128 * 2**20},
+}
+"""Bytes of a TPU core's vector memory by `device_kind`, as jax.experimental.pallas.tpu has them."""
+
+
+class RunBytes(NamedTuple):
+    """Device memory of a run: its state, and roughly all that it takes while it trains."""
+
+    state: int
+    total: int
 
 
 class Placement(NamedTuple):
@@ -68,15 +81,15 @@ def n_cores() -> int:
 
 def place(
     n_runs: int,
-    run_bytes: int,
+    run_bytes: RunBytes,
     *,
     devices: Literal["auto"] | int = "auto",
     lanes: Literal["auto"] | int = "auto",
 ) -> Placement:
-    """Where to train `n_runs`, each of which needs `run_bytes` of memory while it trains.
+    """Where to train `n_runs`, each of which needs `run_bytes` of memory.
 
-    "auto": all local devices, and the lanes of the module's docstring. UserError if there are no
-    devices, or fewer than asked for.
+    "auto": all local devices, and `auto_lanes`. UserError if there are no devices, or fewer than
+    asked for.
     """
     try:
         local = jax.local_devices()
@@ -89,16 +102,29 @@ def place(
         raise UserError(f"--devices {devices}: there are {len(local)} ({local[0].device_kind})")
     chosen = tuple(local[: min(devices, n_runs)])
     if lanes == "auto":
-        lanes = _auto_lanes(chosen[0], run_bytes)
+        lanes = auto_lanes(chosen[0], run_bytes)
     # more lanes than runs would train padding
     return Placement(chosen, max(1, min(lanes, math.ceil(n_runs / len(chosen)))))
 
 
-def _auto_lanes(device: jax.Device, run_bytes: int) -> int:
+def auto_lanes(device: jax.Device, run_bytes: RunBytes) -> int:
+    """The lanes to train many runs with: on CPU 1, elsewhere at most what half the memory holds.
+
+    A TPU's states stay in its vector memory from step to step if they fill at most two thirds of
+    it; the rest is for gradients and activations. So as many as that, in eights, the rows of a
+    tile. Where those are fewer than 32, a step's fixed costs weigh more than the states' way
+    through the main memory, and 64 share them (results/scaling.md). A GPU's nearest large memory,
+    its L2, holds too few: 18 states of the default net in an H100's 50 MB. Its fixed costs, the
+    starts of kernels, ask for as many lanes as the main memory can feed.
+    """
     if device.platform == "cpu":
         return 1
     memory = (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
-    return min(MAX_AUTO_LANES, memory // 2 // run_bytes)
+    most = min(MAX_AUTO_LANES, memory // 2 // run_bytes.total)
+    if device.platform != "tpu":
+        return most
+    near = VMEM.get(device.device_kind, 0) * 2 // 3 // run_bytes.state // 8 * 8
+    return min(most, near if near >= 32 else 64)
 
 
 def map_runs(fn: Callable, placement: Placement) -> Callable:

@@ -1,5 +1,6 @@
 """The network's names, shapes and initial values: a changed default shows here."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +99,32 @@ def test_dropout_zeroes_its_share_and_rescales_the_rest():
     kept = round(float(total) * 0.8)  # each survivor counts 1 / 0.8
     assert abs(kept - 4000) < 5 * np.sqrt(5000 * 0.2 * 0.8)
     assert float(total) == pytest.approx(kept / 0.8, rel=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5])
+def test_relu_and_dropout_are_flax_own_bit_for_bit(rate):
+    """Values and gradients, from draws that depend on the layer's name alone."""
+
+    class Flax(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dropout(rate, name="dropout_0")(nn.relu(x), deterministic=False)
+
+    class Ours(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return model.ReluDropout(rate, name="dropout_0")(x, train=True)
+
+    x = jax.random.normal(jax.random.key(1), (64, 512)).at[0, :9].set(0).at[1].set(jnp.inf)
+    x = x.at[2].set(jnp.nan).at[3].set(-jnp.inf)
+    theirs, ours = (
+        jax.vjp(lambda x, net=net: net.apply({}, x, rngs={"dropout": jax.random.key(3)}), x)
+        for net in (Flax(), Ours())
+    )
+    np.testing.assert_array_equal(theirs[0], ours[0])
+    known = ~jnp.isnan(x)  # the gradient at a NaN is 0 in one and not in the other
+    gradients = (jnp.where(known, vjp(theirs[0])[0], 0) for _, vjp in (theirs, ours))
+    np.testing.assert_array_equal(*gradients)
 
 
 def test_the_narrow_product_has_both_derivatives(params):

@@ -21,9 +21,19 @@ BY_SIZE = {(each["runs"], each["chunk"]): each for each in SWEEPS}
 CONFIG = RECIPES["keras-sgd"]
 P = sum(leaf.size for leaf in jax.tree.leaves(state_shapes(CONFIG).params))
 STEPS = CONFIG.epochs * math.ceil(60_000 / CONFIG.batch_size)
-# processes, devices of each, memory that JAX may use of a device, bytes a second
-MACHINES = {"H200": (1, 1, 105 * 10**9, 4.8e12), "64 v5e chips": (16, 4, 16 * 10**9, 0.819e12)}
-A_SEED = {name: STEPS * 7 * 4 * P / machine[-1] for name, machine in MACHINES.items()}
+TPU = json.loads((RESULTS / "tpu.json").read_text())["rows"]
+V5E = next(row for row in TPU if row["topology"] == "v5e:1x1" and row["program"] == "whole")
+CYCLES = V5E["cycles_per_step_and_seed"]
+CLOCK, BANDWIDTH = 1.5e9, {"H200": 4.8e12, "v5e": 0.819e12}
+H200 = {"platform": "gpu", "device_kind": "NVIDIA H200"}
+# processes, devices of each, and what a device says of itself
+MACHINES = {
+    "H200, modelled": (1, 1, H200),
+    "64 v5e chips, estimated": (16, 4, {"platform": "tpu", "device_kind": "TPU v5 lite"}),
+}
+A_SEED = dict(
+    zip(MACHINES, (STEPS * 7 * 4 * P / BANDWIDTH["H200"], STEPS * CYCLES / CLOCK), strict=True)
+)
 FILES = sorted((RESULTS / "keras-sgd/runs").glob("*.parquet"))
 SPEED = json.loads((RESULTS / "speed.json").read_text())
 CPU_SECONDS = CONFIG.epochs * SPEED["sweep"][0]["seconds"]
@@ -36,7 +46,7 @@ A = LARGE["bytes a row"] - B * LARGE["files"] / 10_000
 
 
 def short(x, digits=3):
-    return f"{float(f'{x:.{digits}g}'):,g}"
+    return f"{float(f'{x:.{digits}g}'):,.9g}"
 
 
 def size(n_bytes):
@@ -49,10 +59,22 @@ def line(name, seeds, hours, stored, files, digits=3):
     return f"| {name} | {seeds:,} | {timed} | {size(stored)} | {files:,} |"
 
 
+def cycles_line(row):
+    chip = f"{row['topology']}, all {row['devices']}" if row["devices"] > 1 else row["topology"]
+    memory = row["argument_bytes"] + row["temporary_bytes"]
+    stats = {"platform": "tpu", "memory_stats": lambda: None}
+    device = SimpleNamespace(device_kind=row["device_kind"], **stats)
+    auto = parallel.auto_lanes(device, run_bytes(CONFIG))
+    lanes = f"{row['lanes']}, auto" if row["lanes"] == auto else row["lanes"]
+    cycles = row["cycles_per_step_and_seed"]
+    return f"| {chip} | {lanes} | {row['program']} | {cycles:,.0f} | {memory / 1e6:,.0f} MB |"
+
+
 def modelled(name, seeds, monkeypatch):
     """Hours, bytes and files, with the lanes and chunks that the package itself would choose."""
-    processes, n_devices, memory, _ = MACHINES[name]
-    device = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": memory})
+    processes, n_devices, kind = MACHINES[name]
+    # what JAX may use of an H200's memory; a TPU's is not asked for
+    device = SimpleNamespace(**kind, memory_stats=lambda: {"bytes_limit": 105 * 10**9})
     monkeypatch.setattr(jax, "local_devices", lambda: [device] * n_devices)
     hours, files = 0, 0
     for own in (len(range(process, seeds, processes)) for process in range(processes)):
@@ -73,8 +95,9 @@ def test_the_tables_follow_from_the_measurements_and_the_formulas(monkeypatch):
     name, sizes = "2 CPU cores, measured rate", [10**power for power in range(2, 7)]
     lines = [line(name, n, n * hours, n * STORED, math.ceil(n / chunk)) for n in sizes]
     for name in MACHINES:
-        lines += [line(f"{name}, modelled", n, *modelled(name, n, monkeypatch), 1) for n in sizes]
+        lines += [line(name, n, *modelled(name, n, monkeypatch), 1) for n in sizes]
     assert quoted("table") == lines
+    assert quoted("cycles") == [cycles_line(row) for row in TPU]
     names = ("report peak MB", "report CPU seconds", "report seconds", "check seconds")
     for each, row in zip(SWEEPS, quoted("measured"), strict=True):
         took = " | ".join(short(each[name]) for name in names)
@@ -88,10 +111,15 @@ def test_the_text_quotes_its_numbers():
     peak, check = "report peak MB", "check seconds"
     a_row = (BY_SIZE[1_000_000, 256][peak] - BY_SIZE[100_000, 256][peak]) / 900
     a_file, a_check = (1000 * (SMALL[name] - LARGE[name]) / FEWER for name in (peak, check))
-    gpu, tpu = (m[0] * m[1] * m[-1] / (7 * STEPS / 5) / 1e6 for m in MACHINES.values())
+    gpu, tpu = (5 * 4 * P / A_SEED[name] * m[0] * m[1] / 1e6 for name, m in MACHINES.items())
+    a_gpu, a_tpu = A_SEED.values()
     for words in (
         f"P = {P:,}, S = {STEPS:,} and 7 x 4 P = {7 * 4 * P / 1e6:.2f} MB",
-        "{:.0f} ms a seed on an H200 and {:.0f} ms".format(*(1000 * s for s in A_SEED.values())),
+        f"That is {1000 * a_gpu:.0f} ms a seed on an H200",
+        f"{CYCLES:,.0f} cycles a seed with the {V5E['lanes']} lanes",
+        f"that is {CYCLES / CLOCK * 1e6:.1f} microseconds, and {1000 * a_tpu:.0f} ms for 50 epochs",
+        f"would take {7 * 4 * P / BANDWIDTH['v5e'] * 1e6:.1f} microseconds",
+        f"{256 * a_gpu:.0f} s on an H200 and {V5E['lanes'] * a_tpu:.1f} s on v5e",
         f"A = {A:.0f} bytes a row and B = {B:,.0f} bytes a file (the record: {STORED:,.0f} a row",
         f"of {SPEED['environment']['processor']}, {CPU_SECONDS:.1f} s a seed",
         f"{len(SECONDS)} rows took {min(SECONDS):.0f} to {max(SECONDS):,.0f} s",
@@ -100,3 +128,6 @@ def test_the_text_quotes_its_numbers():
         f"{gpu:.0f} MB a second on one H200 and {tpu:,.0f} MB",
     ):
         assert words in text, words
+    readme = " ".join((RESULTS.parent / "README.md").read_text().split())
+    each = f"would be {a_tpu:.2f} s for the 50 epochs of each of {V5E['lanes']} seeds at once"
+    assert f"it expects {CYCLES:,.0f} cycles a step and seed, which {each}" in readme

@@ -1,0 +1,172 @@
+"""What the TPU's compiler expects of a training, where there is no TPU: memory and cycles a step.
+
+    pip install '.[tpu]'
+    python scripts/tpu_report.py --out results/tpu.json
+
+libtpu compiles for chips that are not there. A row is one program of `keras-sgd`, for one topology
+and number of lanes. Its cycles are the compiler's own estimates, added up over the instructions of
+a training step: no timing, and without the few instructions that it gives no estimate for, which
+are listed. A row that the file has already is not compiled again.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+# libtpu looks for a TPU's host otherwise, and waits
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.experimental import topologies
+
+from mlp_jax.files import write_json
+from mlp_jax.records.provenance import describe_environment
+from mlp_jax.training import step
+from mlp_jax.training.config import RECIPES, Config
+from mlp_jax.training.fit import compile_programs, run_bytes
+from mlp_jax.training.parallel import Placement, auto_lanes
+
+RECIPE = "keras-sgd"
+N_TRAIN, N_TEST = 60_000, 10_000
+DEAREST = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    topologies: tuple[str, ...] = ("v5e:1x1", "v5e:2x2", "v6e:1x1", "v5p:2x2x1")
+    """Chips to compile for: all of v5e:2x2, and one of the others."""
+    lanes: tuple[int, ...] = (16, 32, 64)
+    """Runs a device trains at once, beside what `--lanes auto` takes; for v5e:2x2 that alone."""
+    whole: tuple[str, ...] = ("v5e:1x1",)
+    """Of these the row of `--lanes auto` is a whole epoch, with its sort and its evaluation."""
+    out: Path | None = None
+    """File for the rows, as JSON."""
+
+
+class Instruction(NamedTuple):
+    """Of a training step, for all lanes; `cycles` is None where the compiler gives no estimate."""
+
+    name: str
+    cycles: int | None
+    source: str
+
+
+def describe_devices(topology: str) -> tuple[jax.Device, ...]:
+    """The devices of `topology` that a row is about; none of them need exist."""
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    made = topologies.get_topology_desc(topology, "tpu", **bounds)
+    return tuple(made.devices) if topology == "v5e:2x2" else tuple(made.devices[:1])
+
+
+def compile_epoch(config: Config, placement: Placement, *, whole: bool) -> jax.stages.Compiled:
+    """The program of an epoch; or of its steps, in an order drawn without a sort, and with a tenth
+    of the evaluation: the same step, compiled in a third of the time.
+    """
+    if whole:
+        return compile_programs(config, placement, N_TRAIN, N_TEST).epoch
+    with mock.patch.object(step, "epoch_order", unsorted_order):
+        return compile_programs(config, placement, N_TRAIN, step.EVAL_BATCH).epoch
+
+
+def unsorted_order(key, epoch, n_train, batch_size):
+    """In place of `step.epoch_order`: examples drawn with replacement."""
+    order = jax.random.randint(key, (-(-n_train // batch_size), batch_size), 0, n_train)
+    return order, (jnp.arange(order.size) < n_train).astype(jnp.float32).reshape(order.shape)
+
+
+def step_instructions(text: str) -> list[Instruction]:
+    """The instructions of the loop over the steps, of the compiled program's `text`, that do
+    something: the loop of the program with a gradient in it.
+    """
+    bodies = "|".join(map(re.escape, set(re.findall(r"body=%([\w.-]+)", text))))
+    loops = re.findall(rf"^%(?:{bodies}) .*?^}}", text, re.DOTALL | re.MULTILINE)
+    (loop,) = (each for each in loops if "transpose(jvp(MLP))" in each)
+    found = []
+    for line in loop.splitlines():
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if cycles or " fusion(" in line or " custom-call(" in line:
+            name, source = (
+                re.match(r"\s*(?:ROOT )?%(\S+)", line),
+                re.search(r'op_name="(.*?)"', line),
+            )
+            source = source[1].partition("while/body/")[2] if source else ""
+            found.append(Instruction(name[1], int(cycles[1]) if cycles else None, source))
+    return found
+
+
+def report(topology: str, lanes: int, *, whole: bool) -> dict:
+    """The row of one program; its cycles and instructions are those of one device."""
+    devices = describe_devices(topology)
+    compiled = compile_epoch(RECIPES[RECIPE], Placement(devices, lanes), whole=whole)
+    instructions = step_instructions(compiled.as_text())
+    known = [each for each in instructions if each.cycles is not None]
+    memory = compiled.memory_analysis()
+    return {
+        "command": shlex.join(["python", "scripts/tpu_report.py", *sys.argv[1:]]),
+        "topology": topology,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "lanes": lanes,
+        "program": "whole" if whole else "steps",
+        "cycles_per_step_and_seed": sum(each.cycles for each in known) / lanes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "dearest": sorted(known, key=lambda each: -each.cycles)[:DEAREST],
+        "without an estimate": [each for each in instructions if each.cycles is None],
+    }
+
+
+def choose_lanes(device_kind: str) -> int:
+    """What `--lanes auto` takes for many seeds of the recipe."""
+    # a device that is not there has no memory to ask for
+    real = SimpleNamespace(platform="tpu", device_kind=device_kind, memory_stats=lambda: None)
+    return auto_lanes(real, run_bytes(RECIPES[RECIPE]))
+
+
+def main(args: Args) -> None:
+    rows = {}
+    if args.out and args.out.exists():
+        kept = json.loads(args.out.read_text())["rows"]
+        rows = {(row["topology"], row["lanes"]): row for row in kept}
+    for topology in args.topologies:
+        auto = choose_lanes(describe_devices(topology)[0].device_kind)
+        for lanes in sorted({auto, *(args.lanes if topology != "v5e:2x2" else ())}):
+            if (topology, lanes) in rows:
+                continue
+            row = report(topology, lanes, whole=lanes == auto and topology in args.whole)
+            rows[topology, lanes] = row
+            cycles, size = row["cycles_per_step_and_seed"], row["temporary_bytes"] / 1e6
+            print(f"{topology} {lanes} lanes: {cycles:,.0f} cycles, {size:.0f} MB", flush=True)
+            if args.out:
+                write_json(args.out, to_record(rows))
+
+
+def to_record(rows: dict) -> dict:
+    environment = describe_environment(jax.devices())
+    environment["versions"]["libtpu"] = importlib.metadata.version("libtpu")
+    return {
+        "what": "estimates of the TPU's compiler, without a TPU: nothing was timed",
+        "recipe": RECIPE,
+        "environment": environment,
+        "rows": [rows[key] for key in sorted(rows)],
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

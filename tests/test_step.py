@@ -90,6 +90,14 @@ def adam(rate, p, g, memory):
     return p - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-7), (t, m, v)
 
 
+def nadam(rate, p, g, memory):
+    # Dozat 2016 with a constant momentum: the mean is taken one step ahead
+    t, m, v = memory if isinstance(memory, tuple) else (0, 0.0, 0.0)
+    t, m, v = t + 1, 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+    ahead = 0.8 * m / (1 - 0.8 ** (t + 1)) + 0.2 * g / (1 - 0.8**t)
+    return p - rate * ahead / (np.sqrt(v / (1 - 0.95**t)) + 1e-7), (t, m, v)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "rate", "rule"),
     [
@@ -97,6 +105,7 @@ def adam(rate, p, g, memory):
         ("momentum", 0.1, momentum),
         ("rmsprop", 1e-3, rmsprop),
         ("adam", 1e-3, adam),
+        ("nadam", 1e-3, nadam),
     ],
 )
 def test_two_steps_follow_the_rule_in_float64(config, small, optimizer, rate, rule):

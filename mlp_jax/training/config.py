@@ -20,6 +20,7 @@ OptimizerName = Literal[
     "rmsprop",
     "rmsprop-outside",
     "adam",
+    "nadam",
     "adabelief",
     "lion",
     "radam",

@@ -23,6 +23,8 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "rmsprop-outside": lambda: optax.scale_by_rms(decay=0.9, eps=1e-7, eps_in_sqrt=False),
     # Keras' Adam, whose epsilon is 1e-7 too.
     "adam": lambda: optax.scale_by_adam(eps=1e-7),
+    # Dozat 2016, with memories as short as a training of a few hundred steps needs them
+    "nadam": lambda: optax.scale_by_adam(b1=0.8, b2=0.95, eps=1e-7, nesterov=True),
     # with Optax's settings
     "adabelief": optax.scale_by_belief,
     "lion": optax.scale_by_lion,

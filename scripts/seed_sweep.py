@@ -4,6 +4,7 @@
     python scripts/seed_sweep.py short           1,900 runs of one epoch: all, init, order, dropout
     python scripts/seed_sweep.py keras-rmsprop   30 seeds of 20 epochs
     python scripts/seed_sweep.py keras-rmsprop-fashion      5 seeds of it on Fashion-MNIST
+    python scripts/seed_sweep.py sprint          200 seeds of half an epoch
 
 The rows are written to results/NAME/runs/, one chunk after another. results/keras-sgd-epyc is the
 first of these on another processor, an AMD EPYC, with --seeds 0:30.
@@ -26,6 +27,10 @@ SWEEPS = {
     ],
     "keras-rmsprop": ["--recipe keras-rmsprop --seeds 0:30"],
     "keras-rmsprop-fashion": ["--recipe keras-rmsprop --dataset fashion_mnist --seeds 0:5"],
+    # not the seeds that their settings were chosen with
+    "sprint": ["--recipe sprint --seeds 1000:1200"],
+    "sprint-98": ["--recipe sprint-98 --seeds 1000:1200"],
+    "sprint-99": ["--recipe sprint-99 --seeds 1000:1010"],
 }
 
 

@@ -1,0 +1,189 @@
+"""Seconds of a whole training by each recipe and by Keras, side by side, and what they reach.
+
+    pip install -e ".[bench]"
+    python scripts/speedruns.py             results/speedruns.json and its figure, in minutes
+    python scripts/speedruns.py --draw      the figure again, from the records
+    python scripts/speedruns.py --log DIR ...   results/speedruns-search.json: sweeps with --split
+                                            validation, by which the settings were chosen
+
+Each contender has a process of its own, which compiles and trains for an epoch before anything is
+timed. They take turns, A B C A B C ..., so other load on the machine affects all. A training of
+many epochs is spread over all turns; a short one is made twice in each, and the second is timed,
+since the first warms the process up again. Seconds include scoring the test set after each epoch.
+CPU seconds are those of all threads, and suffer less from other load. Keras trains as its users
+write it on TensorFlow, and as it is fastest on JAX, with 67 steps an execution.
+"""
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import numpy as np
+import tyro
+from benchmark import Peer, describe, fresh
+
+import mlp_jax as mj
+from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure
+from mlp_jax.errors import UserError
+from mlp_jax.files import write_json, write_text
+from mlp_jax.records.directory import read_metadata
+
+RESULTS = Path(__file__).parents[1] / "results"
+OUT = RESULTS / "speedruns.json"
+SEARCH = RESULTS / "speedruns-search.json"
+KERAS = {"Keras on TensorFlow": "tensorflow", "Keras on JAX": "jax"}
+KERAS_EPOCHS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    recipes: tuple[str, ...] = ("sprint", "sprint-98", "sprint-99", "keras-sgd", "keras-rmsprop")
+    """Recipes to time beside Keras."""
+    rounds: int = 10
+    """Turns of each contender."""
+    draw: bool = False
+    """Time nothing, only draw."""
+    log: tuple[Path, ...] = ()
+    """Time nothing, only summarize these sweeps."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+
+class Contender(Peer):
+    """A peer whose whole training takes `epochs`; lists of seconds are by round."""
+
+    def __init__(self, name: str, epochs: int, rounds: int, train: Callable, *args):
+        self.epochs = epochs
+        self.is_short = epochs < rounds
+        self.parts = [epochs] * rounds if self.is_short else split(epochs, rounds)
+        self.wall, self.cpu, self.accuracy = [], [], []
+        super().__init__(name, clocked, train, *args)
+
+    def turn(self) -> None:
+        n = self.parts[len(self.wall)]
+        for _ in range(1 + self.is_short):
+            start, cpu = time.perf_counter(), self.accuracies[-1]
+            for _ in range(n):
+                self.pipes[0].send("go")
+                self.accuracies = self.results()
+                self.accuracy.append(self.accuracies[0])
+        self.wall.append(time.perf_counter() - start)
+        self.cpu.append(self.accuracies[-1] - cpu)
+
+    def row(self) -> dict:
+        whole = median if self.is_short else sum
+        row = {"what": self.name, "epochs": self.epochs, "seconds": whole(self.wall)}
+        if self.is_short:
+            row |= {"seconds min": min(self.wall), "seconds max": max(self.wall)}
+        ends = self.accuracy[self.epochs - 1 :: self.epochs]
+        row |= {"cpu seconds": whole(self.cpu), "test accuracy": float(np.mean(ends))}
+        return row | {"runs": len(ends), "test accuracy by epoch": self.accuracy[: self.epochs]}
+
+
+def split(epochs: int, rounds: int) -> list[int]:
+    """`epochs` in `rounds` parts, as equal as can be."""
+    return [(i + 1) * epochs // rounds - i * epochs // rounds for i in range(rounds)]
+
+
+def clocked(turn: Callable, train: Callable, *args) -> None:
+    """`train`, whose turns also say the CPU seconds of the process so far."""
+    train(lambda accuracies: turn([*accuracies, time.process_time()]), *args)
+
+
+def train_recipe(turn: Callable, seed: int, data_dir: Path | None, recipe: str) -> None:
+    """Trainings of a recipe without end, each of a fresh seed."""
+    config, data = mj.RECIPES[recipe], mj.load_dataset("mnist", data_dir)
+    turn(list(next(mj.fit(config, data)).test_accuracy))
+    for seed in itertools.count():
+        for progress in mj.fit(config, data, seeds=[seed]):
+            turn(list(progress.test_accuracy))
+
+
+def train_keras(turn: Callable, seed: int, data_dir: Path | None, backend: str) -> None:
+    import _keras_peer
+
+    if backend == "tensorflow":
+        _keras_peer.SETTINGS.clear()
+    _keras_peer.train_keras(turn, seed, data_dir, backend)
+
+
+def measure(args: Args) -> dict:
+    record = {"environment": fresh(describe), "rounds": args.rounds}
+    contenders = [
+        Contender(name, KERAS_EPOCHS, args.rounds, train_keras, args.data_dir, backend)
+        for name, backend in KERAS.items()
+    ]
+    contenders += [
+        Contender(name, mj.RECIPES[name].n_epochs, args.rounds, train_recipe, args.data_dir, name)
+        for name in args.recipes
+    ]
+    for _ in range(args.rounds):
+        for contender in contenders:
+            contender.turn()
+    return record | {"rows": [contender.row() for contender in contenders]}
+
+
+def accuracies(row: dict) -> tuple[np.ndarray, int]:
+    """Mean test accuracy after each epoch, and of how many runs: the record's, if there is one."""
+    if row["what"] in KERAS:
+        return np.array(row["test accuracy by epoch"]), row["runs"]
+    table = mj.read_runs(RESULTS / row["what"], ["vary", "test_correct_by_epoch"]).to_pylist()
+    by_epoch = [run["test_correct_by_epoch"] for run in table if run["vary"] == "all"]
+    return np.mean(by_epoch, axis=0) / 10_000, len(by_epoch)
+
+
+def draw(record: dict):
+    """Test error against seconds of training, a line for each contender."""
+    figure, ax = new_figure("Test error by seconds of training (one contender a line)", 4.2)
+    colours = itertools.cycle((BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9"))
+    for row in record["rows"]:
+        reached, runs = accuracies(row)
+        seconds = row["seconds"] * np.arange(1, len(reached) + 1) / len(reached)
+        colour = GRAY if row["what"] in KERAS else next(colours)
+        style = "--" if row["what"] == "Keras on JAX" else "-"
+        name = f"{row['what']}, {'1 run' if runs == 1 else f'{runs} runs'}"
+        ax.plot(seconds, 100 * (1 - reached), style, color=colour, linewidth=1.2)
+        ax.plot(seconds[-1:], 100 * (1 - reached[-1:]), style + "o", color=colour, label=name)
+    for error in (2.74, 1.6, 1.0):
+        ax.axhline(error, color=GRAY, linewidth=0.5, zorder=0)
+    ax.set(xscale="log", yscale="log", xlabel="seconds", ylabel="test error, %")
+    ticks = (1, 1.6, 2.74, 5, 10)
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    return add_legend(figure, ax, 3)
+
+
+def search_rows(directory: Path) -> list[dict]:
+    """What each learning rate of a sweep on held-out images gave: accuracies in %."""
+    metadata = read_metadata(directory)
+    if metadata.config.split != "validation":
+        raise UserError(f"{directory} was scored on the {metadata.config.split} set")
+    default = dataclasses.asdict(mj.Config())
+    asked = dataclasses.asdict(metadata.config).items() - default.items()
+    by_rate: dict[float, list[float]] = {}
+    for run in mj.read_runs(directory, ["learning_rate", "test_correct"]).to_pylist():
+        by_rate.setdefault(run["learning_rate"], []).append(run["test_correct"] / 100)
+    return [
+        dict(sorted(asked - {("split", "validation")}))
+        | {"learning_rate": rate, "runs": len(found), "mean": round(mean(found), 3)}
+        | ({"sd": round(stdev(found), 3)} if len(found) > 1 else {})
+        for rate, found in by_rate.items()
+    ]
+
+
+def main(args: Args) -> None:
+    if args.log:
+        rows = (json.dumps(row) for directory in args.log for row in search_rows(directory))
+        write_text(SEARCH, "[\n" + ",\n".join(rows) + "\n]\n")
+        return
+    if not args.draw:
+        write_json(OUT, measure(args))
+    draw(json.loads(OUT.read_text())).savefig(OUT.with_suffix(".png"), dpi=125)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 OUT = RESULTS / "speedruns.json"
 SEARCH = RESULTS / "speedruns-search.json"
 KERAS = {"Keras on TensorFlow": "tensorflow", "Keras on JAX": "jax"}
-KERAS_EPOCHS = 50
+KERAS_EPOCHS = 50  # of its README
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +89,16 @@ def split(epochs: int, rounds: int) -> list[int]:
     return [(i + 1) * epochs // rounds - i * epochs // rounds for i in range(rounds)]
 
 
-def clocked(turn: Callable, train: Callable, *args) -> None:
+def clocked(turn: Callable, seed: int, train: Callable, *args) -> None:
     """`train`, whose turns also say the CPU seconds of the process so far."""
-    train(lambda accuracies: turn([*accuracies, time.process_time()]), *args)
+    train(lambda accuracies: turn([*accuracies, time.process_time()]), seed, *args)
 
 
 def train_recipe(turn: Callable, seed: int, data_dir: Path | None, recipe: str) -> None:
     """Trainings of a recipe without end, each of a fresh seed."""
     config, data = mj.RECIPES[recipe], mj.load_dataset("mnist", data_dir)
     turn(list(next(mj.fit(config, data)).test_accuracy))
-    for seed in itertools.count():
+    for seed in itertools.count(seed):
         for progress in mj.fit(config, data, seeds=[seed]):
             turn(list(progress.test_accuracy))
 

@@ -5,6 +5,7 @@
     python scripts/seed_sweep.py keras-rmsprop   30 seeds of 20 epochs
     python scripts/seed_sweep.py keras-rmsprop-fashion      5 seeds of it on Fashion-MNIST
     python scripts/seed_sweep.py sprint          200 seeds of half an epoch
+    python scripts/seed_sweep.py sprint-98       200 seeds of two epochs
 
 The rows are written to results/NAME/runs/, one chunk after another. results/keras-sgd-epyc is the
 first of these on another processor, an AMD EPYC, with --seeds 0:30.
@@ -30,7 +31,6 @@ SWEEPS = {
     # not the seeds that their settings were chosen with
     "sprint": ["--recipe sprint --seeds 1000:1200"],
     "sprint-98": ["--recipe sprint-98 --seeds 1000:1200"],
-    "sprint-99": ["--recipe sprint-99 --seeds 1000:1010"],
 }
 
 

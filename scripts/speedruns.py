@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -41,7 +41,7 @@ KERAS_EPOCHS = 50  # of its README
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    recipes: tuple[str, ...] = ("sprint", "sprint-98", "sprint-99", "keras-sgd", "keras-rmsprop")
+    recipes: tuple[str, ...] = ("sprint", "sprint-98", "keras-sgd", "keras-rmsprop")
     """Recipes to time beside Keras."""
     rounds: int = 10
     """Turns of each contender."""
@@ -98,8 +98,8 @@ def train_recipe(turn: Callable, seed: int, data_dir: Path | None, recipe: str) 
     """Trainings of a recipe without end, each of a fresh seed."""
     config, data = mj.RECIPES[recipe], mj.load_dataset("mnist", data_dir)
     turn(list(next(mj.fit(config, data)).test_accuracy))
-    for seed in itertools.count(seed):
-        for progress in mj.fit(config, data, seeds=[seed]):
+    for fresh_seed in itertools.count(seed):
+        for progress in mj.fit(config, data, seeds=[fresh_seed]):
             turn(list(progress.test_accuracy))
 
 
@@ -157,27 +157,31 @@ def draw(record: dict):
     return add_legend(figure, ax, 3)
 
 
-def search_rows(directory: Path) -> list[dict]:
-    """What each learning rate of a sweep on held-out images gave: accuracies in %."""
-    metadata = read_metadata(directory)
-    if metadata.config.split != "validation":
-        raise UserError(f"{directory} was scored on the {metadata.config.split} set")
-    default = dataclasses.asdict(mj.Config())
-    asked = dataclasses.asdict(metadata.config).items() - default.items()
-    by_rate: dict[float, list[float]] = {}
-    for run in mj.read_runs(directory, ["learning_rate", "test_correct"]).to_pylist():
-        by_rate.setdefault(run["learning_rate"], []).append(run["test_correct"] / 100)
+def search_rows(directories: Sequence[Path]) -> list[dict]:
+    """What each setting gave on held-out images: runs and their accuracies in %."""
+    default = dataclasses.asdict(mj.Config(split="validation"))
+    del default["learning_rate"]  # each row says its own
+    found: dict[tuple, dict[int, float]] = {}  # a seed that two sweeps trained counts once
+    for directory in directories:
+        config = read_metadata(directory).config
+        if config.split != "validation":
+            raise UserError(f"{directory} was scored on the {config.split} set")
+        columns = ["seed", "learning_rate", "test_correct"]
+        for run in mj.read_runs(directory, columns).to_pylist():
+            settings = dataclasses.asdict(config) | {"learning_rate": run["learning_rate"]}
+            changed = tuple(sorted(settings.items() - default.items()))
+            found.setdefault(changed, {})[run["seed"]] = run["test_correct"] / 100
     return [
-        dict(sorted(asked - {("split", "validation")}))
-        | {"learning_rate": rate, "runs": len(found), "mean": round(mean(found), 3)}
-        | ({"sd": round(stdev(found), 3)} if len(found) > 1 else {})
-        for rate, found in by_rate.items()
+        dict(changed)
+        | {"seeds": sorted(by_seed), "mean": round(mean(by_seed.values()), 3)}
+        | ({"sd": round(stdev(by_seed.values()), 3)} if len(by_seed) > 1 else {})
+        for changed, by_seed in found.items()
     ]
 
 
 def main(args: Args) -> None:
     if args.log:
-        rows = (json.dumps(row) for directory in args.log for row in search_rows(directory))
+        rows = map(json.dumps, search_rows(args.log))
         write_text(SEARCH, "[\n" + ",\n".join(rows) + "\n]\n")
         return
     if not args.draw:

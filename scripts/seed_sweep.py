@@ -6,6 +6,7 @@
     python scripts/seed_sweep.py keras-rmsprop-fashion      5 seeds of it on Fashion-MNIST
     python scripts/seed_sweep.py sprint          200 seeds of half an epoch
     python scripts/seed_sweep.py sprint-98       200 seeds of two epochs
+    python scripts/seed_sweep.py best-augmented  10 seeds of 200 epochs, none used in the search
 
 The rows are written to results/NAME/runs/, one chunk after another. results/keras-sgd-epyc is the
 first of these on another processor, an AMD EPYC, with --seeds 0:30.
@@ -31,6 +32,7 @@ SWEEPS = {
     # not the seeds that their settings were chosen with
     "sprint": ["--recipe sprint --seeds 1000:1200"],
     "sprint-98": ["--recipe sprint-98 --seeds 1000:1200"],
+    "best-augmented": ["--recipe best-augmented --seeds 100:110 --checkpoint-every 10"],
 }
 
 

@@ -367,6 +367,22 @@ def test_a_speedrun_was_chosen_on_held_out_images(recipe):
     assert max(row["mean"] for row in found) > GOALS[recipe] / 100
 
 
+def test_the_search_is_that_of_its_rows():
+    search = read("results/search.json")
+    assert [line["sweep"] for line in search["sweeps"]] == sorted(
+        directory.name for directory in (ROOT / "results" / "search").iterdir()
+    )
+    for line in search["sweeps"]:
+        directory = ROOT / "results" / "search" / line["sweep"]
+        config = read_metadata(directory).config
+        recipe = dataclasses.replace(RECIPES[search["recipe"]], split="validation")
+        assert dataclasses.replace(recipe, **line["settings"]) == config
+        correct = read_runs(directory, ["test_correct"])["test_correct"].to_pylist()
+        assert line["runs"] == len(correct)
+        assert line["mean"] == pytest.approx(np.mean(correct) / 100)
+        assert line["sd"] == pytest.approx(np.std(correct, ddof=1) / 100)
+
+
 def test_there_are_records():
     assert {"keras-sgd", "keras-rmsprop", "short"} <= {directory.name for directory in SWEEPS}
 

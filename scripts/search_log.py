@@ -1,0 +1,59 @@
+"""What was tried before a recipe was fixed, as a table: every sweep of results/search.
+
+    python scripts/search_log.py
+
+Each directory is a sweep with `--split validation`: trained on 50,000 of the training images and
+scored on the other 10,000. Its settings are given where they differ from those of the recipe.
+"""
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+from mlp_jax.files import write_json
+from mlp_jax.records.directory import read_metadata
+from mlp_jax.records.rows import read_runs
+from mlp_jax.training.config import RECIPES, Config
+
+RESULTS = Path(__file__).parents[1] / "results"
+RECIPE = "best-augmented"
+N_VALIDATION = 10_000
+
+
+def main() -> None:
+    lines = sorted(map(line_of, (RESULTS / "search").iterdir()), key=lambda line: line["sweep"])
+    command = "python scripts/search_log.py"
+    write_json(
+        RESULTS / "search.json",
+        {"command": command, "recipe": RECIPE, "scored": "validation", "sweeps": lines},
+    )
+    for line in lines:
+        print(line)
+
+
+def line_of(directory: Path) -> dict:
+    """Settings, and the mean and SD of the validation accuracies in percent."""
+    config = read_metadata(directory).config
+    rows = read_runs(directory, ["test_correct", "seconds"]).to_pylist()
+    assert config.split == "validation", directory
+    scores = [100 * row["test_correct"] / N_VALIDATION for row in rows]
+    return {
+        "sweep": directory.name,
+        "settings": differences(config),
+        "runs": len(rows),
+        "mean": statistics.mean(scores),
+        "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+        "seconds a run": statistics.mean(row["seconds"] for row in rows),
+    }
+
+
+def differences(config: Config) -> dict:
+    """The settings that differ from the recipe's, but for the split."""
+    recipe = dataclasses.asdict(dataclasses.replace(RECIPES[RECIPE], split=config.split))
+    return {
+        name: value for name, value in dataclasses.asdict(config).items() if value != recipe[name]
+    }
+
+
+if __name__ == "__main__":
+    main()

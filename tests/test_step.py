@@ -194,7 +194,7 @@ def test_a_part_of_an_epoch_is_its_first_steps(config, small):
 
 @pytest.mark.parametrize(
     ("epochs", "settings", "steps"),
-    [(2, {}, 20), (0.7, {}, 7), (0.01, {}, 1), (1.25, {"examples": "half"}, 6)],
+    [(2, {}, 20), (0.7, {}, 7), (0.01, {}, 1), (1.25, {"examples": "half"}, 6), (2.01, {}, 21)],
 )
 def test_epochs_as_steps(epochs, settings, steps, config):
     config = dataclasses.replace(config, epochs=epochs, **settings)

@@ -73,4 +73,5 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
 def count_steps(config: Config, n_train: int) -> int:
     """Steps of a whole training; a part of an epoch is rounded to steps, and has at least one."""
     n_examples = n_train // 2 if config.examples == "half" else n_train
-    return max(1, round(config.epochs * math.ceil(n_examples / config.batch_size)))
+    steps = math.ceil(n_examples / config.batch_size)  # of an epoch
+    return max((config.n_epochs - 1) * steps + 1, round(config.epochs * steps))

@@ -81,7 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     with cli.StopSignals() as stop, contextlib.ExitStack() as stack:
         if len(cells) > 1:
             stack.enter_context(files.locked(args.out, index, count))
-        for cell in cells:
+        again = cli.command_line(PROG, argv)
+        for i, cell in enumerate(cells):
+            if stop.requested:  # in the last epoch of the cell before
+                stop.exit(f"{i} of {len(cells)} sweeps finished; resume with: {again}")
             # interleaved, so that all families grow together; there may be more shards than runs
             if runs := cell.runs[index::count]:
                 if args.out != cell.directory and not args.quiet:
@@ -89,7 +92,6 @@ def main(argv: list[str] | None = None) -> None:
                 cell, data = cell._replace(runs=runs), args.data_options()
                 missing = train_cell(cell, data, options, stop, args.tensorboard)
             if runs and missing:
-                again = cli.command_line(PROG, argv)
                 counts = f"{len(runs) - missing} of {len(runs)} runs finished"
                 stop.exit(f"{counts}, the epochs of the others saved; resume with: {again}")
 

@@ -251,6 +251,19 @@ def test_a_grid_has_a_sweep_for_each_combination(small_dir, here):
         run(small_dir, "--dropout", "0", "0.5", "--out", "alone")
 
 
+def test_a_stop_at_the_end_of_a_cell_ends_the_grid(small_dir, here, monkeypatch, capsys):
+    def train_cell(*args):
+        trained.append(os.kill(os.getpid(), signal.SIGTERM))
+        return 0
+
+    trained = []
+    monkeypatch.setitem(sweep_main.__globals__, "train_cell", train_cell)
+    with pytest.raises(SystemExit) as stop:
+        run(small_dir, "--seeds", "0:2", "--epochs", "1", "--dropout", "0", "0.5", "--out", "g")
+    assert (stop.value.code, len(trained)) == (143, 1)
+    assert "1 of 2 sweeps finished; resume with: python -m" in capsys.readouterr().err
+
+
 @pytest.mark.network
 def test_a_row_of_mnist_is_the_run_of_the_train_command(mnist, here):
     """In processes of their own, as users run them: two devices there, one device here."""

@@ -37,7 +37,9 @@ SPEED_PARTS = ("epoch", "sweep", "whole")
 TRIED = ("tried", "survived", "lost")
 PRODUCTS = "the matrix products alone"
 ONE_BY_ONE = "mlp_jax.train, one after another"
-SWEEPS = sorted(path.parent for path in ROOT.glob("results/*/summary.json"))
+RECORDS = sorted(path.parent for path in ROOT.glob("results/*/summary.json"))
+CROSSED = [each for each in RECORDS if each.name.endswith("-crossed")]
+SWEEPS = [each for each in RECORDS if each not in CROSSED]
 FASHION = ROOT / "results" / "keras-rmsprop-fashion"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 OLDER = [ROOT / "results" / name for name in ("keras-rmsprop", "keras-sgd", "short")]
@@ -108,17 +110,31 @@ def endless_line():
     return f"SDs in points (negative where the estimated variance is). {'; '.join(said)}."
 
 
-def source_lines():
+def crossed_lines():
     """README's table on which randomness makes the spread."""
-    for family in read("results/short/summary.json")["families"]:
-        ratio = family["sd_over_all"]
-        yield row(
-            f"`{family['vary']}`",
-            f"{family['runs']:,}",
-            points(family["sd"]),
-            "{:.2f} ({:.2f} to {:.2f})".format(*ratio.values()) if ratio else "1",
-            points(family["distribution_sd"]),
+    for directory in CROSSED:
+        (crossed,) = json.loads((directory / "summary.json").read_text())["crossed"]
+        for name in [*crossed["streams"], "interactions"]:
+            cells = []
+            for of in (crossed["test"], crossed["distribution"]):
+                shares = (of["indices"].get(name, of["interactions"]), of["total"].get(name))
+                cells += [
+                    "{:.2f} ({:.2f} to {:.2f})".format(*s.values()) if s else "" for s in shares
+                ]
+            yield row(f"[`{directory.name}`](results/{directory.name})", name, *cells)
+
+
+def crossed_line():
+    """README's words on how many runs its table on the streams rests on."""
+    said = []
+    for directory in CROSSED:
+        (crossed,) = json.loads((directory / "summary.json").read_text())["crossed"]
+        sd = points({k: math.sqrt(max(0, v)) for k, v in crossed["test"]["variance"].items()})
+        said.append(
+            f"`{directory.name}`: {crossed['test']['blocks']} blocks of"
+            f" {2 ** len(crossed['streams'])} runs, whose SD is {sd} points"
         )
+    return "; ".join(said) + "."
 
 
 def decide_lines():
@@ -301,8 +317,33 @@ def test_a_record_without_a_newer_setting_is_still_that_of_its_recipe(directory)
     assert close(made, {name: stored[name] for name in names})
 
 
+@pytest.mark.parametrize("directory", CROSSED, ids=by_name)
+def test_indices_of_crossed_streams_follow_from_the_rows(directory):
+    """From differences of runs that share all streams but one, or none (Jansen 1999)."""
+    (crossed,) = json.loads((directory / "summary.json").read_text())["crossed"]
+    streams = crossed["streams"]
+    table = read_runs(directory, [*(f"{name}_seed" for name in streams), "test_correct"])
+    seeds = np.stack([table[f"{name}_seed"].to_numpy() for name in streams], axis=1)
+    scores = dict(
+        zip(map(tuple, seeds.tolist()), table["test_correct"].to_numpy() / 1e4, strict=True)
+    )
+    blocks = range(seeds.max() // 2 + 1)
+    cells = list(itertools.product((0, 1), repeat=len(streams)))
+    y = np.array([[scores[tuple(2 * b + np.array(cell))] for cell in cells] for b in blocks])
+    y = y.reshape(-1, *(2,) * len(streams))
+    axes = tuple(range(1, y.ndim))
+    variance = ((y - np.flip(y, axes)) ** 2).mean() / 2
+    assert crossed["test"]["variance"]["estimate"] == pytest.approx(variance)
+    for axis, name in zip(axes, streams, strict=True):
+        others = tuple(other for other in axes if other != axis)
+        total = ((y - np.flip(y, axis)) ** 2).mean() / 2 / variance
+        first = 1 - ((y - np.flip(y, others)) ** 2).mean() / 2 / variance
+        assert crossed["test"]["total"][name]["estimate"] == pytest.approx(total)
+        assert crossed["test"]["indices"][name]["estimate"] == pytest.approx(first)
+
+
 @pytest.mark.network
-@pytest.mark.parametrize("directory", SWEEPS, ids=by_name)
+@pytest.mark.parametrize("directory", RECORDS, ids=by_name)
 def test_summaries_are_what_the_report_makes(directory, tmp_path, monkeypatch):
     if directory == FASHION:
         if not DEBIAN.exists():
@@ -327,9 +368,9 @@ def test_the_readme_quotes_its_headline_and_speed():
     assert f"consistent with zero, and at most {100 * zero:.3f} points" in README.replace("\n", " ")
     wrong = max(each["wrong"] for each in read("results/decide.json")["rows"])
     assert f"wrong in {wrong} of 1,000 at most" in README.replace("\n", " ")
-    for words in (hardware_line(), endless_line(), hardware(), speed_bound()):
+    for words in (hardware_line(), endless_line(), hardware(), speed_bound(), crossed_line()):
         assert words in README.replace("\n", " ")
-    for line in [time_line(), *source_lines(), *decide_lines(), *speed_lines()]:
+    for line in [time_line(), *crossed_lines(), *decide_lines(), *speed_lines()]:
         assert line in README
 
 

@@ -17,6 +17,7 @@ write it on TensorFlow, and as it is fastest on JAX, with 67 steps an execution.
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,10 +57,10 @@ class Args:
 class Contender(Peer):
     """A peer whose whole training takes `epochs`; lists of seconds are by round."""
 
-    def __init__(self, name: str, epochs: int, rounds: int, train: Callable, *args):
-        self.epochs = epochs
-        self.is_short = epochs < rounds
-        self.parts = [epochs] * rounds if self.is_short else split(epochs, rounds)
+    def __init__(self, name: str, epochs: float, rounds: int, train: Callable, *args):
+        self.epochs, self.turns = epochs, math.ceil(epochs)
+        self.is_short = self.turns < rounds
+        self.parts = [self.turns] * rounds if self.is_short else split(self.turns, rounds)
         self.wall, self.cpu, self.accuracy = [], [], []
         super().__init__(name, clocked, train, *args)
 
@@ -79,9 +80,9 @@ class Contender(Peer):
         row = {"what": self.name, "epochs": self.epochs, "seconds": whole(self.wall)}
         if self.is_short:
             row |= {"seconds min": min(self.wall), "seconds max": max(self.wall)}
-        ends = self.accuracy[self.epochs - 1 :: self.epochs]
+        ends = self.accuracy[self.turns - 1 :: self.turns]
         row |= {"cpu seconds": whole(self.cpu), "test accuracy": float(np.mean(ends))}
-        return row | {"runs": len(ends), "test accuracy by epoch": self.accuracy[: self.epochs]}
+        return row | {"runs": len(ends), "test accuracy by epoch": self.accuracy[: self.turns]}
 
 
 def split(epochs: int, rounds: int) -> list[int]:
@@ -118,7 +119,7 @@ def measure(args: Args) -> dict:
         for name, backend in KERAS.items()
     ]
     contenders += [
-        Contender(name, mj.RECIPES[name].n_epochs, args.rounds, train_recipe, args.data_dir, name)
+        Contender(name, mj.RECIPES[name].epochs, args.rounds, train_recipe, args.data_dir, name)
         for name in args.recipes
     ]
     for _ in range(args.rounds):

@@ -43,7 +43,7 @@ SWEEPS = [each for each in RECORDS if each not in CROSSED]
 FASHION = ROOT / "results" / "keras-rmsprop-fashion"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 OLDER = [ROOT / "results" / name for name in ("keras-rmsprop", "keras-sgd", "short")]
-GOALS = {"sprint": 9726}
+GOALS = {"sprint": 9726, "sprint-98": 9840}
 """Of a speedrun: correct test images that its mean has to exceed."""
 FRESH = 1000
 """The first seed of a speedrun's record: its settings were chosen with lower ones."""

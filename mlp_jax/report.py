@@ -12,7 +12,13 @@ import tyro
 
 from mlp_jax import cli, files
 from mlp_jax.errors import UserError
-from mlp_jax.records.directory import grid_cells, read_metadata
+from mlp_jax.records.directory import (
+    cell_names,
+    grid_cells,
+    read_metadata,
+    stored_metadata,
+)
+from mlp_jax.records.provenance import Metadata, numerics, settings
 from mlp_jax.training.run import used_streams
 
 DESCRIPTION = (
@@ -76,6 +82,8 @@ def report(directory: str | Path, data_dir: str | Path | None = None) -> Report:
     UserError if there are no runs, or they were trained on other data.
     """
     if cells := grid_cells(Path(directory)):
+        if stored_metadata(Path(directory)):
+            raise UserError(f"{directory} has runs of its own and a grid: move one of them away")
         return report_grid(cells)
     if read_metadata(Path(directory)).seed is not None:
         raise UserError(f"{directory} has a single run, which has no spread")
@@ -108,10 +116,40 @@ def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:
 def report_grid(cells: Sequence[Path]) -> Report:
     from mlp_jax.analysis.ranking import draw_ranking, format_ranking, rank
     from mlp_jax.records import rows
+    from mlp_jax.results import count_processors
 
-    summary = rank({cell.name: rows.read_scores(cell) for cell in cells})
-    figure = draw_ranking(summary, read_metadata(cells[0]).title)
+    stored = [read_metadata(cell) for cell in cells]
+    scores: dict[str, dict] = {}
+    for cell, metadata, name in zip(cells, stored, name_cells(cells, stored), strict=True):
+        paths = rows.row_files(cell)  # none of a sweep that has just begun
+        mixed = any("--allow-mixed" in each for each in count_processors(paths, metadata))
+        scores[name + " (--allow-mixed)" * mixed] = rows.read_scores(cell) if paths else {}
+    summary = rank(scores)
+    if not summary["cells"]:
+        raise UserError(f"{cells[0].parent} has no runs to rank: report on each of its sweeps")
+    figure = draw_ranking(summary, stored[0].title)
     return Report(format_ranking(summary), summary, [("grid.png", figure)], {})
+
+
+def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:
+    """What the sweeps differ in, whatever their directories are called.
+
+    UserError for two of the same settings, and for other data of the same name.
+    """
+    per_run = ("seed", "learning_rate", "program")  # a program is that of its settings
+    shared = [settings(each) | numerics(each) for each in stored]
+    shared = [{k: v for k, v in each.items() if k not in per_run} for each in shared]
+    seen: dict = {}
+    names = [name or cell.name for name, cell in zip(cell_names(shared), cells, strict=True)]
+    for cell, metadata, name in zip(cells, stored, names, strict=True):
+        if (other := seen.setdefault(name, cell)) != cell:
+            raise UserError(f"{other} and {cell} have the same settings: move one of them away")
+        of, data = (metadata.config.dataset, metadata.config.split), metadata.fingerprint
+        if seen.setdefault(of, data) != data:
+            raise UserError(
+                f"{cell} was trained on other data named {of[0]} than the sweeps beside"
+            )
+    return names
 
 
 if __name__ == "__main__":

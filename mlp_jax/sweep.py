@@ -127,9 +127,10 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
     for config in configs:
         key = dataclasses.replace(config, learning_rate=configs[0].learning_rate)
         rates.setdefault(key, []).append(config.learning_rate)
+    names = directories.cell_names([vars(config) for config in rates])
     cells = [
-        Cell(args.out / cell_name(config, list(rates)), config, wanted_runs(args, config, values))
-        for config, values in rates.items()
+        Cell(args.out / name, config, wanted_runs(args, config, values))
+        for name, (config, values) in zip(names, rates.items(), strict=True)
     ]
     for cell in cells:
         directories.check_out_dir(cell.directory)
@@ -139,16 +140,6 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
     if ours and directories.stored_metadata(args.out):
         raise UserError(f"{args.out} has a sweep: name another --out for a grid")
     return cells
-
-
-def cell_name(config: Config, configs: Sequence[Config]) -> str:
-    """The settings in which `configs` differ, as in dropout=0.2,hidden=512x512; "" if in none."""
-    settings = []
-    for name, value in vars(config).items():
-        if len({getattr(each, name) for each in configs}) > 1:
-            text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            settings.append(f"{name}={text.replace('/', '-')}")
-    return ",".join(settings)
 
 
 def wanted_runs(args: Args, config: Config, rates: Sequence[float]) -> list[Run]:

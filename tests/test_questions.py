@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,45 @@ def test_a_grid_is_ranked_with_intervals_for_all_at_once(sweep, capsys):
         assert cell["mean"]["high"] == pytest.approx(np.mean(scores) + half)
     assert "dropout=0.0, learning rate 0.1: 4 runs" in capsys.readouterr().out
     assert Path("g/figures/grid.png").stat().st_size > 5_000
+
+
+def test_a_ranking_says_what_the_records_say(sweep, small, tmp_path, monkeypatch, capsys):
+    sweep("--seeds", "0:2", "--dropout", "0", "0.9", "--out", "g")
+    sweep("--seeds", "0:2", "--dropout", "0.3", "--epochs", "2", "--out", "g/dropout=0.3")
+    Path("g/dropout=0.9").rename("g/dropout=0.5")
+    Path("g/dropout=0.0/config.json").unlink()
+    report_main(["g"])
+    names = [f"dropout={p},epochs={n}" for p, n in ((0.0, 1), (0.3, 2), (0.9, 1))]
+    found = json.loads(Path("g/summary.json").read_text())
+    assert sorted(cell["settings"] for cell in found["cells"]) == names
+    # what is not ranked is named
+    (rows,) = row_files(Path("g/dropout=0.3"))
+    foreign = Path("g/dropout=0.5/runs", rows.name)
+    rows.rename(foreign)
+    with pytest.raises(mj.UserError, match=r"has dropout=0.3; you asked for dropout=0.9"):
+        mj.report("g")
+    foreign.unlink()
+    capsys.readouterr()
+    report_main(["g"])
+    assert f"without finished runs that vary all: {names[1]}\n" in capsys.readouterr().out
+    shutil.copytree("g/dropout=0.5", "g/copy=1")
+    with pytest.raises(mj.UserError, match=r"g/copy=1 and g/dropout=0.5 have the same settings"):
+        mj.report("g")
+    shutil.rmtree("g/copy=1")
+    other = small._replace(fingerprint="0" * 64)
+    config = mj.Config(hidden=(16, 8), batch_size=32, epochs=1, dropout=0.7, learning_rate=0.1)
+    mj.sweep(config, other, "g/dropout=0.7", seeds=[0])
+    with pytest.raises(mj.UserError, match=r"0.7 was trained on other data named kmnist"):
+        mj.report("g")
+    mj.sweep(config, small, "g", seeds=[0])
+    with pytest.raises(mj.UserError, match="g has runs of its own and a grid"):
+        mj.report("g")
+
+
+def test_crossed_sweeps_of_a_grid_are_not_ranked(sweep):
+    sweep("--crossed", "1", "--dropout", "0.1", "0.2", "--out", "g")
+    with pytest.raises(mj.UserError, match="g has no runs to rank: report on each"):
+        report_main(["g"])
 
 
 def test_compare_is_the_paired_t_test_and_names_what_differs(sweep, capsys):

@@ -19,8 +19,8 @@ def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]]) -> dict:
     """Mean accuracy of each cell and learning rate, highest first.
 
     A cell has accuracies by (vary, learning rate, seed), nan for a run that diverged. Runs that
-    vary one stream are left out. Intervals are Student's at 1 - ALPHA / m of m means (Bonferroni),
-    None below two runs.
+    vary one stream, or cross them, are left out. Intervals are Student's at 1 - ALPHA / m of m
+    means (Bonferroni), None below two runs.
     """
     scores: dict[tuple[str, float], list[float]] = {}
     for name, cell in cells.items():
@@ -45,6 +45,7 @@ def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]]) -> dict:
         "units": f"shares of 1; intervals hold for all {len(ranked)} means at once at 95 %"
         " (Bonferroni)",
         "cells": ranked,
+        "not_ranked": sorted(cells.keys() - {name for name, _ in scores}),
     }
 
 
@@ -56,6 +57,8 @@ def format_ranking(summary: dict) -> str:
         runs = f"{cell['runs']} runs" + f", {cell['diverged']} diverged" * bool(cell["diverged"])
         settings = f"{cell['settings']}, learning rate {cell['learning_rate']:g}"
         lines.append(f"{mean:>8}  {interval:<19}  {settings}: {runs}")
+    if left_out := summary["not_ranked"]:
+        lines.append(f"not ranked, without finished runs that vary all: {'; '.join(left_out)}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,9 @@ nothing, and what is not ours is left alone.
 
 import contextlib
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlp_jax.errors import UserError
 from mlp_jax.files import (
@@ -88,7 +90,18 @@ def stored_metadata(directory: Path) -> Metadata | None:
 
 def grid_cells(directory: Path) -> list[Path]:
     """The sweeps of a grid, in directories named after their settings."""
-    return sorted(path.parent for path in directory.glob(f"*=*/{CONFIG}"))
+    return sorted({path.parent for n in (CONFIG, "runs") for path in directory.glob(f"*=*/{n}")})
+
+
+def cell_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each cell the settings in which they differ, as in hidden=8,dropout=0.2; "" if in none."""
+    differing = [name for name in cells[0] if len({cell.get(name) for cell in cells}) > 1]
+
+    def text(value: Any) -> str:
+        value = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return value.replace("/", "-")
+
+    return [",".join(f"{name}={text(cell.get(name))}" for name in differing) for cell in cells]
 
 
 def claim(directory: Path, metadata: Metadata) -> None:

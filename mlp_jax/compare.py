@@ -11,11 +11,12 @@ import tyro
 
 from mlp_jax import cli, files
 from mlp_jax.errors import UserError
+from mlp_jax.records import rows
 from mlp_jax.records.provenance import numerics, settings
 from mlp_jax.training.run import make_runs
 
 if TYPE_CHECKING:  # --help does without
-    from mlp_jax.analysis.compare import Comparison
+    from mlp_jax.analysis.compare import Comparison, Decision
     from mlp_jax.results import Target
 
 PROG = "python -m mlp_jax.compare"
@@ -60,14 +61,19 @@ def main(argv: list[str] | None = None) -> None:
 
     targets = [parse_target(sweep) for sweep in args.sweeps]
     check_comparable(targets)
+    decision = None
     if args.until_decided:
-        train_until_decided(targets, args, cli.command_line(PROG, argv))
+        decision = train_until_decided(targets, args, cli.command_line(PROG, argv))
     pairs = list(itertools.combinations(targets, 2))
     compared = [compare_targets(a, b, args.margin / 100, args.data_dir) for a, b in pairs]
+    if decision:  # a verdict of one look would be wrong too often after many
+        compared = [compared[0]._replace(verdict=decision.verdict)]
     for (a, b), comparison in zip(pairs, compared, strict=True):
         print(describe(comparison, *labels(a, b)), format_details(a, b, comparison), sep="\n")
+    if decision:
+        print("The verdict is the sequence's; the intervals and p hold for a single look only.")
     if args.out:
-        write(args.out, pairs, compared)
+        write(args.out, pairs, compared, decision)
 
 
 def compare(a: str | Path, b: str | Path, *, margin: float = 0.05) -> "Comparison":
@@ -126,7 +132,7 @@ def differences(a: "Target", b: "Target") -> dict[str, tuple]:
         | {"family": each.vary, "learning_rate": each.rate}
         for each in (a, b)
     )
-    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+    return {name: (ours[name], theirs.get(name)) for name in ours if ours[name] != theirs.get(name)}
 
 
 def format_details(a: "Target", b: "Target", comparison: "Comparison") -> str:
@@ -141,10 +147,30 @@ def format_details(a: "Target", b: "Target", comparison: "Comparison") -> str:
             f"; paired by seed with a correlation of {comparison.correlation:.2f}, which leaves"
             f" {comparison.variance_ratio:.2f} of the variance of independent runs"
         )
-    return text + ".\n"
+    return "\n".join([text + ".", *caveats(a), *caveats(b), ""])
 
 
-def write(out: Path, pairs: Sequence[tuple], compared: Sequence["Comparison"]) -> None:
+def caveats(target: "Target") -> list[str]:
+    """Which runs of a sweep are in no number, and which were trained otherwise."""
+    from mlp_jax.results import count_processors
+
+    paths, scores = rows.row_files(target.directory), target.read_scores()
+    diverged = sorted(seed for seed, score in scores.items() if math.isnan(score))
+    of = count_processors(paths, target.metadata)
+    n_mixed = sum(count for name, count in of.items() if "--allow-mixed" in name)
+    said = {
+        f"{len(diverged)} runs that diverged, in no number here: seeds {diverged}": diverged,
+        f"{n_mixed} runs that were pooled with others by --allow-mixed": n_mixed,
+    }
+    return [f"{target.name} has {text}." for text, there in said.items() if there]
+
+
+def write(
+    out: Path,
+    pairs: Sequence[tuple],
+    compared: Sequence["Comparison"],
+    decision: "Decision | None",
+) -> None:
     """comparison.json, with p values adjusted for the number of pairs, too; a figure for each."""
     from mlp_jax.analysis.compare import describe, holm
     from mlp_jax.analysis.figures import draw_comparison
@@ -156,6 +182,7 @@ def write(out: Path, pairs: Sequence[tuple], compared: Sequence["Comparison"]) -
     for i, ((a, b), comparison) in enumerate(zip(pairs, compared, strict=True)):
         each = {"a": a.name, "b": b.name, "differences": differences(a, b)}
         each |= comparison._asdict() | {"p_value_holm": adjusted[i]}
+        each |= {"until_decided": decision, "caveats": [*caveats(a), *caveats(b)]}
         record.append(to_json(each | {"says": describe(comparison, *labels(a, b))}))
         scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
         sides = zip((a, b), labels(a, b), strict=True)
@@ -168,12 +195,14 @@ def write(out: Path, pairs: Sequence[tuple], compared: Sequence["Comparison"]) -
     files.write_json(out / "comparison.json", {"units": units, "comparisons": record})
 
 
-def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> None:
-    """Train the same seeds of both targets until their difference is decided."""
+def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> "Decision":
+    """Train the same seeds of both targets until their difference is decided, or max_seeds."""
     from mlp_jax.analysis.compare import FIRST_LOOK, decide
     from mlp_jax.sweep import Cell, train_cell
     from mlp_jax.training.parallel import use_cores
 
+    if args.max_seeds < FIRST_LOOK:
+        raise UserError(f"--max-seeds must be at least {FIRST_LOOK}, not {args.max_seeds}")
     use_cores()
     seeds = sorted(set().union(*(target.read_scores() for target in targets)))
     wanted = max(FIRST_LOOK, len(seeds))
@@ -189,10 +218,12 @@ def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> 
                     stop.exit(f"what is finished is stored; resume with: {again}")
             a, b = (target.read_scores() for target in targets)
             pairs = [d for seed in seeds if not math.isnan(d := a[seed] - b[seed])]
+            if not pairs:
+                raise UserError("one run of each pair diverged: there is nothing to compare")
             decision = decide(pairs, margin=args.margin / 100)
             print(format_decision(decision, len(pairs)), flush=True)
             if decision.verdict != "undecided" or wanted >= args.max_seeds:
-                return
+                return decision
             wanted = min(wanted + STEP, args.max_seeds)
 
 

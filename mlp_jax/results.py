@@ -113,7 +113,7 @@ class Target(NamedTuple):
 
 def parse_target(text: str) -> Target:
     """What DIR, DIR:FAMILY, DIR@RATE or both name: by default "all", and the only rate."""
-    match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@([\d.e+-]+))?", text)
+    match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@(\d*\.?\d+(?:e[+-]?\d+)?))?", text)
     place, vary, rate = match.groups() if match and not Path(text).is_dir() else (text, None, None)
     vary, directory = vary or "all", Path(place)
     if vary not in ("all", *STREAMS):

@@ -1,5 +1,6 @@
 import dataclasses
 import html.parser
+import importlib
 import json
 import math
 import subprocess
@@ -16,6 +17,7 @@ from mlp_jax import results
 from mlp_jax.analysis import figures
 from mlp_jax.analysis.summary import summarize
 from mlp_jax.analysis.tables import STATISTICS, format_table, format_value
+from mlp_jax.compare import main as compare_main
 from mlp_jax.data import dataset as datasets
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged
@@ -462,3 +464,49 @@ def test_the_page_has_all_that_the_table_says_and_needs_nothing_beside_it(tmp_pa
     assert made.settings["data, SHA-256"] in page.cells
     report_main([str(sweep), "--html"])
     assert Reader((sweep / "report.html").read_text()).cells == page.cells
+
+
+def test_a_comparison_says_what_it_leaves_out(tmp_path, dataset, capsys, monkeypatch):
+    a = write_sweep(tmp_path / "a", random_rows(dataset, 4))
+    monkeypatch.setitem(ENVIRONMENT, "backend", "gpu")
+    b = write_sweep(tmp_path / "b", random_rows(dataset, 5))
+    mixed = directories.read_metadata(b)._replace(mixed=True)
+    lost = [make_row(dataset.test.labels, seed, [], loss=np.nan) for seed in (7, 8)]
+    records.write_rows(b, lost, mixed)
+    compare_main([str(a), str(b), "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "They differ in backend (cpu, gpu), lanes (1, None)" in said
+    caveats = [
+        f"{b} has 2 runs that diverged, in no number here: seeds [7, 8].",
+        f"{b} has 2 runs that were pooled with others by --allow-mixed.",
+    ]
+    assert said.splitlines()[-3:-1] == caveats
+    (found,) = json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
+    assert (found["caveats"], found["until_decided"]) == (caveats, None)
+    with pytest.raises(UserError, match=r"@1-3 has no results"):
+        compare_main([str(a), f"{b}@1-3"])
+
+
+def test_a_verdict_after_many_looks_is_that_of_the_sequence(tmp_path, dataset, capsys, monkeypatch):
+    module = importlib.import_module("mlp_jax.sweep")
+    monkeypatch.setattr(module, "train_cell", lambda *_: 0)
+    labels = dataset.test.labels
+    # Student's t is 2.4, which is significant at one look
+    wins = [make_row(labels, seed, range(2 - (seed < 5))) for seed in range(30)]
+    a, b = write_sweep(tmp_path / "a", wins), tmp_path / "b"
+    write_sweep(b, [make_row(labels, seed, range(2)) for seed in range(30)])
+    until = ["--until-decided", "--max-seeds", "30", "--margin", "0.01"]
+    compare_main([str(a), str(b), "--out", str(tmp_path)])
+    assert "a scores higher than b" in capsys.readouterr().out
+    compare_main([str(a), str(b), *until, "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "it is undecided whether a or b scores higher" in said
+    assert said.splitlines()[-1].startswith("The verdict is the sequence's")
+    (found,) = json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
+    assert found["verdict"] == found["until_decided"]["verdict"] == "undecided"
+    lost = [make_row(labels, seed, [], loss=np.inf) for seed in range(30)]
+    c = write_sweep(tmp_path / "c", lost)
+    with pytest.raises(UserError, match="one run of each pair diverged"):
+        compare_main([str(a), str(c), *until])
+    with pytest.raises(UserError, match="--max-seeds must be at least 30, not 29"):
+        compare_main([str(a), str(b), "--until-decided", "--max-seeds", "29"])

@@ -251,6 +251,35 @@ def above(recipe):
     return scipy.stats.ttest_1samp(correct, GOALS[recipe], alternative="greater").pvalue
 
 
+def speedrun_lines():
+    """README's table on the speedruns, a line for each contender."""
+    rows = {row["what"]: row for row in read("results/speedruns.json")["rows"]}
+    for name, timed in rows.items():
+        times = [rows["Keras on TensorFlow"][n] / timed[n] for n in ("seconds", "cpu seconds")]
+        reached, goal = f"{100 * timed['test accuracy']:.2f}, 1 run", "-"
+        if name in RECIPES:
+            summary = read(f"results/{name}/summary.json")
+            family = summary["families"][0]
+            reached = f"{points(family['mean'], 2)}, {family['runs']:,} runs"
+        if name in GOALS:
+            p = above(name)
+            goal = f"{GOALS[name] / 100:.2f}, p {'< 1e-9' if p < 1e-9 else f'= {p:.0e}'}"
+        yield row(
+            f"`{name}`" if name in RECIPES else name,
+            f"{timed['epochs']:g}",
+            f"{timed['seconds']:.3g} ({timed['cpu seconds']:.3g})",
+            "{:.3g} ({:.3g})".format(*times),
+            reached,
+            goal,
+        )
+
+
+def speedruns_load():
+    """README's words on the machine that the speedruns were timed on."""
+    record = read("results/speedruns.json")
+    return "{cores} cores of {processor}".format(**record["environment"])
+
+
 def hardware():
     environment = read("results/speed.json")["environment"]
     return "{cores} cores of {processor}".format(**environment)
@@ -422,6 +451,19 @@ def test_the_search_is_that_of_its_rows():
         assert line["runs"] == len(correct)
         assert line["mean"] == pytest.approx(np.mean(correct) / 100)
         assert line["sd"] == pytest.approx(np.std(correct, ddof=1) / 100)
+
+
+def test_the_readme_quotes_the_speedruns():
+    assert speedruns_load() in README.replace("\n", " ")
+    for line in speedrun_lines():
+        assert line in README
+
+
+def test_seconds_of_speedruns_have_their_accuracy_beside_them():
+    for timed in read("results/speedruns.json")["rows"]:
+        name = timed["what"] if timed["what"] in RECIPES else "keras-sgd"
+        mean = read(f"results/{name}/summary.json")["families"][0]["mean"]["estimate"]
+        assert timed["test accuracy"] == pytest.approx(mean, abs=0.004)
 
 
 def test_there_are_records():

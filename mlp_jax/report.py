@@ -52,8 +52,7 @@ class Report(NamedTuple):
         """One HTML page of all that."""
         from mlp_jax.analysis.page import make_page
 
-        title = self.text.splitlines()[0]
-        return make_page(title, self.summary, self.figures, self.settings)
+        return make_page(self.text, self.summary, self.figures, self.settings)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -466,6 +466,13 @@ def test_the_page_has_all_that_the_table_says_and_needs_nothing_beside_it(tmp_pa
     assert Reader((sweep / "report.html").read_text()).cells == page.cells
 
 
+def test_the_page_names_the_runs_that_diverged(tmp_path, dataset):
+    lost = [make_row(dataset.test.labels, seed, [], loss=np.nan) for seed in (7, 8)]
+    made = report(write_sweep(tmp_path / "s", random_rows(dataset, 4) + lost))
+    assert "2 that diverged" in made.text
+    assert html.escape(made.text) in made.page
+
+
 def test_a_comparison_says_what_it_leaves_out(tmp_path, dataset, capsys, monkeypatch):
     a = write_sweep(tmp_path / "a", random_rows(dataset, 4))
     monkeypatch.setitem(ENVIRONMENT, "backend", "gpu")

@@ -25,8 +25,9 @@ figure { margin: 1.5rem 0; } img { background: white; border-radius: 6px; max-wi
 """
 
 
-def make_page(title: str, summary: dict, figures: Iterable[tuple[str, Any]], settings: dict) -> str:
-    """The page of a report; `settings` are shown as they are, and figures as SVG."""
+def make_page(text: str, summary: dict, figures: Iterable[tuple[str, Any]], settings: dict) -> str:
+    """The page of a report; `text` and `settings` are shown as they are, and figures as SVG."""
+    title = text.splitlines()[0]
     parts = [f"<h1>{escape(title)}</h1>"]
     parts.append("<p>Accuracies and errors in per cent, SDs in percentage points.</p>")
     for family in summary.get("families", []):
@@ -45,6 +46,8 @@ def make_page(title: str, summary: dict, figures: Iterable[tuple[str, Any]], set
     for name, figure in figures:
         alt = figure.get_suptitle() or name
         parts.append(f'<figure><img src="{to_data_url(figure)}" alt="{escape(alt)}"></figure>')
+    # the tables leave out which runs diverged, and the pairs of learning rates
+    parts.append(f'<h2>All of it as text</h2>\n<pre class="scroll">{escape(text)}</pre>')
     if settings:
         shown = [f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in settings.items()]
         parts += ["<h2>Settings and origin</h2>", f"<dl>{''.join(shown)}</dl>"]

@@ -517,3 +517,11 @@ def test_a_verdict_after_many_looks_is_that_of_the_sequence(tmp_path, dataset, c
         compare_main([str(a), str(c), *until])
     with pytest.raises(UserError, match="--max-seeds must be at least 30, not 29"):
         compare_main([str(a), str(b), "--until-decided", "--max-seeds", "29"])
+
+
+def test_a_run_that_is_stored_twice_is_no_score(tmp_path, dataset):
+    rows = random_rows(dataset, 4)
+    sweep = write_sweep(tmp_path / "s", rows)
+    records.write_rows(sweep, rows[:1], directories.read_metadata(sweep))
+    with pytest.raises(UserError, match="s: a run is stored twice"):
+        records.read_scores(sweep)

@@ -221,10 +221,12 @@ def read_scores(directory: Path) -> dict[tuple[str, float, int], float]:
     paths = checked_files(directory)
     names = ("test_correct", "train_loss", "test_loss")
     table = read_table(paths, names)
+    if len(set(ids := run_ids(table))) < len(ids):
+        raise UserError(f"{directory}: a run is stored twice: remove one of its files")
     correct, *losses = (table[name].to_numpy() for name in names)
     _, first = next(read_predictions(paths))
     scores = np.where(np.isfinite(sum(losses)), correct / first.shape[1], np.nan)
-    return dict(zip(run_ids(table), scores.tolist(), strict=True))
+    return dict(zip(ids, scores.tolist(), strict=True))
 
 
 def predictions(column) -> np.ndarray:

@@ -78,7 +78,7 @@ def read_blocks(paths: Sequence[Path], family: Family, config: Config) -> BlockS
     for ids, predictions in rows.read_predictions(paths):
         for (vary, rate, seed), row in zip(ids, predictions, strict=True):
             block, cell = divmod(seed, BLOCK)
-            if (vary, rate) != family[:2] or block not in pending:
+            if (vary, rate) != family[:2] or block not in pending or cell not in cells:
                 continue
             pending[block][cell] = row == family.counts.labels
             if len(pending[block]) == len(cells):

@@ -525,3 +525,12 @@ def test_a_run_that_is_stored_twice_is_no_score(tmp_path, dataset):
     records.write_rows(sweep, rows[:1], directories.read_metadata(sweep))
     with pytest.raises(UserError, match="s: a run is stored twice"):
         records.read_scores(sweep)
+
+
+def test_runs_that_differ_in_an_unused_stream_are_no_part_of_a_block(tmp_path, dataset):
+    rows = [
+        make_row(dataset.test.labels, seed, range(seed), vary="crossed")
+        for seed in (*range(8), 10, 11)  # 10 and 11 have other seeds of a stream that is not used
+    ]
+    (crossed,) = report(write_sweep(tmp_path / "s", rows, per_file=1)).summary["crossed"]
+    assert (crossed["runs"], crossed["runs_in_broken_blocks"]) == (8, 2)

@@ -104,7 +104,7 @@ def compare_targets(
 ) -> "Comparison":
     """A against B, of the runs that did not diverge; `margin` is a share of 1."""
     from mlp_jax.analysis.compare import compare as compare_scores
-    from mlp_jax.analysis.predictions import sd_over_test_sets
+    from mlp_jax.analysis.predictions import error_covariance, sd_over_test_sets
 
     families = [target.read_family(data_dir) for target in (a, b)]
     for target, family in zip((a, b), families, strict=True):
@@ -114,7 +114,11 @@ def compare_targets(
         dict(zip(f.seeds.tolist(), f.correct[:, -1] / len(f.counts.labels), strict=True))
         for f in families
     )
-    spread = sd_over_test_sets(*(family.counts for family in families))
+    shared, counts = ours.keys() & theirs.keys(), [family.counts for family in families]
+    right = [target.read_right(shared, counts[0].labels) if shared else {} for target in (a, b)]
+    pairs = ((right[0][seed], right[1][seed]) for seed in shared)
+    covariance = error_covariance(pairs, len(counts[0].labels))
+    spread = sd_over_test_sets(*counts, pairs=len(shared), covariance=covariance)
     return compare_scores(ours, theirs, margin=margin, sd_over_test_sets=spread)
 
 

@@ -6,7 +6,7 @@ Equal rows give equal numbers, in whichever files they lie, and predictions are 
 import collections
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,6 +109,15 @@ class Target(NamedTuple):
         _, paths, dataset, _ = open_results(self.directory, data_dir)
         families = read_families(paths, dataset.test.labels, dataset.n_classes)
         return next(f for f in families if (f.vary, f.rate) == (self.vary, self.rate))
+
+    def read_right(self, seeds: Collection[int], labels: np.ndarray) -> dict[int, np.ndarray]:
+        """Which test images the runs of some seeds get right, 8 to a byte."""
+        return {
+            seed: np.packbits(row == labels)
+            for ids, predictions in rows.read_predictions(rows.row_files(self.directory))
+            for (vary, rate, seed), row in zip(ids, predictions, strict=True)
+            if (vary, rate) == (self.vary, self.rate) and seed in seeds
+        }
 
 
 def parse_target(text: str) -> Target:

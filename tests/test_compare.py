@@ -122,6 +122,32 @@ def test_equal_runs_are_equivalent():
         compare(same, {0: 1.0}, margin=0)
 
 
+def test_sd_over_test_sets_of_runs_that_share_seeds():
+    """What a seed moves in both A and B is no noise of p_A - p_B."""
+    rng = np.random.default_rng(6)
+    n, draws, labels = 405, 300, np.zeros(405, int)
+    found, ignored, variances = [], [], []
+    for _ in range(draws):
+        p = rng.beta(0.3, 2, (n, 1)) * np.ones(2)
+        p[:, 1] *= rng.uniform(0.4, 1.6, n)
+        luck = rng.random((25, n))
+        wrong = [(luck[:20] < p[:, 0]).astype(np.uint8), (luck[5:] < p[:, 1]).astype(np.uint8)]
+        a, b = (predictions.count_predictions([side], labels, n_classes=2) for side in wrong)
+        right = np.packbits(wrong[0][5:] == 0, axis=1), np.packbits(wrong[1][:15] == 0, axis=1)
+        covariance = predictions.error_covariance(zip(*right, strict=True), n)
+        images = zip(wrong[0][5:].T, wrong[1][:15].T, strict=True)
+        each = [np.cov(*image)[0, 1] for image in images]
+        assert covariance == pytest.approx(np.mean(each))
+        sd = predictions.sd_over_test_sets(a, b, pairs=15, covariance=covariance)
+        found.append(sd**2 * n)
+        ignored.append(predictions.sd_over_test_sets(a, b) ** 2 * n)
+        variances.append(p.clip(max=1) @ [1, -1])
+    want = np.var(variances, axis=1, ddof=1).mean()
+    assert np.mean(found) == pytest.approx(want, rel=0.05)
+    assert np.mean(ignored) < 0.7 * want
+    assert predictions.error_covariance([], n) == 0
+
+
 def test_sd_over_test_sets_is_that_of_simulated_test_sets():
     rng = np.random.default_rng(5)
     n, runs, draws = 400, 10, 400

@@ -139,11 +139,13 @@ def test_compare_is_the_paired_t_test_and_names_what_differs(sweep, capsys):
     assert found["difference"]["estimate"] == pytest.approx(np.mean(a - b))
     assert found["p_value"] == pytest.approx(stats.ttest_rel(a, b).pvalue)
     right = [
-        (predictions(mj.read_runs(name)["predictions"])[:n] == small_labels()).mean(0)
-        for name, n in (("a", 8), ("b", 9))
+        predictions(mj.read_runs(name)["predictions"]) == small_labels() for name in ("a", "b")
     ]
-    noise = sum((p * (1 - p)).mean() / (n - 1) for p, n in zip(right, (8, 9), strict=True))
-    spread = math.sqrt(max(0, (right[0] - right[1]).var(ddof=1) - noise) / 130)
+    noise = sum(side.var(axis=0, ddof=1).mean() / len(side) for side in right)
+    shared = np.mean([np.cov(*both)[0, 1] for both in zip(right[0].T, right[1][:8].T, strict=True)])
+    noise -= 2 * shared * 8 / (8 * 9)
+    apart = right[0].mean(axis=0) - right[1].mean(axis=0)
+    spread = math.sqrt(max(0, apart.var(ddof=1) - noise) / 130)
     own = stats.sem(a - b) * stats.t.ppf(0.975, 7)
     wide = math.hypot(own, stats.norm.ppf(0.975) * spread)
     assert found["over_test_sets"]["high"] - np.mean(a - b) == pytest.approx(wide)

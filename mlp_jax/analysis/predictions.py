@@ -197,17 +197,39 @@ def disagreement(counts: PredictionCounts, *, bins: int = 10) -> Disagreement:
     return Disagreement(differ, counts.errors.mean() / runs, cace)
 
 
-def sd_over_test_sets(counts: PredictionCounts, other: PredictionCounts | None = None) -> float:
+def error_covariance(pairs: Iterable[tuple[NDArray, NDArray]], n: int) -> float:
+    """Mean over n images of Cov_r(E_A[r, i], E_B[r, i]), r the pairs of runs; 0 of fewer than two.
+
+    Each run is given as the images that it gets right, of which it is the same, 8 to a byte.
+    """
+    sums, runs = np.zeros((3, n), np.int64), 0
+    for a, b in pairs:
+        sums += np.unpackbits(np.stack([a, b, a & b]), axis=1, count=n)
+        runs += 1
+    a, b, both = sums
+    return float((both - a * b / runs).mean() / (runs - 1)) if runs > 1 else 0.0
+
+
+def sd_over_test_sets(
+    counts: PredictionCounts,
+    other: PredictionCounts | None = None,
+    *,
+    pairs: int = 0,
+    covariance: float = 0.0,
+) -> float:
     """SD of mean accuracy over test sets of n images, were the runs endless; nan of one run.
 
     SD_i(p_i) / sqrt(n), p_i the share of runs that get image i right, without the variance
-    p_i (1 - p_i) / R that p_i has of its own. With `other`, of the difference of two means.
+    p_i (1 - p_i) / R that p_i has of its own. With `other`, of the difference of two means; if
+    `pairs` of the runs share seeds, that variance is less by what they share, which `covariance`
+    says (`error_covariance`).
     """
     sides = [counts] if other is None else [counts, other]
     if min(side.runs for side in sides) < 2:
         return math.nan
     p = [1 - side.errors / side.runs for side in sides]
     noise = sum((q * (1 - q)).mean() / (s.runs - 1) for q, s in zip(p, sides, strict=True))
+    noise -= 2 * covariance * pairs / math.prod(side.runs for side in sides)
     spread = (p[0] if other is None else p[0] - p[1]).var(ddof=1) - noise
     return math.sqrt(max(0.0, spread) / len(counts.labels))
 

@@ -80,7 +80,7 @@ def compare(a: str | Path, b: str | Path, *, margin: float = 0.05) -> "Compariso
     """A `Comparison` of the test accuracies (shares of 1) of two sweeps, from the rows on disk.
 
     Each is a directory, or DIR:FAMILY@RATE as on the command line. `margin` is in percentage
-    points. Paired by seed where they share at least half of their seeds. UserError for other data.
+    points. Paired by seed if half of the fewer runs share seeds. UserError for other data.
     """
     from mlp_jax.results import parse_target
 

@@ -28,7 +28,7 @@ class Comparison(NamedTuple):
     runs_b: int
     pairs: int  # shared seeds that all of this rests on; 0 where all runs are taken as independent
     difference: Interval  # of means
-    over_test_sets: Interval  # the same, were the test images others, as many
+    over_test_sets: Interval  # on all images, of which the test images are a sample
     p_value: float  # of no difference, two-sided
     correlation: float  # of the scores of a seed, on which pairing rests
     variance_ratio: float  # s_d^2 / (s_A^2 + s_B^2): runs that pairing saves, where below 1
@@ -187,5 +187,5 @@ def describe(comparison: Comparison, a: str, b: str) -> str:
         f" and P({a} > {b}) is {chance}"
     )
     if not math.isnan(comparison.over_test_sets.low):
-        said += f"; over other test sets of this size, {points(comparison.over_test_sets)}"
+        said += f"; on all images of which these are a sample, {points(comparison.over_test_sets)}"
     return said + "."

@@ -215,7 +215,7 @@ def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> 
     right.axvline(0, color=GRAY, lw=0.8)
     rows = {
         "these\ntest images": comparison.difference,
-        "others,\nas many": comparison.over_test_sets,
+        "all such\nimages": comparison.over_test_sets,
     }
     for y, interval in enumerate(rows.values()):
         x, low, high = 100 * np.array(interval)

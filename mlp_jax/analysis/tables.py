@@ -8,7 +8,7 @@ from mlp_jax.training.config import REFERENCES
 # a statistic's key in summary.json: its name, its unit and what it says in the field's terms
 STATISTICS = {
     "mean": ("mean accuracy", "%", "over runs (Student's t)"),
-    "over_test_sets": ("  over other test sets", "points", "of this size, +-, beyond the runs"),
+    "over_test_sets": ("  sampling of images", "points", "+-, from these test images to all such"),
     "interquartile_mean": ("interquartile mean", "%", "of the middle half of the runs (bootstrap)"),
     "min": ("lowest run", "%", ""),
     "max": ("highest run", "%", ""),

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             stack.enter_context(files.locked(args.out, index, count))
         again = cli.command_line(PROG, argv)
         for i, cell in enumerate(cells):
-            if stop.requested:  # in the last epoch of the cell before
+            if i and stop.requested:  # in the last epoch of the sweep before
                 stop.exit(f"{i} of {len(cells)} sweeps finished; resume with: {again}")
             # interleaved, so that all families grow together; there may be more shards than runs
             if runs := cell.runs[index::count]:

@@ -13,7 +13,7 @@ COMMANDS = {
     "sweep": "many runs of one recipe, in a directory that can be resumed",
     "report": "how much a sweep's test accuracy varies, and why",
     "compare": "whether the runs of one sweep score higher than those of another",
-    "verify": "train some stored runs again and compare every number",
+    "verify": "retrain some stored runs and compare every number",
     "predict": "which digit is in an image, and how sure trained runs are",
     "demo": "a page to draw digits on; one file, which needs no server",
 }

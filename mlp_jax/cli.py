@@ -31,21 +31,21 @@ class TrainingArgs:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: RecipeName
-    """Named settings; the flags of the settings override them one by one."""
+    """Named settings; flags override them one by one."""
     data_dir: Path | None = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     manual_dir: Path | None = None
-    """Directory of four IDX files: published ones, or your own under a --dataset of that name."""
+    """Directory with four IDX files: published ones, or your own under a new --dataset name."""
     split: Literal["test", "validation"] = "test"
-    """Images scored: the test set, or the last sixth of the training set, then not trained on."""
+    """Images scored: the test set, or the last sixth of the training set, held out."""
     checkpoint_every: int = 10
     """Epochs between checkpoints; 0: save only when stopped."""
     allow_mixed: bool = False
-    """Continue although the code, a version or the numerics changed; the new rows are marked."""
+    """Continue even if the code, a version or the numerics changed; the new rows are marked."""
     tensorboard: bool = False
-    """Write curves for TensorBoard as well, to tensorboard/ beside the results."""
+    """Also write curves for TensorBoard, to tensorboard/ beside the results."""
     quiet: bool = False
-    """Print only the result, and errors."""
+    """Print only the result and errors."""
 
     def data_options(self) -> dict:
         """The arguments of `load_dataset` beside the name."""
@@ -158,7 +158,7 @@ def _job_shard(environ: Mapping[str, str]) -> tuple[int, int]:
             return (int(index) - int(first or 0)) // int(step or 1), int(count)
     if "JOB_COMPLETION_INDEX" in environ:
         raise UserError(
-            "this is an indexed Kubernetes job, which does not say how many there are:"
+            "an indexed Kubernetes job does not say how many completions it has:"
             " add --shard $JOB_COMPLETION_INDEX/N"
         )
     return 0, 1
@@ -227,7 +227,7 @@ def run_cli(main: Callable[[], None]) -> None:
         words = ("RESOURCE_EXHAUSTED", "Out of memory")
         if not (isinstance(error, MemoryError) or any(word in str(error) for word in words)):
             raise
-        print("error: too little memory: try fewer --lanes, or a smaller net", file=sys.stderr)
+        print("error: out of memory: try fewer --lanes or a smaller net", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

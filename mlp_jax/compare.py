@@ -34,8 +34,7 @@ class Args:
     margin: float = 0.05
     """Difference in percentage points below which two sweeps count as equivalent."""
     until_decided: bool = False
-    """Train further seeds of both sweeps until a confidence sequence decides, which holds however
-    often it is looked at."""
+    """Train more seeds of both sweeps until a confidence sequence, valid at every look, decides."""
     max_seeds: int = 1000
     """Seeds after which --until-decided gives up."""
     out: Path | None = None

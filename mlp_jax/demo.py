@@ -12,7 +12,7 @@ import tyro
 from mlp_jax import cli, files
 
 PROG = "python -m mlp_jax.demo"
-DESCRIPTION = "Write a page to draw digits on, with trained runs in it that say what they see."
+DESCRIPTION = "Write a page to draw digits on, with trained networks in it that say what they see."
 TEMPLATE = Path(__file__).with_name("demo.html")
 
 
@@ -24,7 +24,7 @@ class Args:
     """Directory of a run, or of a sweep with --keep-weights; default: the weights that come with
     mlp_jax."""
     members: int = 5
-    """How many runs at most are on the page, each of 2 to 4 MB."""
+    """Most runs to put on the page, each of 2 to 4 MB."""
 
 
 def main(argv: list[str] | None = None) -> None:

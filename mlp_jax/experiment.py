@@ -248,8 +248,8 @@ def sweep(
     """
     if not use_cores() and jax.default_backend() == "cpu" and len(jax.devices()) < n_cores():
         files.log.warning(
-            "JAX already runs on %d of %d cores, so the sweep does: start a new process and call"
-            " mlp_jax.sweep before other JAX code to use all",
+            "JAX already runs on %d of %d cores, and so will this sweep: to use all, call"
+            " mlp_jax.sweep in a new process before other JAX code",
             len(jax.devices()),
             n_cores(),
         )

@@ -36,7 +36,7 @@ class Args:
     out: Path | None = None
     """Directory for summary.json and figures/; default: that of the sweep."""
     html: bool = False
-    """Write report.html, too: all of it on one page to keep or to send."""
+    """Also write report.html, a self-contained page of all this."""
 
 
 class Report(NamedTuple):
@@ -145,9 +145,7 @@ def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:
             raise UserError(f"{other} and {cell} have the same settings: move one of them away")
         of, data = (metadata.config.dataset, metadata.config.split), metadata.fingerprint
         if seen.setdefault(of, data) != data:
-            raise UserError(
-                f"{cell} was trained on other data named {of[0]} than the sweeps beside"
-            )
+            raise UserError(f"{cell} was trained on other data named {of[0]} than the other sweeps")
     return names
 
 

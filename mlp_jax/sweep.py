@@ -24,7 +24,7 @@ MAX_RUNS = 10_000_000  # their list takes gigabytes
 DESCRIPTION = (
     "Train many seeds of a recipe; run it again to continue where it stopped. Any setting takes"
     " several values, as in --dropout 0 0.2 --hidden 512x512 1024: each combination is a sweep in"
-    " a directory of its own under --out (learning rates share one)."
+    " its own directory under --out (learning rates share one)."
 )
 
 
@@ -33,24 +33,24 @@ class Args(cli.TrainingArgs):
     out: Path
     """Directory of the sweep: new, or one to resume or extend."""
     seeds: str = "0:100"
-    """First and end, as in 0:100 for 0 ... 99; or a list, as in 3,5,8."""
+    """A range, as in 0:100 for 0 ... 99, or a list, as in 3,5,8."""
     vary: tuple[Literal["all", "init", "order", "dropout", "augment", "data"], ...] = ("all",)
-    """What the seed decides; the other streams keep seed 0. Runs of several are interleaved."""
+    """What the seed decides; other streams keep seed 0. Several values are interleaved."""
     crossed: int = 0
-    """Train this many blocks in which two fresh seeds of each stream are crossed (8 runs a block
-    if there are three streams), in place of --seeds: which randomness makes the spread."""
+    """Instead of --seeds, train this many blocks, each all combinations of two fresh seeds per
+    stream (8 runs for three streams); report then says which randomness makes the spread."""
     devices: Literal["auto"] | int = "auto"
     """How many local devices (on CPU: cores) train; auto: all."""
     lanes: Literal["auto"] | int = "auto"
-    """Runs that a device trains in one vmap; auto: on GPU and TPU what pays; on CPU 1, since with
-    more the rows are no longer the single runs bit for bit."""
+    """Runs that a device trains in one vmap; auto: on GPU and TPU as many as pay off; on CPU 1,
+    since with more, rows no longer equal single runs bit for bit."""
     chunk: Literal["auto"] | int = "auto"
-    """Runs that share a file; auto: enough to take minutes."""
+    """Runs that share a file; auto: enough to train for minutes."""
     keep_weights: bool = False
-    """Store the weights of each finished run, too."""
+    """Also store the weights of each finished run."""
     shard: str | None = None
-    """I/N: train the I-th of N equal parts of the runs, I from 0; default: the part of this process
-    in a SLURM array or srun, or under Open MPI, else all."""
+    """I/N: train the I-th of N equal parts of the runs, I from 0; default: this process's
+    part in a SLURM array, srun or Open MPI job, else all."""
 
 
 class Cell(NamedTuple):

@@ -30,7 +30,7 @@ class Args(cli.TrainingArgs):
     overwrite: bool = False
     """Replace the results in --out."""
     resume: bool = False
-    """Continue the run in --out if there is one; it ends as if it had never stopped."""
+    """Continue the run in --out if there is one, with the same result as without a stop."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,7 +85,7 @@ def check_args(args: Args) -> None:
     """UserError for flags that conflict with each other, or with what --out has."""
     cli.check_at_least(args, {"checkpoint_every": 0})
     if args.resume and (args.overwrite or not args.out):
-        raise UserError("--resume needs --out, and no --overwrite")
+        raise UserError("--resume needs --out and excludes --overwrite")
     if args.out and directories.check_out_dir(args.out):
         stored = directories.stored_metadata(args.out)
         if stored and stored.seed is None:

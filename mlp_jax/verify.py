@@ -13,7 +13,7 @@ from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import FORMER_NUMERICS, describe_environment
 from mlp_jax.training.run import make_run
 
-DESCRIPTION = "Train some runs of a directory again, and compare every number that is stored."
+DESCRIPTION = "Retrain some runs of a directory and compare every stored number."
 TOLERANCE = 0.01
 """Relative difference of the first epoch's training loss allowed for other hardware or versions.
 
@@ -27,7 +27,7 @@ class Args:
     directory: tyro.conf.Positional[Path]
     """Directory of a run or a sweep."""
     rows: int = 3
-    """How many stored runs to train again, spread evenly over all of them."""
+    """How many stored runs to retrain, spread evenly over all of them."""
     data_dir: Path | None = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 

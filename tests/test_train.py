@@ -146,7 +146,7 @@ def test_a_directory_of_another_project_is_never_overwritten(main, small_dir, he
         ("--out file", "cannot write to file: file is not a directory"),
         ("--manual-dir nowhere", "nowhere"),
         ("--resume", "--resume needs --out"),
-        ("--resume --overwrite --out a", "--resume needs --out, and no --overwrite"),
+        ("--resume --overwrite --out a", "--resume needs --out and excludes --overwrite"),
         ("--checkpoint-every -1", "--checkpoint-every must be at least 0, not -1"),
         ("--out .", "is not empty and has no results"),
         ("--out . --overwrite", "is not empty and has no results"),

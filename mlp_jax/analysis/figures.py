@@ -171,7 +171,7 @@ def draw_sources(spreads: list[dict], name: str) -> Any:
 
 
 def draw_indices(crossed: Any, name: str) -> Any:
-    """What each stream does to accuracy, by itself and in all: a Crossed of `crossed_indices`."""
+    """First-order and total indices of each stream: a Crossed of `crossed_indices`."""
     streams, blocks = list(crossed.test.total), crossed.test.blocks
     title = f"{name}, {blocks} blocks of {2 ** len(streams)} runs"
     height = 2.2 + 0.5 * len(streams)
@@ -182,7 +182,7 @@ def draw_indices(crossed: Any, name: str) -> Any:
         for shares, color, marker, y, label in (
             (first, BLUE, "o", rows - 0.14, "first-order: gone where this stream alone is fixed"),
             (of.total.values(), ORANGE, "D", rows + 0.14, "total: left where all others are fixed"),
-            ([of.interactions], "black", "s", last, "interactions: of no stream by itself"),
+            ([of.interactions], "black", "s", last, "interactions: of no single stream"),
         ):
             x, low, high = 100 * np.array([*shares]).T
             ends = np.nan_to_num([x - low, high - x])  # few blocks have no interval

@@ -73,7 +73,7 @@ def statistics_table(family: dict, source: str) -> str:
 
 
 def crossed_table(crossed: dict) -> str:
-    """Shares of the variance: of each stream by itself and in all, on both kinds of test set."""
+    """First-order and total share of the variance of each stream, on both kinds of test set."""
     rows = []
     for key, where in (("test", "this test set"), ("distribution", "an infinite one")):
         if indices := crossed.get(key):
@@ -82,7 +82,7 @@ def crossed_table(crossed: dict) -> str:
                 shares = (*format_value(first, ""), *format_value(total, ""))
                 rows.append((where, stream, *shares))
             rows.append((where, "interactions", *format_value(indices["interactions"], ""), "", ""))
-    heads = ("on", "stream", "by itself", "95 % interval", "in all", "95 % interval")
+    heads = ("on", "stream", "first-order", "95 % interval", "total", "95 % interval")
     return table(heads, rows)
 
 

@@ -17,9 +17,9 @@ STATISTICS = {
     "runs_equal": ("  runs equal to it", "runs", ""),
     "runs_above": ("  runs above it", "runs", ""),
     "share_below": ("  share below it", "%", "ties count one half (Jeffreys)"),
-    "z": ("  its z", "", "SDs that it lies from the mean"),
+    "z": ("  its z", "", "SDs from the mean"),
     "sd": ("SD", "points", "of accuracy over runs, sqrt(V_test) (chi-square)"),
-    "sd_over_all": ("  relative to all's", "", "while the seed decides this stream alone (F)"),
+    "sd_over_all": ("  relative to all's", "", "if the seed decides this stream alone (F)"),
     "independent_sd": ("  independent errors", "points", "sqrt(V_ind): the finite test set's own"),
     "distribution_sd": (
         "  distribution-wise",
@@ -27,7 +27,7 @@ STATISTICS = {
         "on an infinite test set (over runs and images)",
     ),
     "halves_sd": ("  the same by halves", "points", "covariance of two halves of the test set"),
-    "binomial_sd": ("  binomial", "points", "were all images equally hard"),
+    "binomial_sd": ("  binomial", "points", "if all images were equally hard"),
     "binary_sd": ("  if calibrated: binary", "points", "sqrt(error / 2n), of independent errors"),
     "k_class_sd": (
         "  if calibrated: k-class",
@@ -37,14 +37,14 @@ STATISTICS = {
     "label_free_sd": (
         "  label-free",
         "points",
-        "a prediction of independent errors from the votes",
+        "independent errors, predicted from the votes",
     ),
     "error": ("mean error", "%", "of a run, on an image"),
     "disagreement": ("disagreement", "%", "of two runs; calibrated: the mean error"),
     "calibration_error": ("calibration gap", "%", "CACE of the shares of votes"),
     "vote_accuracy": ("ensemble accuracy", "%", "by majority vote of all {runs}"),
     "runs_for_mean": ("runs needed for mean", "runs", "for the mean to +/- 0.01 points"),
-    "runs_for_sd": ("runs needed for SD", "runs", "for the SD to 5 %"),
+    "runs_for_sd": ("runs needed for SD", "runs", "for the SD to +/- 5 %"),
     "seconds_a_run": ("seconds per run", "s", "wall time of the sweep, divided by its runs"),
 }
 # left out where there is no reference, or no other family
@@ -96,7 +96,7 @@ def format_table(summary: dict) -> str:
 
 
 def format_crossed(crossed: dict) -> list[str]:
-    """Lines on a crossed family: the SD, and the share of the variance of each stream."""
+    """Lines on a crossed family: the SD, and each stream's share of the variance."""
     lines = ["\ncrossed streams, learning rate {learning_rate:g}: {runs} runs".format(**crossed)]
     if left := crossed["runs_in_broken_blocks"] + len(crossed["diverged"]):
         lines[0] += f"; {left} more are in blocks that are not finished, or diverged"
@@ -109,7 +109,7 @@ def format_crossed(crossed: dict) -> list[str]:
             for name in crossed["streams"]:
                 first, total = (indices[kind][name] for kind in ("indices", "total"))
                 shares = ("{:>6} {:<16}".format(*format_value(s, "")) for s in (first, total))
-                lines.append("    {:<10}by itself {}  in all {}".format(name, *shares).rstrip())
+                lines.append("    {:<10}first-order {}  total {}".format(name, *shares).rstrip())
             value, interval = format_value(indices["interactions"], "")
-            lines.append(f"    interactions        {value:>6} {interval}")
+            lines.append(f"    interactions          {value:>6} {interval}")
     return lines

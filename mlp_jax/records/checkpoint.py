@@ -43,7 +43,7 @@ def load_checkpoint(path: Path, metadata: Metadata) -> tuple[Snapshot, list[floa
         arrays, about = load_arrays(path)
         check_same(path, stored := Metadata.from_json(about["run"]), metadata)
         if stored.mixed and not metadata.mixed:
-            raise UserError(f"{path} was saved with --allow-mixed: resume with it, too")
+            raise UserError(f"{path} was saved with --allow-mixed: resume with it too")
     except FileNotFoundError:
         return None
     except Damaged as damaged:
@@ -53,7 +53,7 @@ def load_checkpoint(path: Path, metadata: Metadata) -> tuple[Snapshot, list[floa
         lambda path, _: f"state{jax.tree_util.keystr(path)}", state_shapes(metadata.config)
     )
     if missing := set(jax.tree.leaves(names)) - arrays.keys():
-        raise UserError(f"{path} is of other training code: it lacks {min(missing)}")
+        raise UserError(f"{path} comes from other training code: it lacks {min(missing)}")
     state = jax.tree.map(arrays.__getitem__, names)
     prefix = "history/"
     history = {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
@@ -109,8 +109,9 @@ def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:
 def _find_weights(directory: str | Path, pattern: str = "*.npz") -> list[Path]:
     paths = sorted((Path(directory) / "weights").glob(pattern))
     if not paths:
-        raise UserError(f"{directory} has no weights of a finished run: keep them in a sweep with"
-                        " --keep-weights")  # fmt: skip
+        raise UserError(
+            f"{directory} has no weights of a finished run; a sweep needs --keep-weights"
+        )
     return paths
 
 

@@ -103,7 +103,7 @@ def row_files(directory: Path) -> list[Path]:
     files = sorted((directory / "runs").glob("[!_]*.parquet"))  # _ marks those in quarantine
     for path in files:
         if not OUR_NAME.fullmatch(path.name):
-            log.warning("%s is ignored: mlp_jax does not name its files so", path)
+            log.warning("%s is ignored: not a name that mlp_jax gives", path)
     return [path for path in files if OUR_NAME.fullmatch(path.name)]
 
 

@@ -64,7 +64,7 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
             f" of {dataset.name}"
         )
     if (n_steps := count_steps(config, n_train)) >= 2**31:
-        raise UserError(f"{config.epochs} epochs are {n_steps} steps; at most {2**31 - 1} fit")
+        raise UserError(f"{config.epochs} epochs are {n_steps} steps; the limit is {2**31 - 1}")
     return dataclasses.replace(
         config, dataset=dataset.name, split=dataset.split, n_classes=dataset.n_classes
     )

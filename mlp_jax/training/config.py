@@ -45,11 +45,11 @@ class Config:
     learning_rate: float = 0.01
     """Step size at the peak of the schedule."""
     schedule: ScheduleName = "constant"
-    """How the step size falls from the first step to the last, where it reaches 0."""
+    """How the step size falls over the training: not at all, or to 0 at the last step."""
     warmup: float = 0.0
     """Fraction of the steps over which the step size first rises from 0, in [0, 1)."""
     cycles: int = 1
-    """How often the schedule runs from its beginning to its end."""
+    """How many times the schedule runs, from beginning to end."""
     batch_size: int = 128
     """Examples per step; a smaller last batch is averaged over the examples it has."""
     epochs: int | float = 50
@@ -58,17 +58,17 @@ class Config:
     """Initial weights: uniform by Glorot and Bengio, as in Keras, or normal by He et al."""
     products: Literal["float32", "bfloat16"] = "float32"
     """Operands of the matrix products; sums, weights and updates are float32. On TPU, and with TF32
-    on GPU, JAX rounds float32 operands, too, unless jax_default_matmul_precision is "float32"."""
+    on GPU, JAX rounds float32 operands too, unless jax_default_matmul_precision is "float32"."""
     loss: Literal["softmax", "squared-hinge"] = "softmax"
     """Cross-entropy, or the one-against-all L2-SVM of Tang, arXiv 1306.0239."""
     label_smoothing: float = 0.0
-    """Share of the target that is spread evenly over all classes, in [0, 1)."""
+    """Fraction of the target spread evenly over all classes, in [0, 1)."""
     weight_decay: float = 0.0
-    """Fraction of the weights (not the biases) taken off per unit of step size (AdamW's)."""
+    """Fraction of the weights, not the biases, decayed per unit of step size (as in AdamW)."""
     max_norm: float = 0.0
     """Largest norm of the weights into a hidden unit (Srivastava et al. 2014); 0: none."""
     ema: float = 0.0
-    """Decay per step of the running mean of the weights that is scored; 0: the last weights."""
+    """Decay per step of a running mean of the weights, which is then scored; 0: none."""
     input_dropout: float = 0.0
     """Fraction of pixels dropped in training, in [0, 1)."""
     input_noise: float = 0.0
@@ -78,23 +78,23 @@ class Config:
     vat: float = 0.0
     """Radius of virtual adversarial training (Miyato et al., arXiv 1704.03976); 0: none."""
     rotation: float = 0.0
-    """Training images are rotated by up to this many degrees either way."""
+    """Rotate training images by up to this many degrees either way."""
     shear: float = 0.0
-    """... sheared by up to this many columns a row."""
+    """Shear them by up to this many columns per row."""
     scale: float = 0.0
-    """... scaled by up to this fraction, each axis apart."""
+    """Scale them by up to this fraction, each axis separately."""
     shift: float = 0.0
-    """... shifted by up to this many pixels, each axis apart."""
+    """Shift them by up to this many pixels, each axis separately."""
     elastic: float = 0.0
-    """... and deformed smoothly by shifts of this SD in pixels."""
+    """Deform them smoothly, by shifts of this SD in pixels."""
     elastic_sigma: float = 4.0
-    """Pixels over which the elastic shifts change."""
+    """Length scale of these shifts, in pixels."""
     examples: Literal["all", "bootstrap", "half"] = "all"
-    """Training examples used; the data stream draws as many with replacement, or half of them."""
+    """Training examples used: all, as many drawn with replacement, or a random half."""
     split: Annotated[Literal["test", "validation"], tyro.conf.Suppress] = "test"
-    # Set from the data set, as `n_classes` is: what is scored.
+    # What is scored; set from the data set, like `n_classes`.
     n_classes: Annotated[int, tyro.conf.Suppress] = 10
-    # Set from the data set, not by hand: it is a setting because it shapes the output layer.
+    # Set from the data set, not by hand; a setting because it shapes the output layer.
 
     def __post_init__(self):
         if not 0 < self.epochs < float("inf"):

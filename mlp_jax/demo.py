@@ -21,8 +21,8 @@ class Args:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """HTML file to write."""
     run: Path | None = None
-    """Directory of a run, or of a sweep with --keep-weights; default: the weights that come with
-    mlp_jax."""
+    """Directory of a run, or of a sweep with --keep-weights.
+    Default: the weights that come with mlp_jax."""
     members: int = 5
     """Most runs to put on the page, each of 2 to 4 MB."""
 

@@ -37,20 +37,20 @@ class Args(cli.TrainingArgs):
     vary: tuple[Literal["all", "init", "order", "dropout", "augment", "data"], ...] = ("all",)
     """What the seed decides; other streams keep seed 0. Several values are interleaved."""
     crossed: int = 0
-    """Instead of --seeds, train this many blocks, each all combinations of two fresh seeds per
-    stream (8 runs for three streams); report then says which randomness makes the spread."""
+    """Blocks to train instead of --seeds, each all combinations of two fresh seeds per stream.
+    Three streams make 8 runs a block; report then says which randomness makes the spread."""
     devices: Literal["auto"] | int = "auto"
     """How many local devices (on CPU: cores) train; auto: all."""
     lanes: Literal["auto"] | int = "auto"
-    """Runs that a device trains in one vmap; auto: on GPU and TPU as many as pay off; on CPU 1,
-    since with more, rows no longer equal single runs bit for bit."""
+    """Runs that a device trains in one vmap; auto: on GPU and TPU as many as pay off, on CPU 1.
+    With more, rows on CPU no longer equal single runs bit for bit."""
     chunk: Literal["auto"] | int = "auto"
     """Runs that share a file; auto: enough to train for minutes."""
     keep_weights: bool = False
     """Also store the weights of each finished run."""
     shard: str | None = None
-    """I/N: train the I-th of N equal parts of the runs, I from 0; default: this process's
-    part in a SLURM array, srun or Open MPI job, else all."""
+    """I/N: train the I-th of N equal parts of the runs, I from 0.
+    Default: this process's part in a SLURM array, srun or Open MPI job, else all."""
 
 
 class Cell(NamedTuple):

@@ -57,8 +57,8 @@ class Config:
     init: Literal["glorot", "he"] = "glorot"
     """Initial weights: uniform by Glorot and Bengio, as in Keras, or normal by He et al."""
     products: Literal["float32", "bfloat16"] = "float32"
-    """Operands of the matrix products; sums, weights and updates are float32. On TPU, and with TF32
-    on GPU, JAX rounds float32 operands too, unless jax_default_matmul_precision is "float32"."""
+    """Operands of the matrix products; sums, weights and updates are float32.
+    JAX rounds float32 too on TPU and TF32 GPUs, unless jax_default_matmul_precision="float32"."""
     loss: Literal["softmax", "squared-hinge"] = "softmax"
     """Cross-entropy, or the one-against-all L2-SVM of Tang, arXiv 1306.0239."""
     label_smoothing: float = 0.0

@@ -10,7 +10,7 @@
     logits = mj.predict(mj.load_run("runs/mine"), images)
 
 The same from a shell: `python -m mlp_jax.train`, `mlp_jax.sweep` and `mlp_jax.report`.
-Names are imported when they are first used, so importing the package costs nothing.
+Names are imported on first use, so importing the package costs nothing.
 """
 
 import importlib

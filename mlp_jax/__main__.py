@@ -1,6 +1,6 @@
 """`mlp-jax COMMAND ...` and `python -m mlp_jax COMMAND ...`: the commands under one name.
 
-Imports the module of the chosen command alone, so that `--help` is answered at once.
+Imports only the chosen command's module, so `--help` answers at once.
 """
 
 import importlib

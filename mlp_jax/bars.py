@@ -8,7 +8,7 @@ SECONDS_A_LINE = 30
 
 
 class _Lines:
-    """What tqdm writes to, where nothing can be redrawn: each state of the bar is a line."""
+    """Output file for tqdm where nothing can be redrawn: each state of the bar is a line."""
 
     def write(self, text: str) -> None:
         if text := text.strip():
@@ -19,7 +19,7 @@ class _Lines:
 
 
 def redrawn() -> bool:
-    """Whether a bar on standard error is seen on a terminal."""
+    """Whether standard error is a terminal, where a bar can be redrawn."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
@@ -30,6 +30,6 @@ def progress_bar(iterable: Iterable | None = None, *, quiet: bool, **options: An
     if sys.stderr is None:  # closed
         quiet = True
     elif not redrawn():
-        # not so many updates at a time that tqdm's monitor repeats a line
+        # miniters=1, else tqdm's monitor may repeat a line
         options |= {"file": _Lines(), "mininterval": SECONDS_A_LINE, "miniters": 1}
     return tqdm(iterable, disable=quiet, **options)

@@ -1,6 +1,6 @@
 """What the commands share: flags into a dataclass, shards, signals, and errors in one line.
 
-Imports no jax, so that `--help` and every bad flag are answered at once.
+Imports no jax, so `--help` and bad flags are answered at once.
 """
 
 import contextlib
@@ -48,12 +48,12 @@ class TrainingArgs:
     """Print only the result and errors."""
 
     def data_options(self) -> dict:
-        """The arguments of `load_dataset` beside the name."""
+        """The arguments of `load_dataset` other than the name."""
         names = ("data_dir", "manual_dir", "split", "quiet")
         return {name: getattr(self, name) for name in names}
 
     def options(self, *more: str) -> dict:
-        """Arguments of `open_experiment`, with those fields that the command adds."""
+        """Arguments of `open_experiment`, and the fields that the command adds."""
         names = ("recipe", "checkpoint_every", "allow_mixed", *more)
         return {name: getattr(self, name) for name in names}
 
@@ -64,16 +64,16 @@ class _Recipe:
 
 
 def parse_recipe(argv: Sequence[str] | None) -> RecipeName:
-    """The recipe on a command line: it decides the defaults of the other flags."""
+    """The recipe on a command line, which sets the defaults of the other flags."""
     with _one_line_errors():
         named, _ = tyro.cli(_Recipe, args=argv, return_unknown_args=True, add_help=False)
     return named.recipe
 
 
 def parse_args(default: Args, argv: Sequence[str] | None, **texts: str) -> Args:
-    """A command line over the dataclass `default`, of whose fields tyro.MISSING are required.
+    """A command line over the dataclass `default`, whose tyro.MISSING fields are required.
 
-    `texts` are tyro's prog and description. UserError for what cannot be parsed.
+    `texts` are tyro's prog and description. Raises UserError if it cannot be parsed.
     """
     with _one_line_errors():
         args = tyro.cli(type(default), args=argv, default=default, config=OFF, **texts)
@@ -85,7 +85,7 @@ def parse_args(default: Args, argv: Sequence[str] | None, **texts: str) -> Args:
 
 
 def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
-    """A command line for each combination of the settings that `argv` gives several values.
+    """A command line for each combination of those settings in `argv` with several values.
 
     `--hidden 512 512` is one net, and `--hidden 512x512 1024x1024` are two.
     """
@@ -107,7 +107,7 @@ def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
 
 @contextlib.contextmanager
 def _one_line_errors():
-    """Turn the box that tyro draws around an error into the line that it says first."""
+    """Reduce the box that tyro draws around an error to its first message."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -124,7 +124,7 @@ def _one_line_errors():
 
 
 def check_at_least(args, least: dict[str, int]) -> None:
-    """UserError for a field of `args` that is a number less than it must be."""
+    """UserError if a number in `args` is less than its bound in `least`."""
     for name, bound in least.items():
         if isinstance(value := getattr(args, name), int) and value < bound:
             raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
@@ -139,7 +139,7 @@ JOBS = {
 
 
 def parse_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """`I/N` as (I, N); by default that of the job this process belongs to, else (0, 1)."""
+    """`I/N` as (I, N); by default the shard of the job this process belongs to, else (0, 1)."""
     if text is not None:
         if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)):
             raise UserError(f"--shard takes I/N, as in 0/4 for the first of four, not {text!r}")
@@ -165,17 +165,17 @@ def _job_shard(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 class StopSignals:
-    """Within the block, the first SIGINT or SIGTERM is a request, the second ends the process.
+    """Within the block, the first SIGINT or SIGTERM requests a stop, the second ends the process.
 
     `requested` is the signal's number, or 0. Python handles a signal once compiled code returns,
-    after the epoch of the runs that are training. To be used in the main thread.
+    that is, after the current epoch. Main thread only.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __enter__(self):
         self.requested = 0
-        # what the parent lets its children ignore, as nohup does, stays ignored
+        # signals that the parent had ignored, as nohup does, stay ignored
         numbers = [n for n in self.NUMBERS if signal.getsignal(n) != signal.SIG_IGN]
         self._handlers = {number: signal.signal(number, self._handle) for number in numbers}
         return self
@@ -186,7 +186,7 @@ class StopSignals:
         self.requested = number
         name = signal.Signals(number).name
         line = f"\n{name}: stopping after this epoch; repeat it to exit now\n"
-        with contextlib.suppress(OSError):  # closed; and print is not to be used in a handler
+        with contextlib.suppress(OSError):  # closed; and print is unsafe in a handler
             os.write(2, line.encode())
 
     def __exit__(self, *_):
@@ -194,14 +194,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def exit(self, line: str) -> NoReturn:
-        """End the process with the status of the requested signal, after one more line."""
+        """Print one more line and exit with the status of the requested signal."""
         print(f"{signal.Signals(self.requested).name}: {line}", file=sys.stderr)
         sys.exit(128 + self.requested)
 
 
 def command_line(prog: str, argv: Sequence[str] | None, *more: str) -> str:
-    """The command line `argv` as it would be typed, with `more`, and overwriting nothing."""
-    if Path(sys.argv[0]).name == "mlp-jax":  # which may be all that is on the PATH
+    """The command line `argv` as typed, with `more` but without --overwrite."""
+    if Path(sys.argv[0]).name == "mlp-jax":  # perhaps the only one on the PATH
         prog = prog.replace("python -m mlp_jax.", "mlp-jax ")
     words = (word for word in _words(argv) if word != "--overwrite")
     return shlex.join([*prog.split(), *words, *more])
@@ -212,7 +212,7 @@ def _words(argv: Sequence[str] | None) -> Sequence[str]:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a command's `main` as a process: an error ends in one line and its exit status."""
+    """Run a command's `main` as a process: an error becomes one line and an exit status."""
     try:
         main()
     except UserError as error:

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         files.check_writable(args.out)
 
-    # these take a second, and bad flags are answered without them
+    # slow to import, so after bad flags are answered
     from mlp_jax.analysis.compare import describe
     from mlp_jax.results import parse_target
 

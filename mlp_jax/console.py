@@ -1,4 +1,4 @@
-"""What a person sees while runs train: a table of the epochs of one, a progress bar of many."""
+"""Progress of training: a table of epochs for one run, a progress bar for many."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ COLUMNS = ("epoch", "train loss", "test loss", "test accuracy", "seconds", "left
 
 
 def header(experiment) -> str:
-    """The network, the data and where they train, above the columns of `table_line`."""
+    """The network, the data and the device, above the columns of `table_line`."""
     from mlp_jax.training.fit import state_shapes
     from mlp_jax.training.model import parameter_table
 
@@ -27,7 +27,7 @@ def header(experiment) -> str:
 
 
 def table_line(lines: list[dict], epochs: int) -> str:
-    """The last of `lines`, an object per epoch; the time left is that of median epochs."""
+    """The last of `lines`, one per epoch; the time left assumes median epochs."""
     last = lines[-1]
     left = (epochs - last["epoch"]) * statistics.median(line["seconds"] for line in lines)
     return (
@@ -38,7 +38,7 @@ def table_line(lines: list[dict], epochs: int) -> str:
 
 
 def verdict(recipe: str, config: Config, summary: dict) -> str:
-    """The result as a count, beside the recipe's reference if the settings are the recipe's."""
+    """The result as a count, with the recipe's reference if the settings are the recipe's."""
     correct, n_test = summary["test_correct"], summary["n_test"]
     line = f"{config.split} accuracy {correct} / {n_test} = {correct / n_test:.2%}"
     if recipe not in REFERENCES:
@@ -51,7 +51,7 @@ def verdict(recipe: str, config: Config, summary: dict) -> str:
 
 
 class Bar:
-    """A progress bar: finished runs, runs an hour, the time left; and a line for each file."""
+    """A progress bar (finished runs, runs per hour, time left), and a line per stored file."""
 
     def __init__(self, experiment, n_runs: int, n_missing: int, quiet: bool):
         self._experiment, self._n_runs, self._seconds = experiment, n_runs, 0.0
@@ -81,7 +81,7 @@ class Bar:
 
 
 def accuracy_line(finished: dict[Run, dict], n_test: int) -> str:
-    """Mean and SD of the accuracy so far, by family, of the runs that did not diverge."""
+    """Mean and SD of accuracy so far, by family, over runs that did not diverge."""
     families: dict[tuple, list[dict]] = {}
     for run, row in finished.items():
         families.setdefault((run.vary, run.learning_rate), []).append(row)

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_page(committee, members: int) -> str:
-    """The page with the first `members` runs of a committee, their weights as they are."""
+    """The page with the first `members` runs of a committee, their weights unchanged."""
     from mlp_jax.data import photo
 
     arrays, layers, offset = [], [], 0
@@ -65,7 +65,7 @@ def make_page(committee, members: int) -> str:
 
 
 def describe(committee, members: int) -> str:
-    """What stands under the title of the page."""
+    """The text under the page's title."""
     correct = sorted(metrics["test_correct"] for metrics in committee.metrics[:members])
     counts = " to ".join(f"{n:,}" for n in dict.fromkeys((correct[0], correct[-1])))
     found = f"{counts} of the test images of {committee.config.dataset.replace('mnist', 'MNIST')}"

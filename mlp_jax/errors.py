@@ -1,4 +1,4 @@
-"""Errors that a user can act on, each in one line."""
+"""Errors that a user can act on, each one line."""
 
 import difflib
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ class Diverged(UserError):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
+    """The first line of an exception's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known word spelt most like `word`, or nothing."""
+    """`; did you mean X?` for the known word closest to `word`, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,7 +1,7 @@
-"""Trains the runs that a directory does not have yet, and stores them, one chunk after another.
+"""Trains the runs that a directory lacks and stores them, chunk by chunk.
 
-A single run is an experiment of one. A stored run is the run of its seed, bit for bit on CPU,
-whatever was trained beside it, in which order, and however often the experiment was stopped.
+A single run is an experiment of one. On CPU a stored run depends on its seed alone, bit for bit:
+not on the runs trained with it, their order, or how often the experiment was stopped.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class Experiment:
         def complete(run: Run) -> bool:
             return not self.keep_weights or has_weights(self.directory, run)
 
-        # of the stored runs, those whose weights are there too if they are wanted
+        # stored runs, except those that lack wanted weights
         self.finished = {run: row for run, row in self.stored.items() if complete(run)}
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
@@ -69,9 +69,9 @@ class Experiment:
     def train(
         self, runs: Sequence[Run], stop: Callable[[], bool] = lambda: False
     ) -> Iterator[Epoch]:
-        """Train and store those of `runs` that are missing, yielding them after each epoch.
+        """Train and store the missing ones of `runs`, yielding them after each epoch.
 
-        `stop` is asked after each epoch; once true, what is finished is stored and the rest saved.
+        `stop` is called after each epoch; once true, finished runs are stored, the others saved.
         """
         missing = self.missing(runs)
         if not missing:
@@ -100,12 +100,12 @@ class Experiment:
                     yield epoch
                 if stop():
                     break
-        finally:  # a caller that leaves its loop keeps the finished runs, too
+        finally:  # keep finished runs even if the caller leaves its loop
             if ended:
                 self._store(ended)
 
     def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
-        """Train runs that fit the devices at once, from their checkpoint if there is one."""
+        """Train as many runs as the devices hold, from their checkpoint if there is one."""
         path, epochs = self._checkpoint(runs), self.metadata.config.n_epochs
         start, seconds = load_checkpoint(path, self.metadata) or (None, [])
         began = clock()
@@ -123,7 +123,7 @@ class Experiment:
             began = clock()
 
     def _keep(self, progress: Progress) -> Progress:
-        """Save the weights of finished runs if they are wanted, and drop the states."""
+        """Save the weights of finished runs if wanted, and drop the states."""
         if self.keep_weights:
             stacked = progress.params
             for i, run in enumerate(progress.runs):
@@ -138,7 +138,7 @@ class Experiment:
             share = sum(seconds) / len(progress.runs)
             made = rows.make_rows(self.metadata.recipe, progress, share)
             new |= zip(progress.runs, made, strict=True)
-        # a run that is trained again for its weights has its row already
+        # a run retrained for its weights already has its row
         if wanted := [row for run, row in new.items() if run not in self.stored]:
             rows.write_rows(self.directory, wanted, self.metadata)
         self.finished |= {run: rows.last_values(row) for run, row in new.items()}
@@ -146,13 +146,13 @@ class Experiment:
             files.remove(self._checkpoint(progress.runs))
 
     def _checkpoint(self, runs: Sequence[Run]) -> Path:
-        """Of exactly these runs: if they are grouped otherwise next time, they start over."""
+        """The checkpoint of exactly these runs; grouped differently next time, they start over."""
         digest = hashlib.sha256(repr(tuple(runs)).encode()).hexdigest()[:16]
         return self.directory / "checkpoints" / f"{digest}.npz"
 
 
 def _trim_memory() -> None:
-    """Give back what the compiler freed, a hundred MB, which glibc would keep."""
+    """Return the hundred MB that the compiler freed and glibc would keep."""
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -179,11 +179,11 @@ def open_experiment(
     overwrite: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Experiment]:
-    """Hold `directory`, new or with runs of the same kind, to train `runs` in it.
+    """Lock `directory`, new or with compatible runs, to train `runs` in it.
 
-    `seed` marks a single run, whose results `overwrite` removes first. `shard` is the part of the
-    runs that this process trains, and how many there are. UserError if the directory is not ours,
-    in use, or holds other numbers.
+    `seed` marks a single run, whose results `overwrite` removes first. `shard` is (I, N): this
+    process trains part I of N. UserError if the directory is not ours, is in use, or holds
+    incompatible numbers.
     """
     config = for_dataset(config, dataset)
     placement = place(len(runs), run_bytes(config), devices=devices, lanes=lanes)
@@ -193,7 +193,7 @@ def open_experiment(
         recipe, config, environment=environment, seed=seed, mixed=allow_mixed, **data
     )
     train, test = jax.device_put((dataset.train, dataset.test), placement.replicated)
-    dataset = dataset._replace(train=train, test=test)  # and the host's arrays can be freed
+    dataset = dataset._replace(train=train, test=test)  # so the host's arrays can be freed
     directories.check_out_dir(directory)
     with files.locked(directory, *shard):
         if overwrite:
@@ -239,12 +239,12 @@ def sweep(
     crossed: int = 0,
     **options,
 ):
-    """Train what `directory` does not have of the seeds, and return all its rows.
+    """Train the seeds that `directory` lacks, and return all its rows.
 
-    Every family in `vary` ("all", or the one stream that the seed decides) and every learning rate
-    (the Config's, by default) is combined with the seeds, in whose place `crossed` gives a number
-    of blocks (see `run.make_run`). `options` are those of `open_experiment`, and the rows those of
-    `read_runs`. After an interruption, the same call resumes.
+    Trains each seed for every family in `vary` ("all", or the one stream that the seed decides)
+    and every learning rate (default: the Config's). `crossed` blocks replace the seeds (see
+    `run.make_run`). `options` go to `open_experiment`; the rows are those of `read_runs`. After an
+    interruption, the same call resumes.
     """
     if not use_cores() and jax.default_backend() == "cpu" and len(jax.devices()) < n_cores():
         files.log.warning(

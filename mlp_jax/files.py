@@ -1,7 +1,7 @@
-"""Files that are complete or absent, and verified to hold what was written to them.
+"""Files that are complete or absent, and verified when read.
 
-JSON and array files carry the SHA-256 of their content. A file that does not match it raises
-Damaged; one that cannot be read raises OSError, and is not called damaged.
+JSON and array files carry the SHA-256 of their content. A mismatch raises Damaged; a file that
+cannot be read raises OSError instead.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ LOCK = ".mlp_jax-lock-"
 
 
 class Damaged(UserError):
-    """A file does not hold what was written into it."""
+    """A file does not hold what was written to it."""
 
     def __init__(self, path: Path, reason: Exception | str):
         self.path = path
@@ -36,7 +36,7 @@ class Damaged(UserError):
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it once the block has written it."""
+    """A temporary path beside `path`, which it replaces once the block has written it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
@@ -88,7 +88,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> No
 
 def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays and the metadata of `save_arrays`; raises Damaged, and OSError."""
-    content = path.read_bytes()  # apart from the parser, whose errors mean damage
+    content = path.read_bytes()  # outside the try: parsing errors mean damage, these do not
     try:
         arrays = dict(np.load(io.BytesIO(content), allow_pickle=False))
         digest = arrays.pop("sha256").tobytes()
@@ -111,7 +111,7 @@ def _array_digest(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def quarantine(damaged: Damaged) -> None:
-    """Rename a damaged file, so that it is written again and can still be looked at.
+    """Rename a damaged file, so that it is rewritten but can still be inspected.
 
     Readers of Parquet skip names that begin with an underscore.
     """
@@ -122,13 +122,13 @@ def quarantine(damaged: Damaged) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """UserError unless files can be made in `directory`, which need not exist; creates nothing."""
+    """UserError unless `directory`, which need not exist, is writable; creates nothing."""
     existing = directory
     try:
         str(directory).encode()
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
-    except (OSError, ValueError) as error:  # a name that is too long, or is no text
+    except (OSError, ValueError) as error:  # a name that is too long or not text
         reason = getattr(error, "strerror", None) or "its name is not valid text"
         raise UserError(f"cannot write to {str(directory)!r}: {reason}") from None
     if not existing.is_dir():
@@ -146,10 +146,10 @@ def make_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path, shard: int = 0, shards: int = 1) -> Iterator[None]:
-    """Hold `directory` for the command whose `shards` processes share it; created if need be.
+    """Lock `directory` for a command whose `shards` processes share it; creates it if needed.
 
-    UserError if another command holds it. The locks are the kernel's: they end with their process,
-    so a lock file that is left over means nothing.
+    UserError if another command holds it. The kernel drops a lock with its process, so a leftover
+    lock file means nothing.
     """
     make_directory(directory)
     ours = f"-of-{shards}"
@@ -177,7 +177,7 @@ def _flock(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, and its directory if that is then empty."""
+    """Remove a file, and its directory if then empty."""
     path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         path.parent.rmdir()

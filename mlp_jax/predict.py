@@ -15,7 +15,7 @@ from mlp_jax.errors import UserError
 PROG = "python -m mlp_jax.predict"
 DESCRIPTION = "Say which digit is in each image: photos, scans and drawings of any size and colour."
 MENTIONED = 0.01
-"""Probability from which another digit is named, too."""
+"""Probability from which another digit is named too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Args:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Answer what can be read; exits with status 1 if anything could not. Raises UserError."""
+    """Answer for each readable image; exit with status 1 if any was not. Raises UserError."""
     default = Args(images=tyro.MISSING)
     args = cli.parse_args(default, argv, prog=PROG, description=DESCRIPTION)
     if not args.images:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.sheet:
         files.check_writable(args.sheet.parent)
 
-    # these take a second, and bad flags are answered without them
+    # slow to import, so after bad flags are answered
     from mlp_jax.data.photo import read_digit
     from mlp_jax.records.checkpoint import load_committee, predict
 

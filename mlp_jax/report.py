@@ -1,6 +1,6 @@
 """`python -m mlp_jax.report`: how much a sweep's test accuracy varies, and why.
 
-A table, the same numbers as summary.json, and figures; of a grid, a ranking of its sweeps.
+A table, its numbers as summary.json, and figures; for a grid, a ranking of its sweeps.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Args:
 
 
 class Report(NamedTuple):
-    """What a report says: at a terminal, in summary.json, and in figures by their file names."""
+    """A report: terminal text, summary.json, and figures by file name."""
 
     text: str
     summary: dict
@@ -49,7 +49,7 @@ class Report(NamedTuple):
 
     @property
     def page(self) -> str:
-        """One HTML page of all that."""
+        """All of it as one HTML page."""
         from mlp_jax.analysis.page import make_page
 
         return make_page(self.text, self.summary, self.figures, self.settings)
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 def report(directory: str | Path, data_dir: str | Path | None = None) -> Report:
     """The spread of the sweep in `directory`, or the ranking of a grid; writes nothing.
 
-    UserError if there are no runs, or they were trained on other data.
+    UserError if there are no runs, or if they were trained on other data.
     """
     if cells := grid_cells(Path(directory)):
         if stored_metadata(Path(directory)):
@@ -131,11 +131,11 @@ def report_grid(cells: Sequence[Path]) -> Report:
 
 
 def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:
-    """What the sweeps differ in, whatever their directories are called.
+    """Names from the settings in which the sweeps differ, whatever their directories are called.
 
-    UserError for two of the same settings, and for other data of the same name.
+    UserError if two have the same settings, or different data under one name.
     """
-    per_run = ("seed", "learning_rate", "program")  # a program is that of its settings
+    per_run = ("seed", "learning_rate", "program")  # the settings determine the program
     shared = [settings(each) | numerics(each) for each in stored]
     shared = [{k: v for k, v in each.items() if k not in per_run} for each in shared]
     seen: dict = {}

@@ -1,6 +1,6 @@
-"""What sweeps have, as the commands that judge them read it: checked, counted, in families.
+"""Sweeps as report and compare read them: checked, counted, grouped in families.
 
-Equal rows give equal numbers, in whichever files they lie, and predictions are read as a stream.
+Equal rows give equal numbers however they are split into files; predictions are streamed.
 """
 
 import collections
@@ -25,7 +25,7 @@ from mlp_jax.training.run import BLOCK, STREAMS, crossed_seeds, make_run
 
 
 class Results(NamedTuple):
-    """The finished runs of a directory, and the data that they were trained on."""
+    """The finished runs of a directory, and the data they were trained on."""
 
     metadata: Metadata
     paths: list[Path]
@@ -34,7 +34,7 @@ class Results(NamedTuple):
 
 
 def open_results(directory: Path, data_dir: str | Path | None = None) -> Results:
-    """Raises UserError if there are none, for other data, and for rows of another kind; Damaged."""
+    """UserError for no runs, other data, or rows that may not be pooled; Damaged."""
     metadata, paths = read_metadata(directory), rows.checked_files(directory)
     processors, config = count_processors(paths, metadata), metadata.config
     dataset = datasets.load_dataset(config.dataset, data_dir, quiet=False, split=config.split)
@@ -43,7 +43,7 @@ def open_results(directory: Path, data_dir: str | Path | None = None) -> Results
 
 
 def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int]:
-    """How many rows were trained on which processor; UserError for rows of another kind."""
+    """Rows by processor; UserError for rows that may not be pooled."""
     counts: collections.Counter[str] = collections.Counter()
     for path in paths:
         stored = rows.read_metadata(path)
@@ -68,7 +68,7 @@ def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> 
 
 
 def read_blocks(paths: Sequence[Path], family: Family, config: Config) -> BlockSums | None:
-    """The blocks of a crossed family whose runs are all there; None if there are none."""
+    """The complete blocks of a crossed family; None if there are none."""
     cells = sorted(crossed_seeds(1, config), key=lambda cell: make_run(cell, 1, "crossed").seeds)
     seeds = set(family.seeds.tolist())
     whole = [b for b in sorted({seed // BLOCK for seed in seeds}) if seeds.issuperset(
@@ -121,7 +121,7 @@ class Target(NamedTuple):
 
 
 def parse_target(text: str) -> Target:
-    """What DIR, DIR:FAMILY, DIR@RATE or both name: by default "all", and the only rate."""
+    """The Target of DIR[:FAMILY][@RATE]; default: family "all", and the only rate."""
     match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@(\d*\.?\d+(?:e[+-]?\d+)?))?", text)
     place, vary, rate = match.groups() if match and not Path(text).is_dir() else (text, None, None)
     vary, directory = vary or "all", Path(place)

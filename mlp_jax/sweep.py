@@ -1,6 +1,6 @@
 """`python -m mlp_jax.sweep`: many runs of one recipe, in a directory that can be resumed.
 
-Several values of a setting make a grid: a sweep for each combination, in a directory of its own.
+Several values of a setting make a grid: one sweep per combination, each in its own directory.
 Learning rates alone share a directory, since they share a program.
 """
 
@@ -54,7 +54,7 @@ class Args(cli.TrainingArgs):
 
 
 class Cell(NamedTuple):
-    """What shares a directory: the runs of one Config, at one or several learning rates."""
+    """The contents of a directory: runs of one Config, at one or several learning rates."""
 
     directory: Path
     config: Config
@@ -99,11 +99,11 @@ def main(argv: list[str] | None = None) -> None:
 def train_cell(
     cell: Cell, data: dict, options: dict, stop: cli.StopSignals, tensorboard: bool = False
 ) -> int:
-    """Train what is missing of `cell`; how many of its runs still are, after a stop.
+    """Train what is missing of `cell`; returns how many runs are still missing after a stop.
 
-    `data` and `options` are those of `load_dataset` and of `open_experiment`.
+    `data` goes to `load_dataset` and `options` to `open_experiment`.
     """
-    # these take a second, and bad flags are answered without them
+    # slow to import, so after bad flags are answered
     from mlp_jax.data.dataset import load_dataset
     from mlp_jax.experiment import open_experiment
     from mlp_jax.tensorboard import log_sweep

@@ -1,6 +1,6 @@
-"""Scalars for TensorBoard: of a run by epoch; of a sweep, mean and SD of its families by epoch.
+"""Scalars for TensorBoard by epoch: of a run, or the mean and SD of each family of a sweep.
 
-What is written again, by a resumed training or for more runs, takes the place of what was there.
+Rewriting, after a resume or for more runs, replaces what was there.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ Families = dict[tuple[str, float], dict[int, Curves]]  # by vary and rate, then 
 
 
 def log_run(epochs: Iterable, experiment: Any) -> Iterator:
-    """The epochs of one run, written to tensorboard/ in its directory and handed on."""
+    """Pass on the epochs of one run, writing each to tensorboard/ in its directory."""
     check_installed()
 
     def log() -> Iterator:
@@ -39,9 +39,7 @@ def log_run(epochs: Iterable, experiment: Any) -> Iterator:
 
 
 def log_sweep(epochs: Iterable, experiment: Any) -> Iterator:
-    """The epochs of a sweep, handed on; each family, with its stored runs, has a directory of its
-    own in tensorboard/.
-    """
+    """Pass on the epochs of a sweep, writing each family, stored runs included, to tensorboard/."""
     check_installed()
     families = stored_families(experiment.directory)
 
@@ -65,7 +63,7 @@ def log_sweep(epochs: Iterable, experiment: Any) -> Iterator:
 
 
 def check_installed() -> None:
-    """UserError where tensorboardX is not."""
+    """UserError if tensorboardX is not installed."""
     try:
         import tensorboardX  # noqa: F401
     except ImportError:
@@ -76,7 +74,7 @@ def check_installed() -> None:
 def open_writer(directory: Path) -> Any:
     from tensorboardX import SummaryWriter
 
-    # TensorBoard then forgets what it has of this directory from step 1 on
+    # makes TensorBoard drop this directory's data from step 1 on
     return SummaryWriter(str(directory), purge_step=1)
 
 
@@ -92,7 +90,7 @@ def stored_families(directory: Path) -> Families:
 
 
 def write_families(families: Families, experiment: Any) -> None:
-    """Mean and SD by epoch of the runs of each family that did not diverge."""
+    """Mean and SD by epoch of each family, over runs that did not diverge."""
     for (vary, rate), runs in families.items():
         stacked = {
             name: np.stack([run[name] for run in runs.values()])
@@ -109,7 +107,7 @@ def write_families(families: Families, experiment: Any) -> None:
 
 
 def with_accuracy(curves: Curves, experiment: Any) -> Curves:
-    """`curves` with the accuracy as a fraction in place of the count."""
+    """`curves` with accuracy as a fraction instead of a count."""
     others = {name: values for name, values in curves.items() if name != "test_correct"}
     n_test = len(experiment.dataset.test.labels)
     return others | {"test_accuracy": curves["test_correct"] / n_test}

@@ -34,14 +34,14 @@ class Args(cli.TrainingArgs):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train one run; raises UserError, or Diverged at a loss that is not finite."""
+    """Train one run; raises UserError, or Diverged if a loss is not finite."""
     recipe = cli.parse_recipe(argv)
     default = Args(config=RECIPES[recipe], recipe=recipe)
     args = cli.parse_args(default, argv, prog=PROG, description=DESCRIPTION)
     check_args(args)
     run = make_run(args.seed, args.config.learning_rate)
 
-    # these take a second, and bad flags are answered without them
+    # slow to import, so after bad flags are answered
     from mlp_jax.data.dataset import load_dataset
 
     with ThreadPoolExecutor(max_workers=1) as beside:
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_args(args: Args) -> None:
-    """UserError for flags that conflict with each other, or with what --out has."""
+    """UserError for flags that conflict with each other or with the contents of --out."""
     cli.check_at_least(args, {"checkpoint_every": 0})
     if args.resume and (args.overwrite or not args.out):
         raise UserError("--resume needs --out and excludes --overwrite")
@@ -95,7 +95,7 @@ def check_args(args: Args) -> None:
 
 
 def metrics_by_epoch(epoch) -> list[dict]:
-    """The object of each epoch so far in metrics.jsonl."""
+    """The objects of metrics.jsonl, one per epoch so far."""
     n_test, lines = epoch.progress.predictions.shape[1], []
     for i, seconds in enumerate(epoch.seconds):
         metrics = {name: by_run[0, i].item() for name, by_run in epoch.progress.history.items()}
@@ -105,13 +105,13 @@ def metrics_by_epoch(epoch) -> list[dict]:
 
 
 def json_line(metrics: dict) -> str:
-    """A line of metrics.jsonl; a loss that JSON has no number for is null."""
+    """A line of metrics.jsonl; a loss that is not finite is null, as JSON has no number for it."""
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     return json.dumps(finite) + "\n"
 
 
 def check_finite(line: dict, out: Path) -> None:
-    """Diverged at a loss that is infinite or NaN."""
+    """Raises Diverged if a loss is infinite or NaN."""
     if not (math.isfinite(line["train_loss"]) and math.isfinite(line["test_loss"])):
         raise Diverged(
             f"the loss is not finite after epoch {line['epoch']} (training {line['train_loss']},"
@@ -120,7 +120,7 @@ def check_finite(line: dict, out: Path) -> None:
 
 
 def save_curve(out: Path, metadata: Metadata) -> None:
-    """A picture of metrics.jsonl."""
+    """Plot metrics.jsonl."""
     from mlp_jax.analysis.figures import draw_run
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

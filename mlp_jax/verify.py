@@ -1,4 +1,4 @@
-"""`python -m mlp_jax.verify`: train some stored runs again and compare them, as a reader would."""
+"""`python -m mlp_jax.verify`: retrain some stored runs and compare them, as a reader would."""
 
 import dataclasses
 import sys
@@ -17,8 +17,8 @@ DESCRIPTION = "Retrain some runs of a directory and compare every stored number.
 TOLERANCE = 0.01
 """Relative difference of the first epoch's training loss allowed for other hardware or versions.
 
-Rounded differently (XLA's AVX2 code and fast math), that of seed 3 differed by 4e-6 in keras-sgd,
-6e-4 in keras-rmsprop and 1e-3 in short. Later losses drift apart as far as those of two seeds.
+With other rounding (XLA's AVX2 code and fast math), seed 3 differed by 4e-6 in keras-sgd, 6e-4 in
+keras-rmsprop and 1e-3 in short. Later losses drift apart as far as those of two seeds.
 """
 
 
@@ -33,7 +33,7 @@ class Args:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exits with status 1 if a run differs; raises UserError."""
+    """Exit with status 1 if a run differs; raises UserError."""
     default = Args(directory=tyro.MISSING)
     args = cli.parse_args(default, argv, prog="python -m mlp_jax.verify", description=DESCRIPTION)
     cli.check_at_least(args, {"rows": 1})
@@ -78,7 +78,7 @@ def same_machine(there: dict, here: dict) -> bool:
 
 
 def compare(stored: dict, progress, *, exact: bool) -> str:
-    """What a stored row and the run trained again have in common, in a line."""
+    """How a stored row and its retrained run compare, in one line."""
     correct = progress.history["test_correct"][0]
     same = np.array_equal(correct, stored["test_correct_by_epoch"])
     same &= progress.predictions[0].tobytes() == stored["predictions"]

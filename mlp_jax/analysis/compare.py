@@ -1,7 +1,7 @@
-"""Whether one set of runs scores higher than another: the difference A - B, and when it is known.
+"""Whether one set of runs scores higher than another: the difference A - B, and when decided.
 
-Scores are accuracies as shares of 1, keyed by seed. Intervals of fixed numbers of runs are at 95 %
-and hold for one look; the confidence sequence and the e-value hold for any number of looks.
+Scores are accuracies as shares of 1, keyed by seed. Intervals are at 95 %: for a fixed number of
+runs they hold for one look, the confidence sequence and the e-value for any number of looks.
 """
 
 import math
@@ -15,23 +15,23 @@ from scipy import special, stats
 from mlp_jax.analysis.stats import HIGH, Interval, Z, brunner_munzel, paired_improvement, welch
 
 ALPHA = 0.05
-FIRST_LOOK = 30  # pairs before which the sequence says nothing: it needs an SD
+FIRST_LOOK = 30  # pairs before the sequence starts: it needs an SD
 TUNED_FOR = 50  # pairs at which no other rho makes the sequence narrower
 
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
 
 
 class Comparison(NamedTuple):
-    """A against B; what needs pairs, or predictions, is nan without them."""
+    """A against B; fields that need pairs, or predictions, are nan without them."""
 
     runs_a: int
     runs_b: int
-    pairs: int  # shared seeds that all of this rests on; 0 where all runs are taken as independent
+    pairs: int  # shared seeds, if paired; 0 if all runs are treated as independent
     difference: Interval  # of means
     over_test_sets: Interval  # on all images, of which the test images are a sample
     p_value: float  # of no difference, two-sided
-    correlation: float  # of the scores of a seed, on which pairing rests
-    variance_ratio: float  # s_d^2 / (s_A^2 + s_B^2): runs that pairing saves, where below 1
+    correlation: float  # of the paired scores
+    variance_ratio: float  # s_d^2 / (s_A^2 + s_B^2): below 1, pairing saves runs
     probability: Interval  # P(A > B)
     margin: float
     tost_p: float  # of a difference beyond the margin
@@ -54,7 +54,7 @@ def compare(
     margin: float,
     sd_over_test_sets: float = math.nan,
 ) -> Comparison:
-    """A against B on the seeds that they share if these are half of the fewer runs, else on all.
+    """A against B on their shared seeds if at least half of the smaller side's, else on all.
 
     Shared seeds: paired t and Jeffreys; all runs: Welch and Brunner-Munzel. Equivalence by two
     one-sided tests at 5 % (Schuirmann 1987, 10.1007/BF01068419). `sd_over_test_sets` is that of the
@@ -113,14 +113,14 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def sign_test(a: ArrayLike, b: ArrayLike) -> float:
-    """Exact two-sided p value of P(A > B) = P(A < B), a[j] and b[j] of one seed, ties dropped."""
+    """Exact two-sided p value of P(A > B) = P(A < B); a[j], b[j] share a seed, ties dropped."""
     signs = np.sign(np.subtract(a, b, dtype=np.float64))
     wins, losses = int((signs > 0).sum()), int((signs < 0).sum())
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def confidence_sequence(differences: ArrayLike, *, alpha: float = ALPHA) -> tuple[NDArray, NDArray]:
-    """Low and high ends after 1, 2, ... pairs, infinite before FIRST_LOOK: valid at all at once.
+    """Low and high ends after 1, 2, ... pairs, infinite before FIRST_LOOK; valid at all looks.
 
     Waudby-Smith et al., arXiv 2103.06476: Robbins' normal mixture, asymptotic in pairs. Ever wrong
     in 1,000 pairs, at alpha = .05: 3 to 4 % of the time for normal, heavy-tailed and equally skewed
@@ -129,7 +129,7 @@ def confidence_sequence(differences: ArrayLike, *, alpha: float = ALPHA) -> tupl
     d = np.asarray(differences, np.float64)
     t = np.arange(1, d.size + 1)
     mean = d.cumsum() / t
-    centred = d - d[:1]  # else the variance of small differences of large numbers
+    centred = d - d[:1]  # else small differences of large numbers
     squares = (centred**2).cumsum() - centred.cumsum() ** 2 / t
     sd = np.sqrt(squares.clip(min=0) / np.maximum(t - 1, 1))
     rho2 = (-special.lambertw(-(alpha**2) / math.e, -1).real - 1) / TUNED_FOR

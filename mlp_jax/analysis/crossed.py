@@ -2,9 +2,9 @@
 
 A block holds two fresh seeds of each of k streams in all 2^k combinations. Accuracy is a sum of
 uncorrelated effects, one of each set u of streams (Hoeffding, Sobol'): V = sum_u V_u. The index of
-u is V_u / V; the total index of a stream sums those of all sets that hold it, and is what remains
-of V, on average, where all other streams are fixed. Every estimate of a variance is unbiased, so
-that one may be negative.
+u is V_u / V; the total index of a stream sums those of all sets that hold it: the share of V that
+remains, on average, if all other streams are fixed. Estimates of variances are unbiased, so they
+may be negative.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from mlp_jax.analysis.stats import FEW_RUNS, Interval, Rng, bootstrap
 
 
 class BlockSums(NamedTuple):
-    """Of each of B blocks, one axis of 2 a stream: at 1 where the stream is in u, else at 0."""
+    """Sums over images of B blocks; an axis of 2 per stream, at 1 if it is in u, else 0."""
 
     contrasts: NDArray[np.int64]  # [B, 2, ...]: sum_r +-C_r, C_r the images that run r gets right
     squares: NDArray[np.int64]  # [B, 2, ...]: the squared contrast of each image, summed
@@ -41,7 +41,7 @@ class SobolIndices(NamedTuple):
 
 
 def _butterfly(y: NDArray, k: int, sum_of, difference_of) -> NDArray:
-    """Along each of the k axes after the first, two values become their "sum" and "difference"."""
+    """Along each of the k axes after the first, replace two values by "sum" and "difference"."""
     for axis in range(1, k + 1):
         a, b = np.moveaxis(y, axis, 0)
         y = np.stack([sum_of(a, b), difference_of(a, b)], axis)
@@ -49,15 +49,15 @@ def _butterfly(y: NDArray, k: int, sum_of, difference_of) -> NDArray:
 
 
 def contrasts(y: NDArray, k: int) -> NDArray:
-    """sum +-y over the 2^k runs of a block, minus where an odd number of u's seeds is the second.
+    """sum +-y over the 2^k runs of a block, minus if an odd number of u's seeds is the second.
 
-    `y` [B, 2, ...] has k axes of 2, and may have others behind; equal runs give 0 exactly.
+    `y` [B, 2, ...] has k axes of 2, and may have more after them; equal runs give 0 exactly.
     """
     return _butterfly(y, k, np.add, np.subtract)
 
 
 def sum_blocks(blocks: Iterable[ArrayLike]) -> BlockSums:
-    """Of blocks of correctness, bool [2^k, n_test], the last stream's seed changing fastest."""
+    """Sums of blocks of correctness, bool [2^k, n_test], last stream's seed changing fastest."""
     kept = []
     for block in blocks:
         right = np.asarray(block, np.int8)  # a contrast of an image is 2^k at most
@@ -89,10 +89,10 @@ def squared_contrasts_of(sums: BlockSums) -> tuple[NDArray, NDArray]:
 
 
 def variance_components(squares: NDArray) -> NDArray:
-    """V_u of squared contrasts [B, 2, ...], in the same layout; without meaning at the empty set.
+    """V_u of squared contrasts [B, 2, ...], in the same layout; meaningless at the empty set.
 
-    E c_u^2 = sum over v that hold u of 2^(k - |v|) V_v, hence by Moebius inversion
-    2^(k - |u|) V_u = sum over v that hold u of (-1)^(|v| - |u|) E c_v^2.
+    E c_u^2 = sum over v that contain u of 2^(k - |v|) V_v, hence by Moebius inversion
+    2^(k - |u|) V_u = sum over v that contain u of (-1)^(|v| - |u|) E c_v^2.
     """
     return _butterfly(squares, squares.ndim - 1, lambda a, b: (a - b) / 2, lambda _, b: b)
 

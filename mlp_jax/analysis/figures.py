@@ -1,7 +1,7 @@
 """The figures of a report, drawn from its families and its summary.
 
-They are Figure objects of their own (no pyplot, so no global state) on a white background,
-in colours that are safe for colour-blind readers, and are made to be read 900 pixels wide.
+Figure objects without pyplot, hence without global state, on a white background, in colours safe
+for colour-blind readers, legible 900 pixels wide.
 """
 
 import itertools
@@ -19,7 +19,7 @@ BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito's, colour-
 
 
 def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tuple:
-    """A figure that is read at 900 pixels' width, and its axes."""
+    """A figure legible 900 pixels wide, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, height), layout="constrained")
@@ -41,7 +41,7 @@ def add_legend(figure: Any, ax: Any, columns: int) -> Any:
 def figures(
     families: list, summary: dict, images: np.ndarray, crossed: Mapping[float, Any]
 ) -> Iterator[tuple]:
-    """File names and figures; of the families, `all` at the recipe's rate stands for the sweep.
+    """File names and figures; the family `all` at the recipe's rate represents the sweep.
 
     `crossed` are Crossed indices by learning rate.
     """
@@ -74,13 +74,13 @@ def figures(
 
 
 def backends(summary: dict) -> str:
-    """The kinds of device that trained the rows: the last part of the processors' names."""
+    """The kinds of device that trained the rows: the last part of each processor's name."""
     names = (name.removesuffix(" (--allow-mixed)") for name in summary["processors"])
     return " and ".join(sorted({name.rpartition(", ")[2] for name in names}))
 
 
 def draw_run(lines: list[dict], name: str) -> Any:
-    """Losses and test accuracy of one run by epoch, of the objects in metrics.jsonl."""
+    """Losses and test accuracy of one run by epoch, from the objects in metrics.jsonl."""
     figure, left, right = new_figure(f"One run: {name}", 3.6, 1, 2)
     epochs = [line["epoch"] for line in lines]
     for ax, keys, unit in (
@@ -102,7 +102,7 @@ def draw_run(lines: list[dict], name: str) -> Any:
 
 
 def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
-    """Histogram of test accuracy under two normal curves: of the observed and the binomial SD."""
+    """Histogram of test accuracy, with normal curves of the observed and the binomial SD."""
     correct, n_test = family.correct[:, -1], len(family.counts.labels)
     mean, sd, binomial = (
         statistics["mean"]["estimate"],
@@ -110,7 +110,7 @@ def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
         statistics["binomial_sd"],
     )
     figure, ax = new_figure(f"Test accuracy: {name}", 4)
-    # whole images a bin, and finer than Scott's rule (3.5): the curve shows the smooth shape
+    # whole images per bin, and finer than Scott's rule (3.5): the curve shows the smooth shape
     width = max(1, round(2 * sd * n_test / len(correct) ** (1 / 3)))
     edges = np.arange(correct.min(), correct.max() + width + 1, width) - 0.5
     bars = {"color": "#A9CDE5", "edgecolor": "white", "linewidth": 0.5}
@@ -131,7 +131,7 @@ def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
 
 
 def draw_epochs(family: Any, statistics: dict, name: str) -> Any:
-    """Test accuracy by epoch: of all epochs, and of the later half by itself."""
+    """Test accuracy by epoch: all epochs, and the later half alone."""
     epochs, accuracy = family.correct.shape[1], 100 * family.correct / len(family.counts.labels)
     low, p5, median, p95, high = np.percentile(accuracy, [0, 5, 50, 95, 100], axis=0)
     starts = [1, epochs // 2] if epochs >= 6 else [1]
@@ -199,7 +199,7 @@ def draw_indices(crossed: Any, name: str) -> Any:
 
 
 def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> Any:
-    """The accuracies [R] of A and B, and a Comparison of them beside its margin."""
+    """The accuracies [R] of A and B, and their Comparison beside its margin."""
     runs = f"{comparison.runs_a} and {comparison.runs_b} independent runs"
     kind = f"{comparison.pairs} shared seeds" if comparison.pairs else runs
     title = f"A against B: {comparison.verdict}, {kind}"
@@ -230,7 +230,7 @@ def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> 
 
 
 def draw_hardest(counts: Any, images: np.ndarray, name: str) -> Any:
-    """The 24 images that most runs get wrong: what they are, what they are taken for, how often."""
+    """The 24 images most often wrong: their label, what they are taken for, how often."""
     wrong = counts.classes.copy()
     wrong[np.arange(len(images)), counts.labels] = 0
     arrow, errors = "\N{RIGHTWARDS ARROW}", counts.errors
@@ -249,7 +249,7 @@ def draw_hardest(counts: Any, images: np.ndarray, name: str) -> Any:
 
 
 def draw_digits(images: Sequence[np.ndarray], captions: Sequence[str]) -> Any:
-    """Images [28, 28] as the network saw them, eight in a row, each above its caption."""
+    """Images [28, 28] as the network saw them, eight to a row, each above its caption."""
     rows = -(-len(images) // 8)
     figure, *axes = new_figure("What the network saw", 0.5 + 1.25 * rows, rows, 8)
     for ax, image, caption in itertools.zip_longest(axes, images, captions):

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing beside it: tables, figures and settings."""
+"""A report as one self-contained HTML page: tables, figures and settings."""
 
 import base64
 import io
@@ -87,7 +87,7 @@ def crossed_table(crossed: dict) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Cells that begin like a number are aligned as numbers."""
+    """An HTML table; cells that begin like a number are aligned as numbers."""
 
     def cell(value: Any) -> str:
         text = str(value)
@@ -100,7 +100,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def to_data_url(figure: Any) -> str:
-    """The figure as SVG, the same bytes each time, in a data: address."""
+    """The figure as a data: URL of SVG, always the same bytes."""
     import matplotlib
 
     drawn = io.BytesIO()

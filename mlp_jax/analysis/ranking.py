@@ -1,4 +1,4 @@
-"""Which sweep of a grid scores highest, with intervals that hold for all of them at once."""
+"""Which sweep of a grid scores highest, with simultaneous intervals."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ ALPHA = 0.05
 def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]]) -> dict:
     """Mean accuracy of each cell and learning rate, highest first.
 
-    A cell has accuracies by (vary, learning rate, seed), nan for a run that diverged. Runs that
+    A cell maps (vary, learning rate, seed) to accuracy, nan for a run that diverged. Runs that
     vary one stream, or cross them, are left out. Intervals are Student's at 1 - ALPHA / m of m
     means (Bonferroni), None below two runs.
     """
@@ -50,7 +50,7 @@ def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]]) -> dict:
 
 
 def format_ranking(summary: dict) -> str:
-    """The ranking as it is read at a terminal."""
+    """The ranking as text."""
     lines = [f"accuracy in per cent; intervals hold for all {len(summary['cells'])} means at once"]
     for cell in summary["cells"]:
         mean, interval = format_value(cell["mean"], "%")
@@ -63,7 +63,7 @@ def format_ranking(summary: dict) -> str:
 
 
 def draw_ranking(summary: dict, name: str) -> Any:
-    """Means and their intervals, highest on top."""
+    """Means and their intervals, highest first."""
     cells = [cell for cell in summary["cells"] if cell["mean"]["estimate"] is not None]
     title = f"Accuracy by setting, 95 % intervals for all at once: {name}"
     figure, ax = new_figure(title, 1.2 + 0.4 * len(cells))

@@ -1,4 +1,4 @@
-"""Estimators of the scores of many runs: their mean, their spread, and which of two is higher.
+"""Estimators for scores of many runs: mean, spread, and which of two sets is higher.
 
 Equal inputs and an equal `rng` give equal outputs; intervals are at 95 %, variances with ddof = 1.
 """
@@ -37,7 +37,7 @@ def mean_interval(x: ArrayLike) -> Interval:
 def excess_kurtosis(x: ArrayLike) -> float:
     """How much heavier the tails of `x` are than a normal's: G2 of Joanes and Gill.
 
-    10.1111/1467-9884.00122. That it is 0 at least, and 0 below FEW_RUNS, is our own addition.
+    10.1111/1467-9884.00122. The lower bound of 0, and 0 below FEW_RUNS, are our addition.
     """
     x = np.asarray(x, np.float64)
     if x.size < FEW_RUNS or np.ptp(x) == 0:
@@ -49,14 +49,14 @@ def _degrees(x: NDArray) -> float:
     """Degrees of freedom of the variance of `x`; n - 1 for normal values.
 
     O'Neill, 10.1080/00031305.2014.966589: 2n / (kurtosis - (n - 3) / (n - 1)), which matches the
-    chi-square's variance to that of the estimate. He takes the kurtosis as known; to put in the
-    estimate of `excess_kurtosis` is ours.
+    chi-square's variance to that of the estimate. He takes the kurtosis as known; estimating it by
+    `excess_kurtosis` is ours.
     """
     return (x.size - 1) / (1 + excess_kurtosis(x) * (x.size - 1) / (2 * x.size))
 
 
 def sd_interval(x: ArrayLike) -> Interval:
-    """SD with the chi-square interval, in the unit of `x`, wider where its tails are heavy.
+    """SD with the chi-square interval, wider for heavy tails, in the unit of `x`.
 
     It covers 95 % of the time for normal values, 90 to 94 % for t5 and Laplace.
     """
@@ -70,7 +70,7 @@ def bootstrap(
 ) -> Interval:
     """Percentile interval of `resample(m)`, called for blocks of m resamples of `width` numbers.
 
-    Where a resample is an array, so are the ends.
+    If a resample is an array, so are the ends.
     """
     step = max(1, BLOCK // width)
     sizes = (min(step, n_resamples - start) for start in range(0, n_resamples, step))
@@ -81,8 +81,8 @@ def bootstrap(
 def interquartile_mean(x: ArrayLike, *, n_resamples: int = 50_000, rng: Rng = 0) -> Interval:
     """Mean of the middle half with a percentile bootstrap, in the unit of `x`.
 
-    Agarwal, arXiv 2108.13264, whose 50,000 resamples are the default. How often a resample holds
-    each distinct value is drawn, not the values: accuracies have few, so many runs cost little.
+    Agarwal, arXiv 2108.13264, whose 50,000 resamples are the default. Counts of each distinct value
+    are drawn instead of values: accuracies have few, so many runs cost little.
     """
     x = np.asarray(x, np.float64)
     distinct, counts = np.unique(x, return_counts=True)
@@ -97,12 +97,12 @@ def interquartile_mean(x: ArrayLike, *, n_resamples: int = 50_000, rng: Rng = 0)
 
 
 def binomial_sd(p: float, n: int) -> float:
-    """SD of accuracy were all n images equally hard; too large, as they differ (2304.01910)."""
+    """SD of accuracy if all n images were equally hard; too large, as they differ (2304.01910)."""
     return math.sqrt(p * (1 - p) / n)
 
 
 def jeffreys(successes: float, n: int) -> Interval:
-    """A share of n trials, a tie one half; with none or all, the interval ends there.
+    """A share of n trials, ties one half; the interval ends at 0 without successes, at 1 with all.
 
     Brown, Cai, DasGupta 2001, 10.1214/ss/1009213286.
     """
@@ -133,9 +133,9 @@ def welch(a: NDArray, b: NDArray) -> tuple[float, float]:
 def brunner_munzel(a: ArrayLike, b: ArrayLike) -> Interval:
     """P(A > B) of independent runs, ties one half: Mann-Whitney's U / (n m), cut at 0 and 1.
 
-    Brunner and Munzel 2000, whose standard error is that of the shares of the other side below (or
-    above) each run. It is 0 where no two runs are out of order; then Jeffreys' interval of the
-    min(n, m) pairs that can be made without using a run twice.
+    Brunner and Munzel 2000: the standard error is that of each run's share of the other side below
+    (or above) it. It is 0 where no two runs are out of order; then Jeffreys' interval of the
+    min(n, m) pairs that use no run twice.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
 
@@ -153,28 +153,28 @@ def brunner_munzel(a: ArrayLike, b: ArrayLike) -> Interval:
 
 
 def seeds_for_mean(sd: float, half_width: float) -> int:
-    """Runs whose mean is known to +/- half_width, in the unit of `sd`: (1.96 sd / half_width)^2."""
+    """Runs needed for the mean to +/- half_width, in the unit of `sd`: (1.96 sd / half_width)^2."""
     return max(2, math.ceil((Z * sd / half_width) ** 2))
 
 
 def seeds_for_sd(relative: float, excess: float = 0.0) -> int:
-    """Runs whose SD is known to +/- that share of it: 1 + 1.96^2 / (2 relative^2) (1 + excess / 2).
+    """Runs for the SD to +/- `relative` of it: 1 + 1.96^2 / (2 relative^2) (1 + excess / 2).
 
-    `excess` is the kurtosis above a normal's, as `excess_kurtosis` finds it.
+    `excess` is the kurtosis above a normal's, as from `excess_kurtosis`.
     """
     normal = (Z / relative) ** 2 / 2
     return max(2, math.ceil(1 + normal * (1 + excess / 2)))
 
 
 def share_below(reference: float, x: ArrayLike) -> Interval:
-    """Share of runs below a published number, a tie one half; these are exact in whole images."""
+    """Share of runs below a published number, ties one half; exact if given in whole images."""
     return paired_improvement(np.full_like(x, reference, np.float64), x)
 
 
 def variance_ratio(a: ArrayLike, b: ArrayLike) -> Interval:
     """Var(a) / Var(b) of independent families of runs, with the F interval of `_degrees`.
 
-    Where the two share seeds and these move them alike, the interval is too wide.
+    If the two share seeds that move them alike, the interval is too wide.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     ratio = np.var(a, ddof=1) / np.var(b, ddof=1)

@@ -1,4 +1,4 @@
-"""What a sweep says: its runs in families, and the statistics of each."""
+"""The summary of a sweep: its runs grouped in families, and the statistics of each."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ RunId = tuple[str, float, int]  # vary, learning rate, seed
 
 
 class Family(NamedTuple):
-    """The runs of one (vary, learning rate) whose loss is finite, all in the order of the seeds."""
+    """Runs of one (vary, learning rate) with finite losses, in the order of their seeds."""
 
     vary: str
     rate: float
@@ -33,7 +33,7 @@ class Family(NamedTuple):
 
     @property
     def scores(self) -> dict[int, int]:
-        """Correct images by seed; a run that diverged is worse than any that did not."""
+        """Correct images by seed; a run that diverged counts as worse than all others."""
         right = dict(zip(self.seeds.tolist(), self.correct[:, -1].tolist(), strict=True))
         return right | dict.fromkeys(self.diverged, -1)
 
@@ -46,10 +46,10 @@ def make_families(
     labels: np.ndarray,
     n_classes: int,
 ) -> list[Family]:
-    """All families, "all" first, of sorted runs, their metrics [R, epochs] and seconds [R].
+    """Families, "all" first, of sorted runs with their metrics [R, epochs] and seconds [R].
 
     `read_predictions()` yields some runs and their predictions, uint8 [r, n].
-    UserError for a run that is there twice, or whose predictions cannot be or do not give its
+    UserError for a run stored twice, or whose predictions are impossible or do not give its
     accuracy.
     """
     if len(set(runs)) < len(runs):
@@ -94,10 +94,10 @@ def summarize(
     processors: dict[str, int],
     crossed: Mapping[float, Crossed | None],
 ) -> dict:
-    """summary.json: the families and, where learning rates share seeds, these in pairs.
+    """summary.json: the families, and pairs of learning rates that share seeds.
 
-    `crossed` has the indices of the crossed families by learning rate, None without a whole block;
-    their runs are dependent, so they have none of the other statistics.
+    `crossed` has the indices of crossed families by learning rate, None without a complete block;
+    their runs are dependent, so they get no other statistics.
     """
     blocks = [family for family in families if family.vary == "crossed"]
     families = [family for family in families if family.vary != "crossed"]
@@ -120,7 +120,7 @@ def summarize(
 
 
 def crossed_statistics(family: Family, indices: Crossed | None, config: Config) -> dict:
-    """Which of the crossed streams makes accuracy vary; without indices if no block is whole."""
+    """Which crossed stream makes accuracy vary; without indices if no block is complete."""
     streams = used_streams(config)
     used = indices.test.blocks * 2 ** len(streams) if indices else 0
     result = {"learning_rate": family.rate, "streams": list(streams), "runs": used}
@@ -129,7 +129,7 @@ def crossed_statistics(family: Family, indices: Crossed | None, config: Config) 
 
 
 def compare_rates(families: list[Family]) -> list[dict]:
-    """P(one learning rate beats another) for each two that share seeds; Holm's p over all pairs."""
+    """P(one learning rate beats another) for pairs that share seeds; Holm's p over all pairs."""
     pairs: list[dict[str, Any]] = []
     p_values = []
     for a, b in itertools.combinations(families, 2):
@@ -161,7 +161,7 @@ def family_statistics(family: Family, families: list[Family], recipe: str, confi
         result["seconds_a_run"] = float(family.seconds.mean())
     if runs >= 2:
         result["over_test_sets"] = stats.Z * predictions.sd_over_test_sets(counts)
-        # of whole numbers: equal runs then have an SD of 0, not of a rounding error
+        # on whole numbers, so that equal runs have an SD of 0, not a rounding error
         estimators = {"mean": stats.mean_interval, "sd": stats.sd_interval}
         estimators["interquartile_mean"] = stats.interquartile_mean
         for name, estimator in estimators.items():
@@ -182,7 +182,7 @@ def family_statistics(family: Family, families: list[Family], recipe: str, confi
 
 
 def beside_reference(family: Family, recipe: str, config: Config) -> dict:
-    """Where the recipe's reference lies among these runs, if they have the recipe's settings."""
+    """Where the recipe's reference lies among the runs, if these have the recipe's settings."""
     own = dataclasses.replace(config, learning_rate=family.rate) == RECIPES.get(recipe)
     if not (own and family.vary == "all" and recipe in REFERENCES):
         return {}
@@ -200,7 +200,7 @@ def beside_reference(family: Family, recipe: str, config: Config) -> dict:
 
 
 def beside_all(family: Family, families: list[Family]) -> dict:
-    """The SD of a family that varies one stream, relative to that of "all" at the same rate."""
+    """The SD of a one-stream family relative to that of "all" at the same rate."""
     for other in families:
         scores = other.correct[:, -1]
         beside = other is not family and (other.vary, other.rate) == ("all", family.rate)

@@ -1,11 +1,11 @@
-"""A report as it is read at a terminal: names and units of the statistics, and their tables."""
+"""A report at a terminal: names and units of the statistics, and their tables."""
 
 from typing import Any
 
 from mlp_jax.analysis.predictions import signed_sqrt
 from mlp_jax.training.config import REFERENCES
 
-# a statistic's key in summary.json: its name, its unit and what it says in the field's terms
+# key in summary.json: name, unit and meaning
 STATISTICS = {
     "mean": ("mean accuracy", "%", "over runs (Student's t)"),
     "over_test_sets": ("  sampling of images", "points", "+-, from these test images to all such"),
@@ -47,7 +47,7 @@ STATISTICS = {
     "runs_for_sd": ("runs needed for SD", "runs", "for the SD to +/- 5 %"),
     "seconds_a_run": ("seconds per run", "s", "wall time of the sweep, divided by its runs"),
 }
-# left out where there is no reference, or no other family
+# omitted without a reference, or without another family
 OPTIONAL = ("reference", "runs_below", "runs_equal", "runs_above", "share_below", "z")
 OPTIONAL += ("sd_over_all",)
 
@@ -56,7 +56,7 @@ FORMATS = {"%": "{:.3%}", "points": "{:.4%}", "s": "{:.1f}", "runs": "{:,}", "":
 
 
 def format_value(value: Any, unit: str) -> tuple[str, str]:
-    """A value and its interval, if it has one, as the table prints them; a dash for None."""
+    """A value and its interval, if any, as the table prints them; a dash for None."""
     if isinstance(value, dict):
         (estimate, _), (low, _), (high, _) = (format_value(end, unit) for end in value.values())
         return estimate, "-" if low == "-" else f"{low} ... {high}"
@@ -64,7 +64,7 @@ def format_value(value: Any, unit: str) -> tuple[str, str]:
 
 
 def format_table(summary: dict) -> str:
-    """The summary as it is read at a terminal."""
+    """The summary as text."""
     lines = [
         "{recipe} on {dataset}: epochs {epochs}, test images {n_test:,}".format(**summary),
         "accuracies and errors in per cent, SDs in percentage points, intervals at 95 %",

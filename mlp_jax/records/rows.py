@@ -1,7 +1,7 @@
 """The rows of finished runs, in Parquet: the one place that makes, writes and reads them.
 
-A file holds whole rows and is named after its first run and its SHA-256; its schema carries the
-metadata of the process that trained them. A file with another kind of name is not ours.
+A file holds complete rows and is named after its first run and its SHA-256; its schema carries the
+metadata of the process that trained them. A file named otherwise is not ours.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ if TYPE_CHECKING:  # reading does without jax
     from mlp_jax.training.fit import Progress
 
 ROW_ID = ("vary", "learning_rate", "seed")
-"""The columns that tell the rows of one sweep apart."""
+"""The columns that identify a row of a sweep."""
 
 READ_ROWS = 255
-"""Runs whose predictions are in memory at a time: as many as stats.py counts at once."""
+"""Runs whose predictions are in memory at a time: as many as predictions.py counts at once."""
 
 OUR_NAME = re.compile(r"[a-z]+-lr[0-9.e+-]+-seed\d+-[0-9a-f]{16}\.parquet")
 
 
 def make_rows(recipe: str, progress: "Progress", seconds: float) -> list[dict]:
-    """A row a run: each metric after the last epoch and by epoch, and the bytes of the predictions.
+    """A row per run: each metric after the last epoch and by epoch, and the predictions as bytes.
 
-    `seconds` is the wall time of a run: of those that trained together, each has an equal share.
+    `seconds` is the wall time of a run: an equal share for each of those that trained together.
     """
     rows = []
     for i, run in enumerate(progress.runs):
@@ -48,7 +48,7 @@ def make_rows(recipe: str, progress: "Progress", seconds: float) -> list[dict]:
 
 
 def last_values(row: dict) -> dict[str, float]:
-    """Of a row of `make_rows`: the metrics after the last epoch, and the seconds."""
+    """The metrics after the last epoch, and the seconds, of a row of `make_rows`."""
     names = [name for name in row if f"{name}_by_epoch" in row]
     return {name: row[name].item() for name in names} | {"seconds": row["seconds"]}
 
@@ -76,7 +76,7 @@ def _schema(row: dict, metadata: Metadata):
 
 
 def write_rows(directory: Path, rows: list[dict], metadata: Metadata) -> Path:
-    """One Parquet file of whole rows of `make_rows`."""
+    """Write rows of `make_rows` to one Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -99,7 +99,7 @@ def _name_digest(content) -> str:
 
 
 def row_files(directory: Path) -> list[Path]:
-    """The Parquet files that mlp_jax wrote; others are named in a warning."""
+    """The Parquet files that mlp_jax wrote; warns of others."""
     files = sorted((directory / "runs").glob("[!_]*.parquet"))  # _ marks those in quarantine
     for path in files:
         if not OUR_NAME.fullmatch(path.name):
@@ -108,7 +108,7 @@ def row_files(directory: Path) -> list[Path]:
 
 
 def check_content(path: Path) -> None:
-    """Raises Damaged if a Parquet file is not the one that its name promises."""
+    """Raises Damaged if a Parquet file does not match the SHA-256 in its name."""
     if _name_digest(path.read_bytes()) != path.stem[-16:]:
         raise Damaged(path, "its SHA-256 differs")
 
@@ -142,7 +142,7 @@ def read_batches(paths: Sequence[Path], columns: Sequence[str]) -> Iterator:
 
 
 def read_table(paths: Sequence[Path], columns: Sequence[str]):
-    """As `read_batches`, in one pyarrow.Table in the order of ROW_ID, whatever the files were."""
+    """`read_batches` as one pyarrow.Table sorted by ROW_ID, however the rows were split."""
     import pyarrow as pa
 
     table = pa.Table.from_batches(list(read_batches(paths, columns)))
@@ -152,8 +152,8 @@ def read_table(paths: Sequence[Path], columns: Sequence[str]):
 def read_runs(directory: str | Path, columns: Sequence[str] | None = None):
     """The finished runs of a directory as a pyarrow.Table, sorted by ROW_ID.
 
-    `columns` are read beside ROW_ID, or all of them; `.to_pandas()` makes it a data frame. Raises
-    UserError if there are no rows, and Damaged.
+    ROW_ID and `columns`, by default all; `.to_pandas()` makes a data frame. Raises UserError if
+    there are no rows, and Damaged.
     """
     import pyarrow.parquet as pq
 

@@ -24,13 +24,13 @@ class Dataset(NamedTuple):
     test: Split
     n_classes: int
     fingerprint: str  # SHA-256 (hex) of all four arrays, in TFDS's order
-    image_fingerprint: str = ""  # and of the training images, all that older records name
-    # what `test` has: the test set, or validation images held out of `train`
+    image_fingerprint: str = ""  # of the training images alone, as in older records
+    # what `test` holds: the test set, or validation images held out of `train`
     split: Literal["test", "validation"] = "test"
 
 
 def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Dataset:
-    """A Dataset with its fingerprints; UserError for more classes than a uint8 tells apart."""
+    """A Dataset with its fingerprints; UserError for more classes than fit in a uint8."""
     if n_classes > 256:
         raise UserError(f"{name} has {n_classes} classes; at most 256 are supported")
     digest = hashlib.sha256(train.images)
@@ -43,8 +43,8 @@ def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Datase
 def hold_out(dataset: Dataset) -> Dataset:
     """`dataset` with the last sixth of its training examples scored, not trained on.
 
-    Of MNIST, 50,000 and 10,000: for choosing settings without a look at the test set, which the
-    result does not have.
+    For MNIST, 50,000 and 10,000. The result lacks the test set, so settings chosen on it never
+    saw that.
     """
     n_train = len(dataset.train.labels) * 5 // 6
     train, held_out = (
@@ -71,7 +71,7 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
 
 
 def count_steps(config: Config, n_train: int) -> int:
-    """Steps of a whole training; a part of an epoch is rounded to steps, and has at least one."""
+    """Steps of a run; a partial epoch is rounded to whole steps, at least one."""
     n_examples = n_train // 2 if config.examples == "half" else n_train
     steps = math.ceil(n_examples / config.batch_size)  # of an epoch
     return max((config.n_epochs - 1) * steps + 1, round(config.epochs * steps))

@@ -1,7 +1,7 @@
 """Random deformation of the training images: affine, and elastic as a smooth field of shifts.
 
-The key of a deformation is folded from (seed, augment stream, epoch, image), so an image is
-deformed alike in an epoch whatever the order of the examples and the batch size.
+The key of a deformation is folded from (seed, augment stream, epoch, image), so it depends neither
+on the order of the examples nor on the batch size.
 """
 
 import math
@@ -21,18 +21,18 @@ SIDE = 28
 def deform_batch(
     images: jax.Array, indices: jax.Array, key: jax.Array, *, config: Config
 ) -> jax.Array:
-    """Float32 [batch, 784] in [0, 1] of uint8 images, each deformed by the key of its index.
+    """Uint8 images as float32 [batch, 784] in [0, 1], each deformed by its own key.
 
-    `key` is the epoch's.
+    `key` is the epoch's, `indices` are those of the images in the training set.
     """
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
     return deform(images, keys, config=config)
 
 
 def deform(images: jax.Array, keys: jax.Array, *, config: Config) -> jax.Array:
-    """Uint8 images [n, 784] as `deform_batch` has them, with a key for each."""
+    """`deform_batch` with a key for each of the uint8 images [n, 784]."""
     positions = jax.vmap(lambda key: sampling_positions(key, config=config))(keys)
-    # without the barrier XLA computes them anew for each of their uses
+    # without the barrier XLA recomputes them for each use
     return jax.vmap(sample)(images, lax.optimization_barrier(positions))
 
 
@@ -43,8 +43,8 @@ def sample(image: jax.Array, positions: jax.Array) -> jax.Array:
     """
     rows, columns = jnp.reshape(positions, (2, N_PIXELS))
     (row, down, near_row), (column, right, near_column) = locate(rows), locate(columns)
-    # Each word has the 2 x 2 pixels of which its own is the first, since on CPU a gather is what
-    # this takes its time for.
+    # Each word packs the 2 x 2 pixels that start at its own: on CPU the gather takes most of the
+    # time, and this needs one instead of four.
     pixels, n_words = image.astype(jnp.uint32), N_PIXELS - SIDE - 1
     starts = (0, 1, SIDE, SIDE + 1)
     words: Any = sum(pixels[start : start + n_words] << (8 * i) for i, start in enumerate(starts))
@@ -58,15 +58,15 @@ def sample(image: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def locate(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of positions along an axis: the pixel before each, the way to the next, in [0, 1], and the
-    share that is not beyond the border."""
+    """For positions along an axis: the pixel before each, the fraction of the way to the next, and
+    the fraction inside the border."""
     inside = jnp.clip(x, 0, SIDE - 1)
     before = jnp.minimum(inside, SIDE - 2).astype(jnp.int32)
     return before, inside - before, jnp.maximum(0, 1 - jnp.abs(x - inside))
 
 
 def sampling_positions(key: jax.Array, *, config: Config) -> jax.Array:
-    """Where the pixels of a deformed image are taken from: rows and columns, [2, 28, 28].
+    """Source positions of the pixels of a deformed image: rows and columns, [2, 28, 28].
 
     Rotation, shear, both scales and both shifts are uniform. The elastic shifts have the covariance
     of noise smoothed by a Gaussian of width `elastic_sigma`; as in Simard, Steinkraus and Platt
@@ -75,7 +75,7 @@ def sampling_positions(key: jax.Array, *, config: Config) -> jax.Array:
     bumps = smooth_basis(config.elastic_sigma)
     n_knots = bumps.shape[1]
     n_weights = 2 * n_knots**2 if config.elastic else 0
-    # random bits are dear on CPU: 32 for each number of the affine map, 8 for each elastic one
+    # random bits are expensive on CPU: 32 per affine parameter, 8 per elastic one
     bits = jax.random.bits(key, (6 + -(-n_weights // 4),))
     draws = lax.bitcast_convert_type(bits[:6], jnp.int32).astype(jnp.float32) / 2.0**31
     rotation, shear, *scales_and_shift = draws  # in [-1, 1]
@@ -99,8 +99,8 @@ def sampling_positions(key: jax.Array, *, config: Config) -> jax.Array:
 def smooth_basis(sigma: float) -> np.ndarray:
     """Gaussian bumps [28, knots] along an axis, `sigma` pixels wide and apart, as unit rows.
 
-    So a sum of bumps with standard normal weights is smooth and has an SD of 1 in each pixel, of
-    far fewer random numbers than a smoothed noise image takes.
+    A sum of bumps with standard normal weights is smooth with SD 1 in each pixel, from far fewer
+    random numbers than smoothing a noise image takes.
     """
     n_knots = int(np.ceil(SIDE / sigma)) + 2  # one beyond either border
     knots = (np.arange(n_knots) - (n_knots - 1) / 2) * sigma + (SIDE - 1) / 2

@@ -1,7 +1,7 @@
 """Settings of a run and the named recipes.
 
-A Config may gain fields: `from_json` gives an older record the default of each, so a default must
-mean what the code did before the field existed.
+A Config may gain fields: `from_json` fills in defaults for older records, so a default must mean
+what the code did before the field existed.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ RecipeName = Literal["keras-sgd", "keras-rmsprop", "short", "sprint", "sprint-98
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything but the seeds that decides how a run trains; hashable, static under `jax.jit`."""
+    """All that determines a run except its seeds; hashable, static under `jax.jit`."""
 
     dataset: str = "mnist"
     """TFDS data set of 28x28x1 images: mnist, fashion_mnist, kmnist, emnist/digits, ..."""
@@ -119,7 +119,7 @@ class Config:
 
     @property
     def n_epochs(self) -> int:
-        """Epochs, the last of which may be cut short: how often a training is scored."""
+        """Epochs, counting a partial last one: how often a run is scored."""
         return math.ceil(self.epochs)
 
     @property
@@ -131,8 +131,7 @@ class Config:
     def from_json(cls, settings: dict[str, Any]) -> "Config":
         """The Config that `dataclasses.asdict` and JSON turned into `settings`.
 
-        Fields that the record does not have take their defaults; UserError for one that this
-        version does not know.
+        Missing fields take their defaults; UserError for a field that this version does not know.
         """
         unknown = settings.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
@@ -152,7 +151,7 @@ def _in_words(name: str) -> str:
 
 
 def check_learning_rate(rate: float) -> None:
-    """UserError for a rate that is not positive and finite in float32, in which it is used."""
+    """UserError for a rate that is not positive and finite in float32, as it is used."""
     try:
         (used,) = struct.unpack("f", struct.pack("f", rate))
     except (OverflowError, struct.error):  # too large, or no number
@@ -162,7 +161,7 @@ def check_learning_rate(rate: float) -> None:
 
 
 class Reference(NamedTuple):
-    """A published result: correct test images of 10,000, and who reports it."""
+    """A published result: correct test images out of 10,000, and who reports it."""
 
     correct: int
     source: str

@@ -1,7 +1,7 @@
 """The one epoch loop: trains many runs of one Config, or one.
 
-A program is compiled once for the shapes of a Config and a placement, whatever the runs, their
-rates, their number and the epochs.
+A program is compiled once per Config and placement, whatever the runs, their number, their rates
+and the epochs.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from mlp_jax.training.step import (
 
 
 class Snapshot(NamedTuple):
-    """What a training needs to resume, in NumPy arrays, whatever devices it ran on."""
+    """All that training needs to resume, as NumPy arrays, whatever devices it ran on."""
 
     epoch: int
     state: TrainState  # leaves [runs, ...]
@@ -38,7 +38,7 @@ class Snapshot(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """A training after `epoch` epochs: NumPy arrays, but for the states on the devices.
+    """Training after `epoch` epochs: NumPy arrays, except the states, on the devices.
 
     The states are donated to the next epoch, so they are gone once the generator advances.
     """
@@ -51,7 +51,7 @@ class Progress(NamedTuple):
 
     @property
     def test_accuracy(self) -> np.ndarray:
-        """Fraction of the test images that each run gets right, [runs]."""
+        """Fraction of test images that each run gets right, [runs]."""
         return self.history["test_correct"][:, -1] / self.predictions.shape[1]
 
     @property
@@ -73,7 +73,7 @@ def fit(
     placement: Placement | None = None,
     start: Snapshot | None = None,
 ) -> Iterator[Progress]:
-    """Train `runs`, or a run for each of `seeds`, yielding all of them after each epoch.
+    """Train `runs`, or one run per seed, yielding all of them after each epoch.
 
     The whole test set is scored after each epoch. To stop, leave the loop; to resume, pass the
     `Progress.snapshot()` of the same runs as `start`. `placement` defaults to all local devices.
@@ -121,25 +121,25 @@ def _epochs(
 
 
 def _to_arrays(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """What a program knows of the runs: seeds, uint32 [runs, streams], and float32 rates [runs]."""
+    """The runs as program inputs: seeds, uint32 [runs, streams], and float32 rates [runs]."""
     seeds = np.array([run.seeds for run in runs], np.uint32)
     return seeds, np.array([run.learning_rate for run in runs], np.float32)
 
 
 class Programs(NamedTuple):
-    """Compiled for one group of runs, as `parallel.map_runs` has them."""
+    """Compiled for one group of runs, with the signature of `parallel.map_runs`."""
 
     init: Callable
     epoch: Callable
 
 
 def compile_programs(config: Config, placement: Placement, n_train: int, n_test: int) -> Programs:
-    """Compile ahead of time; a Config that differs only in what is traced compiles nothing."""
+    """Compile ahead of time; Configs that differ only in traced values share a program."""
     return _compile(program_config(config), placement, n_train, n_test)
 
 
 def _init(config: Config, _, run, shared):
-    """As `parallel.map_runs` wants it, and so is `_epoch`."""
+    """With the signature that `parallel.map_runs` expects, like `_epoch`."""
     seeds, _ = run
     return init_state(run_keys(seeds), config=config), ()
 
@@ -155,10 +155,10 @@ def _epoch(config: Config, state: TrainState, run, shared):
 
 
 def program_text(config: Config, n_train: int, n_test: int) -> str:
-    """The jaxpr of one run of `config` with its constants, wherever it is to train.
+    """The jaxpr of one run of `config` with its constants, independent of the devices.
 
-    It changes with anything in this code that can change a number, and neither with comments, names
-    and files nor with the rate, the epochs and the seeds. What JAX makes of it, its version says.
+    It changes with anything in this code that can change a number, but not with comments, names or
+    files, nor with rate, epochs or seeds. How JAX compiles it depends on JAX's recorded version.
     """
     array: Any = jax.ShapeDtypeStruct
     run = (array((len(STREAMS),), np.uint32), array((), np.float32))
@@ -198,7 +198,7 @@ def _compile(config: Config, placement: Placement, n_train: int, n_test: int) ->
     in_place: dict[str, Any] = {"xla_cpu_copy_insertion_use_region_analysis": True}
     options = in_place if placement.devices[0].platform == "cpu" else {}
     with ThreadPoolExecutor(max_workers=1) as beside:
-        # init runs once, for milliseconds, and would take a second to optimise
+        # init runs once, for milliseconds, but takes a second to optimise
         as_it_is: dict[str, Any] = {"xla_backend_optimization_level": 0}
         quick = beside.submit(init.compile, as_it_is)
         return Programs(epoch=epoch.compile(options), init=quick.result())

@@ -1,4 +1,4 @@
-"""What training minimises. Every term of the loss is here and nowhere else."""
+"""The training loss: every term is here and nowhere else."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,15 +25,15 @@ def loss_fn(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss that is differentiated, and metrics: means over the examples that `mask` keeps.
 
-    `keys` are those of the step. The metrics of an epoch are averaged over its examples and
-    stored under their names with `train_` before them.
+    `keys` are those of the step. Metrics are averaged over an epoch's examples and stored with the
+    prefix `train_`.
     """
 
     def apply(pixels: jax.Array) -> Any:
         rngs = {"dropout": keys.dropout}
         return make_model(config).apply({"params": params}, pixels, train=True, rngs=rngs)
 
-    # other draws than dropout's own, which folds hashes of paths into the key
+    # distinct from dropout's own keys, which fold in hashes of paths
     noise_key, mixup_key, vat_key = (jax.random.fold_in(keys.dropout, i) for i in range(3))
     pixels, targets = batch.pixels, batch.labels
     if config.mixup:
@@ -64,7 +64,7 @@ def example_losses(logits: jax.Array, targets: jax.Array, *, config: Config) -> 
 def mix(
     pixels: jax.Array, labels: jax.Array, mask: jax.Array, key: jax.Array, *, config: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """Each example mixed with another of the batch in one share for all, and the targets so.
+    """Each example mixed with another of the batch, in one ratio for all, and likewise its target.
 
     arXiv 1710.09412; the padding of a smaller last batch is mixed with nothing.
     """

@@ -1,7 +1,7 @@
 """The network: Dense, ReLU and Dropout for each hidden width, then Dense to the logits.
 
-A layer's name decides its initial weights (Linen hashes the path into the key), so the names
-given here are part of every recorded number.
+A layer's name decides its initial weights (Linen hashes the path into the key), so renaming a
+layer would change every recorded number.
 """
 
 import functools
@@ -16,7 +16,7 @@ from mlp_jax.training.config import Config
 
 
 class MLP(nn.Module):
-    """Fully connected classifier; the defaults of the initial weights are those of Keras."""
+    """Fully connected classifier; initial weights default to those of Keras."""
 
     hidden: tuple[int, ...]
     dropout: float
@@ -39,7 +39,7 @@ class MLP(nn.Module):
 
 
 class ReluDropout(nn.Module):
-    """ReLU, then the Dropout of `flax.linen.Dropout`, which draws the same from the same name."""
+    """ReLU, then dropout: the same draws as a `flax.linen.Dropout` of the same name."""
 
     rate: float
 
@@ -49,7 +49,7 @@ class ReluDropout(nn.Module):
             return nn.relu(x)
         keep = 1 - self.rate
         kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
-        # Without the barrier XLA draws the bits anew in each of the three products that need them.
+        # Without the barrier XLA redraws the bits for each of the three products that need them.
         # A NaN passes, as it does in relu.
         on = lax.optimization_barrier(kept & ~(x <= 0))
         return jnp.where(on, x / keep, 0)
@@ -62,12 +62,12 @@ KERNEL_INITS = {
 
 
 def narrow_product(x: jax.Array, w: jax.Array, dimensions, precision=None) -> jax.Array:
-    """`x @ w`, as the `dot_general` of a Dense layer with few outputs.
+    """`x @ w`, for use as the `dot_general` of a Dense layer with few outputs.
 
-    `dimensions` and `precision` are the defaults there: last axis with first, JAX's own setting.
+    `dimensions` and `precision` are Dense's defaults: last axis with first, JAX's own setting.
     """
     # On CPU XLA takes 10 times longer for the gradient x.T @ d, a [512, 10] product, than for its
-    # transpose. With w behind a barrier as its transpose, that is the gradient it computes.
+    # transpose. With the transpose of w behind a barrier, it computes the latter.
     return x @ lax.optimization_barrier(w.T).T
 
 

@@ -1,8 +1,8 @@
 """Update rules and schedules: the one place to add either.
 
-The rules are rate-free Optax transformations: the step multiplies what they return by minus the
-learning rate and the schedule's factor, both arrays, so runs at any rate and of any length share
-one compiled program.
+The rules are Optax transformations without a learning rate: the step multiplies their output by
+minus the rate and the schedule's factor, both arrays, so runs of any rate and length share one
+compiled program.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "nesterov": lambda: optax.trace(decay=0.9, nesterov=True),
     # Keras' RMSprop: rho 0.9, and epsilon 1e-7 under the root (keras/src/optimizers/rmsprop.py).
     "rmsprop": lambda: optax.scale_by_rms(decay=0.9, eps=1e-7, eps_in_sqrt=True),
-    # as Keras had it before version 3: epsilon outside of the root
+    # as in Keras before version 3: epsilon outside the root
     "rmsprop-outside": lambda: optax.scale_by_rms(decay=0.9, eps=1e-7, eps_in_sqrt=False),
     # Keras' Adam, whose epsilon is 1e-7 too.
     "adam": lambda: optax.scale_by_adam(eps=1e-7),
-    # Dozat 2016, with memories as short as a training of a few hundred steps needs them
+    # Dozat 2016, with decays short enough for a few hundred steps
     "nadam": lambda: optax.scale_by_adam(b1=0.8, b2=0.95, eps=1e-7, nesterov=True),
     # with Optax's settings
     "adabelief": optax.scale_by_belief,
@@ -41,7 +41,7 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array | float]] = {
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The rule of a Config, then its weight decay: decoupled, arXiv 1711.05101."""
+    """The rule of a Config, then decoupled weight decay (arXiv 1711.05101)."""
     rule = OPTIMIZERS[config.optimizer]()
     if not config.weight_decay:
         return rule
@@ -66,7 +66,7 @@ def clip_norms(params: dict, config: Config) -> dict:
 
 
 def schedule(progress: jax.Array, *, config: Config) -> jax.Array | float:
-    """The factor of the learning rate at `progress`, the fraction of all steps taken, in [0, 1)."""
+    """The factor of the learning rate at `progress`, the fraction of steps taken, in [0, 1)."""
     if config.cycles > 1:
         progress = progress * config.cycles % 1
     if not config.warmup:

@@ -1,8 +1,8 @@
 """Lifts a function of one run to many runs: devices x lanes.
 
-Runs train in groups: of one run per device on CPU, so that a row of many runs is the single run bit
-for bit; of the lanes that `auto_lanes` chooses, vmapped, on GPU and TPU. The groups go through one
-program, one after another.
+Runs train in groups. On CPU a group is one run per device, so that each equals the single run bit
+for bit; on GPU and TPU it is `auto_lanes` vmapped runs per device. Groups go through one program,
+one after another.
 """
 
 import functools
@@ -21,18 +21,18 @@ from mlp_jax.errors import UserError, one_line
 RUNS = "runs"
 
 MAX_AUTO_LANES = 256
-"""By arithmetic, not by measurement: past some hundred lanes, weight traffic limits the
-speed, and more lanes gain nothing."""
+"""Calculated, not measured: past some hundred lanes, weight traffic limits the speed, and more
+lanes gain nothing."""
 
 VMEM = {
     **{kind: 16 * 2**20 for kind in ("TPU v2", "TPU v3", "TPU v4")},
     **{"TPU v5": 64 * 2**20, "TPU v5 lite": 128 * 2**20, "TPU v6 lite": 128 * 2**20},
 }
-"""Bytes of a TPU core's vector memory by `device_kind`, as jax.experimental.pallas.tpu has them."""
+"""Bytes of a TPU core's vector memory by `device_kind`, from jax.experimental.pallas.tpu."""
 
 
 class RunBytes(NamedTuple):
-    """Device memory of a run: its state, and roughly all that it takes while it trains."""
+    """Device memory of a run: its state, and roughly the total while it trains."""
 
     state: int
     total: int
@@ -55,12 +55,12 @@ class Placement(NamedTuple):
 
     @property
     def one_run_a_place(self) -> NamedSharding:
-        """Of arrays [width, ...]: a share of the runs on each device."""
+        """Sharding of arrays [width, ...]: a share of the runs on each device."""
         return NamedSharding(self.mesh, P(RUNS))
 
     @property
     def replicated(self) -> NamedSharding:
-        """Of arrays that all runs share: a copy on each device."""
+        """Sharding of arrays common to all runs: a copy on each device."""
         return NamedSharding(self.mesh, P())
 
 
@@ -75,7 +75,7 @@ def use_cores() -> bool:
 
 def n_cores() -> int:
     """Cores that this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
@@ -108,14 +108,14 @@ def place(
 
 
 def auto_lanes(device: jax.Device, run_bytes: RunBytes) -> int:
-    """The lanes to train many runs with: on CPU 1, elsewhere at most what half the memory holds.
+    """Lanes for training many runs: 1 on CPU, elsewhere at most what half the memory holds.
 
-    A TPU's states stay in its vector memory from step to step if they fill at most two thirds of
-    it; the rest is for gradients and activations. So as many as that, in eights, the rows of a
-    tile. Where those are fewer than 32, a step's fixed costs weigh more than the states' way
-    through the main memory, and 64 share them (results/scaling.md). A GPU's nearest large memory,
-    its L2, holds too few: 18 states of the default net in an H100's 50 MB. Its fixed costs, the
-    starts of kernels, ask for as many lanes as the main memory can feed.
+    On a TPU, states stay in vector memory from step to step if they fill at most two thirds of it
+    (the rest is for gradients and activations), so that sets the lanes, in multiples of 8, the rows
+    of a tile. If it allows fewer than 32, a step's fixed costs outweigh the states' traffic to main
+    memory, and 64 lanes share them (results/scaling.md). On a GPU the nearest large memory, L2,
+    holds too few: 18 states of the default net in an H100's 50 MB. Its fixed costs, kernel
+    launches, call for as many lanes as main memory can feed.
     """
     if device.platform == "cpu":
         return 1
@@ -128,10 +128,10 @@ def auto_lanes(device: jax.Device, run_bytes: RunBytes) -> int:
 
 
 def map_runs(fn: Callable, placement: Placement) -> Callable:
-    """Lift `fn(state, run, shared) -> (state, result)` of one run to a group of them, which train
-    at the same time: the leaves of states, runs and results are [width, ...].
+    """Lift `fn(state, run, shared) -> (state, result)` from one run to a group that trains at once.
 
-    `shared` is the same for all runs and held once a device. Pure: the caller jits.
+    Leaves of states, runs and results become [width, ...]; `shared` is held once per device. Pure:
+    the caller jits.
     """
 
     def one_device(states, runs, shared):
@@ -146,7 +146,7 @@ def map_runs(fn: Callable, placement: Placement) -> Callable:
         mesh=placement.mesh,
         in_specs=(P(RUNS), P(RUNS), P()),
         out_specs=P(RUNS),
-        # the scans inside start from constants, which the check takes for replicated values
+        # the loops inside start from constants, which the check takes for replicated values
         check_vma=False,
     )
 

@@ -1,6 +1,6 @@
-"""What tells two runs of one Config apart: a seed for each random stream, and the learning rate.
+"""What distinguishes runs of one Config: a seed per random stream, and the learning rate.
 
-Imports no jax. A new stream is appended to Streams, so the keys of the others stay as they are.
+Imports no jax. New streams go at the end of Streams, so the keys of the others never change.
 """
 
 import operator
@@ -26,10 +26,10 @@ class Streams(NamedTuple):
 STREAMS = Streams._fields
 
 HELD_SEED = 0
-"""Seed of the streams that a family of runs does not vary."""
+"""Seed of the streams that a family does not vary."""
 
 BLOCK = 2 ** len(STREAMS)
-"""Runs of a crossed block if all streams are used: each stream has either of two seeds."""
+"""Runs of a crossed block if all streams are used, each with two seeds."""
 
 
 class Run(NamedTuple):
@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
     @property
     def seed(self) -> int:
-        """The seed that tells the runs of a family apart."""
+        """The seed that distinguishes the runs of a family."""
         if self.vary == "crossed":
             bits = (seed % 2 << i for i, seed in enumerate(self.seeds))
             return self.seeds[0] // 2 * BLOCK + sum(bits)
@@ -54,11 +54,11 @@ class Run(NamedTuple):
 def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
     """The run whose streams take `seed` if `vary` names them, else HELD_SEED.
 
-    In the family "crossed", `seed` counts the cells of blocks that share no seed: in block b each
-    stream has seed 2 b or 2 b + 1, as the bits of the cell say, the first stream's being the last.
+    In the family "crossed", `seed` is BLOCK b + cell: in block b, stream i has seed 2 b plus bit i
+    of the cell, from the lowest, so blocks share no seed.
 
-    The rate becomes the shortest decimal that is the same float32, so that runs which train alike
-    are equal. UserError for a seed or a rate out of range.
+    The rate becomes the shortest decimal of the same float32, so that runs that train alike are
+    equal. UserError for a seed or a rate out of range.
     """
     seed = operator.index(seed)  # of any integer type
     if vary not in ("all", "crossed", *STREAMS):
@@ -77,20 +77,20 @@ def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
 def make_runs(
     seeds: Iterable[int], vary: Iterable[str], learning_rates: Iterable[float]
 ) -> list[Run]:
-    """Seeds x families x learning rates, so that all families grow together."""
+    """Seeds x families x learning rates, seeds outermost, so that all families grow together."""
     families = [(name, rate) for name in dict.fromkeys(vary) for rate in learning_rates]
     return [make_run(seed, rate, name) for seed in seeds for name, rate in families]
 
 
 def used_streams(config: Config) -> tuple[str, ...]:
-    """The streams whose seeds make a difference."""
+    """The streams whose seeds have an effect."""
     noise = (config.dropout, config.input_dropout, config.input_noise, config.mixup, config.vat)
     used = {"dropout": any(noise), "augment": config.augments, "data": config.examples != "all"}
     return tuple(name for name in STREAMS if used.get(name, True))
 
 
 def crossed_seeds(n_blocks: int, config: Config) -> list[int]:
-    """Seeds, for `make_run`, of the blocks in which all used streams are crossed: 2^k runs each."""
+    """Seeds for `make_run` of blocks that cross the k used streams: 2^k runs each."""
     cells = [0]
     for name in used_streams(config):
         cells += [cell | 1 << STREAMS.index(name) for cell in cells]

@@ -1,7 +1,7 @@
 """One run, as pure functions of arrays and a static Config: init, step, epoch, evaluation.
 
-Every random number is drawn from a key folded from absolute numbers (seed, stream, epoch or step),
-so what a run draws does not depend on the runs beside it.
+Every random number comes from a key folded from absolute numbers (seed, stream, epoch or step), so
+a run's draws do not depend on the runs beside it.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from mlp_jax.training.optim import clip_norms, make_optimizer, schedule
 from mlp_jax.training.run import STREAMS, Streams
 
 EVAL_BATCH = 1000
-"""Test images scored at once: it bounds the memory of a run that shares a device with many."""
+"""Test images scored at once, to bound the memory of each of many runs on a device."""
 
 Metrics = dict[str, jax.Array]
 
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: dict
     opt_state: optax.OptState
-    mean_params: Any = ()  # running mean of the weights, if it is what is scored
+    mean_params: Any = ()  # running mean of the weights, if that is scored
 
 
 def run_keys(seeds: jax.Array) -> Streams:
@@ -74,7 +74,7 @@ def train_step(
         params = clip_norms(params, config)
     mean_params = state.mean_params
     if config.ema:
-        # at first a mean of fewer steps, so that the initial weights are soon forgotten
+        # a shorter mean at first, so that the initial weights are soon forgotten
         decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
         mean_params = optax.incremental_update(params, mean_params, 1 - decay)
     return TrainState(state.step + 1, params, opt_state, mean_params), metrics
@@ -90,9 +90,9 @@ def train_epoch(
     *,
     config: Config,
 ) -> tuple[TrainState, Metrics]:
-    """Every example once, in an order drawn from (keys.order, epoch), or fewer in the last epoch.
+    """Every example once, in an order drawn from (keys.order, epoch); a last epoch may be partial.
 
-    `n_steps` are those of the whole training, where it ends and on which the schedule depends.
+    `n_steps` are those of the whole training: where it ends, and the schedule's length.
     """
     examples = training_examples(keys.data, split.labels.shape[0], config=config)
     order, mask = epoch_order(keys.order, epoch, len(examples), config.batch_size)
@@ -125,7 +125,7 @@ def train_epoch(
 
 
 def training_examples(key: jax.Array, n_train: int, *, config: Config) -> jax.Array:
-    """Indices of the examples that a run trains on; `key` is that of its data stream."""
+    """Indices of the examples that a run trains on; `key` is its data stream's."""
     if config.examples == "half":
         return jax.random.permutation(key, n_train)[: n_train // 2]
     if config.examples == "bootstrap":

@@ -348,7 +348,7 @@ def test_missing_files(tmp_path):
     line = refusal("emnist/digits", tmp_path / "data", tmp_path)
     assert line == f"{tmp_path}: has no gzip.zip"
     line = refusal("mnist_corrupted", tmp_path / "data", tmp_path)
-    assert line.startswith("mnist_corrupted is not of MNIST's family: ")
+    assert line.startswith("mnist_corrupted is not in the MNIST family and needs TensorFlow: ")
 
 
 # Files of one's own

@@ -126,7 +126,7 @@ def test_a_directory_of_another_project_is_never_overwritten(main, small_dir, he
             r"unknown data set 'fasion_mnist'; did you mean fashion_mnist\?",
         ),
         ("--epochs 0", "epochs must be positive and finite, not 0"),
-        ("--epochs 3000000000", "3000000000 epochs are 30000000000 steps; at most"),
+        ("--epochs 3000000000", "3000000000 epochs are 30000000000 steps; the limit is"),
         ("--epochs three", "--epochs.*three"),
         ("--batch-size 0", "batch size must be at least 1, not 0"),
         ("--batch-size 301", "batch size 301 is larger than the 300 training examples of kmnist"),

@@ -124,6 +124,14 @@ def test_a_run_ends_with_the_path_of_its_curve(small_dir, here, capsys):
         assert len(image.convert("L").getcolors()) > 20
 
 
+def test_one_epoch_has_no_curve_and_needs_no_matplotlib(small_dir, here):
+    code = "import sys; from mlp_jax.train import main; main(sys.argv[1:])\n"
+    code += "assert 'matplotlib' not in sys.modules"
+    flags = [*TINY, "--data-dir", str(small_dir), "--epochs", "1", "--out", "a"]
+    subprocess.run([sys.executable, "-c", code, *flags], check=True)
+    assert not Path("a/curve.png").exists()
+
+
 def test_figures_say_how_many_runs_of_what_and_on_what(small_dir, here, monkeypatch):
     from mlp_jax.analysis import figures
     from mlp_jax.compare import main as compare_main

@@ -139,7 +139,6 @@ def _write(builder: Any, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
     """
     import tensorflow_datasets as tfds
     from PIL import Image
-    from tensorflow_datasets.core.hashing import Hasher
 
     pngs: dict[str, list[bytes]] = {"train": [], "test": []}
     splits = dict(zip(pngs, (arrays[:2], arrays[2:]), strict=True))
@@ -176,11 +175,21 @@ def _write(builder: Any, arrays: list[np.ndarray]) -> list[np.ndarray] | None:
         raise
     if not all(pngs.values()):  # TFDS found a directory and wrote nothing
         return None
+    return _in_record_order(ours, splits, pngs)
+
+
+def _in_record_order(builder: Any, splits: dict, pngs: dict) -> list[np.ndarray] | None:
+    """The arrays of `splits` as TFDS shuffled them, None where a record holds another PNG."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.hashing import Hasher
+
     ordered, raw = [], tfds.decode.DeserializeMethod.RAW_BYTES
     for name, split in splits.items():
         order = sorted(range(len(pngs[name])), key=Hasher(name).hash_key)
-        records = ours.as_data_source(name, deserialize_method=raw).__getitems__(range(len(order)))
-        if not all(pngs[name][key] in record for key, record in zip(order, records, strict=True)):
+        stored = builder.as_data_source(name, deserialize_method=raw).__getitems__(
+            range(len(order))
+        )
+        if not all(pngs[name][key] in record for key, record in zip(order, stored, strict=True)):
             return None
         ordered += [array[order] for array in split]
     return ordered
@@ -223,10 +232,8 @@ def _from_host(builder: Any) -> list[np.ndarray]:
 def _from_manual_dir(builder: Any, folder: Path) -> list[np.ndarray]:
     # data sets without CONTENTS have published hashes of the compressed files only
     plain = builder.name in CONTENTS
-    return _read(
-        builder,
-        {part: find_part(folder, part, url, plain) for part, url in _urls(builder).items()},
-    )
+    paths = {part: find_part(folder, part, url, plain) for part, url in _urls(builder).items()}
+    return _read(builder, paths)
 
 
 def _own(name: str, folder: Path) -> list[np.ndarray]:

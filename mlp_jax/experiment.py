@@ -143,7 +143,7 @@ class Experiment:
             rows.write_rows(self.directory, wanted, self.metadata)
         self.finished |= {run: rows.last_values(row) for run, row in new.items()}
         for progress, _ in ended:
-            files.remove(self._checkpoint(progress.runs))
+            self._checkpoint(progress.runs).unlink(missing_ok=True)
 
     def _checkpoint(self, runs: Sequence[Run]) -> Path:
         """The checkpoint of exactly these runs; grouped differently next time, they start over."""
@@ -206,6 +206,8 @@ def open_experiment(
         saving = {"chunk": size, "checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
         stored = rows.finished_runs(directory, metadata)
         yield Experiment(directory, metadata, dataset, placement, stored, **saving)
+        if shard[1] == 1:  # else another shard may be about to write there
+            files.remove_if_empty(directory / "checkpoints")
 
 
 def with_program(metadata: Metadata, dataset: Dataset) -> Metadata:

@@ -176,8 +176,6 @@ def _flock(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
         yield
 
 
-def remove(path: Path) -> None:
-    """Remove a file, and its directory if then empty."""
-    path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        path.parent.rmdir()
+def remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # missing, or holding files
+        directory.rmdir()

@@ -9,7 +9,10 @@ import pytest
 
 from mlp_jax.cli import parse_shard
 from mlp_jax.errors import UserError
+from mlp_jax.experiment import open_experiment
 from mlp_jax.records import rows as store
+from mlp_jax.training.config import Config
+from mlp_jax.training.run import make_run
 
 COMMAND = [
     *(sys.executable, "-m", "mlp_jax.sweep", "--quiet", "--dataset", "kmnist"),
@@ -20,7 +23,7 @@ COMMAND = [
 
 
 def rows(directory):
-    return store.read_runs(directory).drop_columns("seconds").to_pylist()
+    return store.read_runs(Path(directory)).drop_columns("seconds").to_pylist()
 
 
 def test_a_lost_shard_loses_its_unfinished_chunk_and_any_number_resumes(small_dir, tmp_path):
@@ -50,6 +53,16 @@ def test_a_lost_shard_loses_its_unfinished_chunk_and_any_number_resumes(small_di
     assert rows(out) == rows(tmp_path / "whole")
     # no finished run was trained again
     assert sum(map(store.count_rows, store.row_files(out))) == 36
+
+
+def test_a_shard_leaves_the_directory_in_which_another_is_about_to_write(small, here):
+    config = Config(hidden=(16, 8), batch_size=32, epochs=1, learning_rate=0.1)
+    runs = [make_run(0, 0.1)]
+    with open_experiment(Path("s"), config, small, runs, recipe="custom", shard=(0, 2)) as opened:
+        Path("s/checkpoints").mkdir()
+        list(opened.train(runs))
+    assert len(rows("s")) == 1
+    assert Path("s/checkpoints").exists()
 
 
 @pytest.mark.parametrize(

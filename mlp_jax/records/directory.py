@@ -19,6 +19,7 @@ from mlp_jax.files import (
     load_arrays,
     quarantine,
     read_signed_json,
+    remove_if_empty,
     write_signed_json,
 )
 from mlp_jax.records import rows
@@ -133,8 +134,7 @@ def clear(directory: Path) -> None:
     for name in (*SINGLE_RUN_FILES, CONFIG):  # config.json last: it shows whose the rest is
         (directory / name).unlink(missing_ok=True)
     for name in ("checkpoints", "weights", "runs"):
-        with contextlib.suppress(OSError):  # missing, or holding other files
-            (directory / name).rmdir()
+        remove_if_empty(directory / name)
 
 
 def _is_ours(path: Path) -> bool:

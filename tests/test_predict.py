@@ -1,0 +1,239 @@
+"""Digits in image files: what any format, size, colour and light becomes, and what is answered."""
+
+import io
+import json
+import sys
+
+import drawings
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from scipy import ndimage
+
+from mlp_jax.data.photo import find_ink, read_digit, to_mnist
+from mlp_jax.predict import main as predict_main
+from mlp_jax.records.checkpoint import load_committee, predict
+from mlp_jax.sweep import main as sweep_main
+
+
+@pytest.fixture(scope="module")
+def committee():
+    """The five runs that come with mlp_jax."""
+    return load_committee()
+
+
+def answers(capsys, *flags):
+    predict_main([*map(str, flags), "--json"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def cases():
+    """Every digit in each of its usual ways, in pens, hands and lights of all kinds."""
+    rng = np.random.default_rng(0)
+    for digit, ways in drawings.SKELETONS.items():
+        for way in range(len(ways)):
+            for height in (60, 200, 500):
+                ink = drawings.draw(
+                    digit,
+                    way=way,
+                    height=height,
+                    pen=rng.uniform(0.05, 0.14),
+                    slant=rng.uniform(-0.1, 0.3),
+                    wobble=0.02,
+                    offset=tuple(rng.uniform(-1, 1, 2)),
+                    rng=rng,
+                )
+                yield digit, ink, rng
+
+
+def test_drawings_are_read(committee):
+    """On white or coloured paper, by pen, chalk or light, under shadows and grain."""
+    digits, images = [], []
+    for digit, ink, rng in cases():
+        chalk = {"colour": (240, 240, 230), "paper": (25, 60, 45)}
+        blue = {"colour": (40, 60, 160), "paper": (250, 240, 170)}
+        light = {"shade": 0.5, "edge": 0.3, "grain": 0.03, "rng": rng}
+        for look in ({}, chalk, light, blue | light):
+            paper = drawings.on_paper(ink, **look).convert("L")
+            images.append(to_mnist(find_ink(np.asarray(paper) / 255)))
+            digits.append(digit)
+    assert len(digits) == 13 * 3 * 4
+    wrong = predict(committee, np.stack(images)).argmax(-1) != digits
+    assert wrong.mean() <= 0.03
+
+
+def test_it_has_mnists_form():
+    """20 pixels of the longer side, its aspect kept; the centre of mass between 14 and 15."""
+    for _, ink, _ in cases():
+        image = to_mnist(ink)
+        assert image.shape == (28, 28)
+        assert image.dtype == np.uint8
+        assert image.max() == 255
+        there = image > 255 / 4
+        height, width = (np.ptp(np.flatnonzero(there.any(axis))) + 1 for axis in (1, 0))
+        assert 19 <= max(height, width) <= 21
+        rows, columns = (np.flatnonzero((ink > 0.25).any(axis)) for axis in (1, 0))
+        before = np.ptp(columns) / np.ptp(rows)
+        assert width / height == pytest.approx(before, abs=0.12)  # thin lines were widened
+        assert ndimage.center_of_mass(image) == pytest.approx((14, 14), abs=0.6)
+
+
+@pytest.mark.network
+def test_mnists_own_images_come_back(mnist, committee):
+    """An MNIST image, enlarged and put on paper, is recognized as before."""
+    images, labels = mnist.test.images[:500].reshape(-1, 28, 28), mnist.test.labels[:500]
+    large = [np.kron(np.pad(image, 4), np.ones((9, 9))) / 255 for image in images]
+    read = np.stack([to_mnist(find_ink(1 - image)) for image in large])
+    right = (predict(committee, read).argmax(-1) == labels).mean()
+    before = (predict(committee, images).argmax(-1) == labels).mean()
+    assert right > before - 0.015
+
+
+def picture():
+    ink = drawings.draw(7, way=1, offset=(0.6, -0.8))
+    return drawings.on_paper(ink)
+
+
+def transparent():
+    ink = Image.fromarray(np.uint8(255 * drawings.draw(7, way=1)))
+    empty = Image.new("L", ink.size)
+    return Image.merge("RGBA", (empty, empty, empty, ink))
+
+
+def save(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def turned(path):
+    """Stored on its side, with the tag by which cameras say so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return save(picture().transpose(Image.Transpose.ROTATE_90), path, exif=exif)
+
+
+FORMATS = {
+    "grey.png": lambda path: save(picture().convert("L"), path),
+    "palette.gif": lambda path: save(picture().convert("P"), path),
+    "16bit.png": lambda path: save(
+        Image.fromarray(np.asarray(picture().convert("L")).astype(np.uint16) * 250), path
+    ),
+    "cmyk.jpg": lambda path: save(picture().convert("CMYK"), path),
+    "bits.bmp": lambda path: save(picture().convert("1"), path),
+    "photo.webp": lambda path: save(picture(), path),
+    "scan.tiff": lambda path: save(picture(), path),
+    "inverted.png": lambda path: save(ImageOps.invert(picture()), path),
+    "huge.png": lambda path: save(picture().resize((6000, 4000)), path),
+    "small.png": lambda path: save(picture().resize((40, 40)), path),
+    "transparent.png": lambda path: save(transparent(), path),
+    "turned.jpg": turned,
+    "animated.gif": lambda path: save(
+        picture(), path, save_all=True, append_images=[Image.new("RGB", (320, 320), "white")]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(here, capsys, name):
+    FORMATS[name](here / name)
+    (answer,) = answers(capsys, name)
+    assert answer["file"] == name
+    assert answer["digit"] == 7
+    assert np.sum(answer["probabilities"]) == pytest.approx(1, abs=1e-6)
+    assert np.argmax(answer["probabilities"]) == 7
+    assert sum(answer["votes"]) == 5
+
+
+UNREADABLE = {
+    "blank.png": (lambda path: save(Image.new("RGB", (90, 90), "white"), path), "is blank"),
+    "noise.png": (
+        lambda path: save(drawings.on_paper(np.zeros((200, 200)), grain=0.03,
+                                            rng=np.random.default_rng(0)), path),
+        "is blank",
+    ),
+    "empty.png": (lambda path: path.write_bytes(b""), "not an image that Pillow knows"),
+    "text.jpg": (lambda path: path.write_text("seven"), "not an image that Pillow knows"),
+    "cut.png": (
+        lambda path: path.write_bytes(save(picture(), path).read_bytes()[:300]),
+        "cannot be read",
+    ),
+    "folder.png": (lambda path: path.mkdir(), "Is a directory"),
+    "missing.png": (lambda path: None, "No such file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_a_line_and_the_others_are_answered(here, capsys, name):
+    make, reason = UNREADABLE[name]
+    make(here / name)
+    save(picture(), here / "seven.png")
+    with pytest.raises(SystemExit) as left:
+        predict_main([name, "seven.png"])
+    assert left.value.code == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("seven.png: 7 (")
+    assert len(err.splitlines()) == 1
+    assert err.startswith(f"error: {name} ")
+    assert reason in err
+
+
+def test_a_bomb_is_not_opened(here, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    save(picture(), here / "bomb.png")
+    with pytest.raises(SystemExit):
+        predict_main(["bomb.png"])
+    assert "too many pixels" in capsys.readouterr().err
+
+
+def test_the_committee_says_how_sure_it_is(here, capsys, committee):
+    """Probabilities are the mean of the runs', votes their counts, in text as in JSON."""
+    paths = [save(drawings.on_paper(ink), here / f"{i}.png") for i, (_, ink, _) in
+             zip(range(6), cases(), strict=False)]  # fmt: skip
+    logits = predict(committee, np.stack([read_digit(path) for path in paths])).astype(float)
+    each = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    for answer, probabilities, votes in zip(
+        answers(capsys, *paths), each.mean(0), logits.argmax(-1).T, strict=True
+    ):
+        np.testing.assert_allclose(answer["probabilities"], probabilities, atol=1e-6)
+        assert answer["votes"] == np.bincount(votes, minlength=10).tolist()
+        assert answer["digit"] == probabilities.argmax()
+    predict_main([str(paths[0])])
+    said = capsys.readouterr().out
+    votes = np.bincount(logits.argmax(-1)[:, 0]).max()
+    assert said.startswith(f"{paths[0]}: 0 (")
+    assert f"%, {votes} of 5 votes)" in said
+
+
+def test_a_sheet_shows_what_the_network_saw(here, capsys):
+    save(picture(), here / "seven.png")
+    predict_main(["seven.png", "--sheet", "sheet.png"])
+    with Image.open("sheet.png") as sheet:
+        assert min(sheet.size) > 100
+        shown = np.asarray(sheet.convert("L"))
+    assert np.ptp(shown) == 255
+
+
+def test_runs_of_ones_own_vote(here, small_dir, capsys):
+    flags = ["--dataset", "kmnist", "--data-dir", str(small_dir), "--hidden", "16", "8"]
+    sweep_main([*flags, "--epochs", "1", "--seeds", "0:3", "--keep-weights", "--quiet",
+                "--out", "s"])  # fmt: skip
+    save(picture(), here / "seven.png")
+    capsys.readouterr()
+    (answer,) = answers(capsys, "seven.png", "--run", "s")
+    image = read_digit(here / "seven.png")[None]
+    logits = np.stack([predict(load_committee("s"), image)]).squeeze()
+    assert answer["votes"] == np.bincount(logits.argmax(-1), minlength=len(logits[0])).tolist()
+    assert sum(answer["votes"]) == 3
+
+
+def test_odd_names(here, capsysbinary):
+    """A name that is no text does not end the answers."""
+    if sys.platform != "linux":
+        pytest.skip("needs a file system of bytes")
+    path = here / "z\udcff\n.png"
+    with open(path, "wb") as file:
+        stream = io.BytesIO()
+        picture().save(stream, "PNG")
+        file.write(stream.getvalue())
+    predict_main([str(path), "--json"])
+    assert json.loads(capsysbinary.readouterr().out)["digit"] == 7

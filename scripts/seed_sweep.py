@@ -9,8 +9,13 @@
     python scripts/seed_sweep.py sprint-98       200 seeds of two epochs
     python scripts/seed_sweep.py best-augmented  10 seeds of 200 epochs, none used in the search
 
-The rows are written to results/NAME/runs/, one chunk after another. results/keras-sgd-epyc is the
-first of these on another processor, an AMD EPYC, with --seeds 0:30.
+    python scripts/seed_sweep.py dropout         keras-sgd for 10 epochs: no dropout, or some?
+    python scripts/seed_sweep.py products        sprint-98 with bfloat16 products, or float32?
+    python scripts/seed_sweep.py epsilon         5 epochs of RMSprop: epsilon outside or in the root
+
+The rows are written to results/NAME/runs/, one chunk after another; the last three compare two
+sweeps in results/questions/NAME, and train seeds of both until the answer is decided.
+results/keras-sgd-epyc is the first of these on another processor, an AMD EPYC, with --seeds 0:30.
 """
 
 import dataclasses
@@ -36,20 +41,45 @@ SWEEPS = {
     "sprint-98": ["--recipe sprint-98 --seeds 1000:1200"],
     "best-augmented": ["--recipe best-augmented --seeds 100:110 --checkpoint-every 10"],
 }
+QUESTIONS = {
+    "dropout": ("--recipe keras-sgd --epochs 10 --dropout 0 0.2", "dropout=0.0", "dropout=0.2"),
+    "products": (
+        "--recipe sprint-98 --products bfloat16 float32",
+        "products=bfloat16",
+        "products=float32",
+    ),
+    "epsilon": (
+        "--recipe keras-rmsprop --epochs 5 --optimizer rmsprop-outside rmsprop",
+        "optimizer=rmsprop-outside",
+        "optimizer=rmsprop",
+    ),
+}
+"""A grid of two sweeps, and which is compared with which."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    names: tyro.conf.Positional[tuple[Literal[*SWEEPS], ...]]
-    """Sweeps to run, one after another."""
+    names: tyro.conf.Positional[tuple[Literal[*SWEEPS, *QUESTIONS], ...]]
+    """Sweeps and questions to run, one after another."""
 
 
 def main(args: Args) -> None:
     for name in args.names:
+        if name in QUESTIONS:
+            answer(name)
+            continue
         out = str(RESULTS / name)
         for flags in SWEEPS[name]:
             run("mlp_jax.sweep", *flags.split(), "--out", out)
         run("mlp_jax.report", out)
+
+
+def answer(name: str) -> None:
+    """Train the same seeds of both sweeps until a confidence sequence decides."""
+    out = str(RESULTS / "questions" / name)
+    flags, a, b = QUESTIONS[name]
+    run("mlp_jax.sweep", *flags.split(), "--seeds", "0:30", "--out", out)
+    run("mlp_jax.compare", f"{out}/{a}", f"{out}/{b}", "--until-decided", "--out", out)
 
 
 def run(module: str, *flags: str) -> None:

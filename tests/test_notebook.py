@@ -46,7 +46,7 @@ def run_all(settings, directory):
 @pytest.mark.network
 def test_what_it_shows_follows_from_the_rows_it_leaves(mnist, tmp_path):
     drawings.on_paper(drawings.draw(3)).save(tmp_path / "three.png")
-    settings = {"RECIPE": "short", "MINUTES": 0.02, "SEEDS_A_STREAM": 3}
+    settings = {"RECIPE": "short", "MINUTES": 0.02, "BLOCKS": 2, "SEEDS": 3}
     settings |= {"DRAWING": "three.png", "SAVE_TO": str(tmp_path / "drive")}
     texts, pictures = run_all(settings, tmp_path)
 
@@ -63,19 +63,20 @@ def test_what_it_shows_follows_from_the_rows_it_leaves(mnist, tmp_path):
     assert texts["sweep"] == [f"{len(rows)} seeds, mean {mean}%"]
     assert any(line.split()[:3] == ["mean", "accuracy", mean] for line in texts["report"])
 
-    why = read_runs(tmp_path / "runs" / "why", ["test_correct"]).to_pydict()
-    families = {name: [] for name in ("all", "init", "order", "dropout")}
-    for family, n in zip(why["vary"], why["test_correct"], strict=True):
-        families[family].append(n)
-    assert all(len(numbers) == 3 for numbers in families.values())
-    shown = [line.split()[1] for line in texts["streams"] if line.split()[:1] == ["SD"]]
-    assert shown == [f"{np.std(n, ddof=1) / 100:.4f}" for n in families.values()]
+    why = np.array(read_runs(tmp_path / "runs" / "why")["test_correct"]).reshape(2, 8) / 100
+    (shown,) = (line for line in texts["streams"] if line.startswith("  SD on this test set"))
+    # opposite corners of a block share no seed
+    sd = ((why - why[:, ::-1]) ** 2 / 2).mean() ** 0.5
+    assert float(shown.split()[5]) == pytest.approx(sd, abs=1e-3)
+    streams = [line.split()[0] for line in texts["streams"] if "first-order" in line]
+    assert streams == 2 * ["init", "order", "dropout"]
     for name, directory in (("report", "short"), ("streams", "why")):
         saved = list((tmp_path / "runs" / directory / "figures").glob("*.png"))
         assert pictures[name] == len(saved) > 0
 
-    plain = np.array(read_runs(tmp_path / "runs" / "no-dropout")["test_correct"])
-    difference = f"{(plain - np.array(families['all'])).mean() / 100:+.3f} points"
+    sides = (read_runs(tmp_path / "runs" / name) for name in ("without", "with"))
+    plain, dropped = (np.array(side["test_correct"]) for side in sides)
+    difference = f"{(plain - dropped).mean() / 100:+.3f} points"
     assert difference in texts["compare"][0]
     assert "over 3 shared seeds" in texts["compare"][0]
 

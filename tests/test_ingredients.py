@@ -14,7 +14,7 @@ from mlp_jax.training.arrays import hold_out
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import fit
 from mlp_jax.training.losses import Batch
-from mlp_jax.training.model import make_model
+from mlp_jax.training.model import MLP
 from mlp_jax.training.parallel import Placement
 from mlp_jax.training.run import Streams, make_run
 
@@ -66,7 +66,7 @@ class Recorder:
 def pixels_seen(monkeypatch, batch, **settings):
     """What the network would see in training, through a loss that reports its logits."""
     seen = []
-    monkeypatch.setattr(losses, "make_model", lambda config: Recorder())
+    monkeypatch.setattr(losses, "MLP", lambda config: Recorder())
     monkeypatch.setattr(
         losses,
         "example_losses",
@@ -160,7 +160,7 @@ def test_input_noise_has_the_sd_it_is_given(monkeypatch):
 
 def test_input_dropout_drops_pixels_and_scales_the_others():
     config = Config(hidden=(8,), dropout=0.0, input_dropout=0.25)
-    model, ones = make_model(config), jnp.ones((50, 784))
+    model, ones = MLP(config), jnp.ones((50, 784))
     variables = model.init(jax.random.key(0), ones, train=False)
     rngs = {"dropout": jax.random.key(1)}
     options = {"capture_intermediates": True, "mutable": "intermediates"}

@@ -9,7 +9,7 @@ import pytest
 from mlp_jax.training import model
 from mlp_jax.training.arrays import N_PIXELS
 from mlp_jax.training.config import Config
-from mlp_jax.training.model import count_parameters, make_model, parameter_table, predict
+from mlp_jax.training.model import MLP, count_parameters, parameter_table, predict
 
 GOLDEN = """\
 hidden_0/bias (512,) float32 zeros
@@ -40,7 +40,7 @@ total                     2.55 MiB             669,706"""
 @pytest.fixture(scope="module")
 def params():
     x = jnp.zeros((1, N_PIXELS))
-    return make_model(Config()).init(jax.random.key(0), x, train=False)["params"]
+    return MLP(Config()).init(jax.random.key(0), x, train=False)["params"]
 
 
 def initialiser(leaf) -> str:
@@ -75,7 +75,7 @@ def test_table(params):
 
 
 def test_dropout_off_is_deterministic_and_on_keeps_the_mean(params):
-    net = make_model(Config(dropout=0.5))
+    net = MLP(Config(dropout=0.5))
     x = jax.random.uniform(jax.random.key(1), (4, N_PIXELS))
 
     def logits(key, train):
@@ -87,7 +87,7 @@ def test_dropout_off_is_deterministic_and_on_keeps_the_mean(params):
 
 
 def test_dropout_zeroes_its_share_and_rescales_the_rest():
-    net = make_model(Config(hidden=(5000,), dropout=0.2))
+    net = MLP(Config(hidden=(5000,), dropout=0.2))
     x = jnp.ones((1, N_PIXELS))
     params = net.init(jax.random.key(0), x, train=False)["params"]
     params["hidden_0"] = jax.tree.map(jnp.zeros_like, params["hidden_0"])
@@ -145,7 +145,7 @@ def test_the_narrow_product_has_both_derivatives(params):
 def test_predict_takes_images_as_they_are_and_committees(params):
     images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
     x = images.reshape(5, 784) / np.float32(255)
-    wanted = make_model(Config()).apply({"params": params}, x, train=False)
+    wanted = MLP(Config()).apply({"params": params}, x, train=False)
     logits = predict(params, images, config=Config())
     np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(logits, predict(params, images.reshape(5, 784), config=Config()))

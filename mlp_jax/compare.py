@@ -192,8 +192,7 @@ def write(
         names = (f"{label}, {side.metadata.title}" for side, label in sides)
         figure = draw_comparison(*scores, comparison, tuple(names))
         name = "comparison.png" if len(pairs) == 1 else f"comparison-{i + 1}.png"
-        with files.atomic_write(out / name) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+        files.save_figure(out / name, figure)
     units = "shares of 1; intervals at 95 %"
     files.write_json(out / "comparison.json", {"units": units, "comparisons": record})
 

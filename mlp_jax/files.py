@@ -12,13 +12,15 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mlp_jax.errors import UserError, one_line
+
+T = TypeVar("T")
 
 log = logging.getLogger("mlp_jax")
 
@@ -119,6 +121,22 @@ def quarantine(damaged: Damaged) -> None:
     log.warning("%s is damaged (%s): renamed to %s", path, damaged.reason, name)
     with contextlib.suppress(OSError):  # read-only, or another process was first
         path.replace(path.with_name(name))
+
+
+def read_or_quarantine(read: Callable[[Path], T], path: Path) -> T | None:
+    """What `read` makes of a file; None if it is missing or damaged, and then quarantined."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except Damaged as damaged:
+        quarantine(damaged)
+        return None
+
+
+def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def check_writable(directory: Path) -> None:

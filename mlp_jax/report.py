@@ -67,8 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     saved = [out / "summary.json"]
     for name, figure in made.figures:
         saved.append(out / "figures" / name)
-        with files.atomic_write(saved[-1]) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+        files.save_figure(saved[-1], figure)
     if args.html:
         saved.append(out / "report.html")
         files.write_text(saved[-1], made.page)

@@ -126,8 +126,7 @@ def save_curve(out: Path, metadata: Metadata) -> None:
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figure = draw_run(lines, f"{metadata.title}, seed {metadata.seed}")
-    with files.atomic_write(out / CURVE) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    files.save_figure(out / CURVE, figure)
 
 
 def summarize(experiment, run) -> dict:

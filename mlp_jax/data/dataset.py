@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from mlp_jax.bars import progress_bar
 from mlp_jax.data import sources
 from mlp_jax.errors import UserError, one_line
-from mlp_jax.files import Damaged, check_writable, load_arrays, quarantine, save_arrays
+from mlp_jax.files import check_writable, load_arrays, read_or_quarantine, save_arrays
 from mlp_jax.training.arrays import N_PIXELS, Dataset, Split, hold_out, make_dataset
 
 # SHA-256 of MNIST's four arrays, in Split's types and the order of TFDS's records.
@@ -109,17 +109,14 @@ def _to_dataset(name: str, arrays: Sequence[ArrayLike], n_classes: int) -> Datas
 
 def _read_cache(name: str, directory: Path) -> Dataset | None:
     """The cached data set, or None; a damaged file is quarantined."""
-    try:
-        arrays, about = load_arrays(directory / CACHE)
-    except Damaged as damaged:
-        quarantine(damaged)
-        return None
-    except OSError:
-        return None
-    train, test = (
-        Split(*(arrays[f"{split}_{part}"] for part in Split._fields)) for split in SPLITS
-    )
-    return make_dataset(name, train, test, about["n_classes"])
+    with contextlib.suppress(OSError):  # another user's
+        if content := read_or_quarantine(load_arrays, directory / CACHE):
+            arrays, about = content
+            train, test = (
+                Split(*(arrays[f"{split}_{part}"] for part in Split._fields)) for split in SPLITS
+            )
+            return make_dataset(name, train, test, about["n_classes"])
+    return None
 
 
 def _write_cache(directory: Path, dataset: Dataset) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from mlp_jax.errors import UserError
-from mlp_jax.files import Damaged, load_arrays, quarantine, save_arrays
+from mlp_jax.files import load_arrays, read_or_quarantine, save_arrays
 from mlp_jax.records.provenance import Metadata, check_same
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import Snapshot, state_shapes
@@ -39,16 +39,12 @@ def load_checkpoint(path: Path, metadata: Metadata) -> tuple[Snapshot, list[floa
 
     UserError if its numbers may not be pooled with those of `metadata`.
     """
-    try:
-        arrays, about = load_arrays(path)
-        check_same(path, stored := Metadata.from_json(about["run"]), metadata)
-        if stored.mixed and not metadata.mixed:
-            raise UserError(f"{path} was saved with --allow-mixed: resume with it too")
-    except FileNotFoundError:
+    if not (content := read_or_quarantine(load_arrays, path)):
         return None
-    except Damaged as damaged:
-        quarantine(damaged)
-        return None
+    arrays, about = content
+    check_same(path, stored := Metadata.from_json(about["run"]), metadata)
+    if stored.mixed and not metadata.mixed:
+        raise UserError(f"{path} was saved with --allow-mixed: resume with it too")
     names = jax.tree_util.tree_map_with_path(
         lambda path, _: f"state{jax.tree_util.keystr(path)}", state_shapes(metadata.config)
     )
@@ -85,14 +81,7 @@ def save_weights(directory: Path, run: Run, params: dict, metrics: dict, metadat
 
 def has_weights(directory: Path, run: Run) -> bool:
     """Whether the weights of a run are there and intact."""
-    try:
-        load_arrays(weights_path(directory, run))
-        return True
-    except FileNotFoundError:
-        return False
-    except Damaged as damaged:
-        quarantine(damaged)
-        return False
+    return read_or_quarantine(load_arrays, weights_path(directory, run)) is not None
 
 
 def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:

@@ -17,7 +17,7 @@ from mlp_jax.files import (
     Damaged,
     check_writable,
     load_arrays,
-    quarantine,
+    read_or_quarantine,
     read_signed_json,
     remove_if_empty,
     write_signed_json,
@@ -113,15 +113,8 @@ def claim(directory: Path, metadata: Metadata) -> None:
     if stored := stored_metadata(directory):
         check_same(directory, stored, metadata)
     path = directory / CONFIG
-    try:
-        read_signed_json(path)
-    except Damaged as damaged:
-        quarantine(damaged)
-    except FileNotFoundError:
-        pass
-    else:
-        return
-    write_signed_json(path, (stored or metadata)._replace(mixed=False).to_json())
+    if not read_or_quarantine(read_signed_json, path):
+        write_signed_json(path, (stored or metadata)._replace(mixed=False).to_json())
 
 
 def clear(directory: Path) -> None:

@@ -86,10 +86,13 @@ def format_answer(name: str, probabilities: np.ndarray, votes: np.ndarray, as_js
 def write_sheet(path: Path, images: list[np.ndarray], answers: list[tuple]) -> None:
     from mlp_jax.analysis.figures import draw_digits
 
-    lines = (f"{Path(name).name}\n{p.argmax()} ({p.max():.1%})" for name, p, _ in answers)
-    figure = draw_digits(images, list(lines))
-    with files.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    captions = []
+    for name, probabilities, _ in answers:
+        short = Path(name).name
+        if len(short) > 15:
+            short = f"{short[:7]}\N{HORIZONTAL ELLIPSIS}{short[-7:]}"
+        captions.append(f"{short}\n{probabilities.argmax()} ({probabilities.max():.1%})")
+    files.save_figure(path, draw_digits(images, captions), dpi=100)
 
 
 if __name__ == "__main__":

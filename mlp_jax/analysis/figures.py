@@ -7,7 +7,7 @@ for colour-blind readers, legible 900 pixels wide.
 import itertools
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,26 @@ def add_legend(figure: Any, ax: Any, columns: int) -> Any:
     handles = ax.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
     return figure
+
+
+def draw_intervals(ax: Any, intervals: Iterable, y: Any, color: str, **style: Any) -> None:
+    """Shares with their intervals, drawn in per cent at the heights `y`."""
+    x, low, high = 100 * np.array([*intervals], float).reshape(-1, 3).T
+    ends = np.nan_to_num([x - low, high - x])  # of too few runs there is no interval
+    style = {"fmt": "o", "capsize": 3, "elinewidth": 1.3, "ms": 5} | style
+    ax.errorbar(x, y, xerr=ends, color=color, **style)
+
+
+def show_images(axes: list, images: Iterable[np.ndarray], captions: list[str], cmap: str) -> None:
+    """Images of 784 pixels above their captions; axes that are left over stay empty."""
+    for ax, image, caption in itertools.zip_longest(axes, images, captions):
+        if image is None:
+            ax.set_axis_off()
+            continue
+        ax.imshow(image.reshape(28, 28), cmap=cmap, vmin=0, vmax=255)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=True, color="#DDDDDD")
+        ax.set_xlabel(caption, fontsize=8, parse_math=False)
 
 
 def figures(
@@ -154,14 +174,13 @@ def draw_sources(spreads: list[dict], name: str) -> Any:
     """SD of accuracy by what the seed decides, on this test set and on an infinite one."""
     title = f"Spread of test accuracy by what the seed decides: {name}"
     figure, ax = new_figure(title, 1.5 + 0.6 * len(spreads))
-    style = {"capsize": 3, "elinewidth": 1.3, "ms": 5}
     for key, color, marker, shift, label in (
         ("sd", BLUE, "o", -0.14, "SD on this test set"),
         ("distribution_sd", ORANGE, "D", 0.14, "distribution-wise SD (sign of its variance)"),
     ):
-        x, low, high = 100 * np.array([list(each[key].values()) for each in spreads], float).T
+        intervals = [list(each[key].values()) for each in spreads]
         y = np.arange(len(spreads)) + shift
-        ax.errorbar(x, y, xerr=(x - low, high - x), fmt=marker, color=color, label=label, **style)
+        draw_intervals(ax, intervals, y, color, fmt=marker, label=label)
     many = len({each["learning_rate"] for each in spreads}) > 1
     name = "{vary}" + ", rate {learning_rate:g}" * many + "\n{runs} runs"
     ax.set_yticks(range(len(spreads)), [name.format(**each) for each in spreads])
@@ -184,10 +203,7 @@ def draw_indices(crossed: Any, name: str) -> Any:
             (of.total.values(), ORANGE, "D", rows + 0.14, "total: left where all others are fixed"),
             ([of.interactions], "black", "s", last, "interactions: of no single stream"),
         ):
-            x, low, high = 100 * np.array([*shares]).T
-            ends = np.nan_to_num([x - low, high - x])  # few blocks have no interval
-            style = {"color": color, "fmt": marker, "capsize": 3, "elinewidth": 1.3, "ms": 5}
-            ax.errorbar(x, y, xerr=ends, label=label, **style)
+            draw_intervals(ax, shares, y, color, fmt=marker, label=label)
         ax.set_yticks(range(len(streams) + 1), [*streams, "interactions"] if ax is axes[0] else [])
         sd = 100 * float(signed_sqrt(of.variance.estimate))
         label = f"% of the variance on {where} test set\n(SD {sd:.3f} points), 95 % intervals"
@@ -217,10 +233,7 @@ def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> 
         "these\ntest images": comparison.difference,
         "all such\nimages": comparison.over_test_sets,
     }
-    for y, interval in enumerate(rows.values()):
-        x, low, high = 100 * np.array(interval)
-        ends = np.nan_to_num([[x - low], [high - x]])  # without predictions it has no interval
-        right.errorbar(x, y, xerr=ends, fmt="o", color="black", capsize=3, elinewidth=1.3, ms=5)
+    draw_intervals(right, rows.values(), range(len(rows)), "black")
     right.set_yticks(range(len(rows)), rows)
     label = "difference A - B (points), 95 % intervals"
     right.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
@@ -235,30 +248,18 @@ def draw_hardest(counts: Any, images: np.ndarray, name: str) -> Any:
     wrong[np.arange(len(images)), counts.labels] = 0
     arrow, errors = "\N{RIGHTWARDS ARROW}", counts.errors
     figure, *axes = new_figure(f"Most often wrong, label {arrow} taken for: {name}", 3.7, 3, 8)
-    hardest = np.argsort(-errors, kind="stable")[: np.count_nonzero(errors)]
-    for ax, i in itertools.zip_longest(axes, hardest[: len(axes)]):
-        if i is None:
-            ax.set_axis_off()
-            continue
-        ax.imshow(images[i].reshape(28, 28), cmap="gray_r", vmin=0, vmax=255)
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set(visible=True, color="#DDDDDD")
-        share = f"{100 * errors[i] / counts.runs:.0f} %"
-        ax.set_xlabel(f"{counts.labels[i]} {arrow} {wrong[i].argmax()}  {share}", fontsize=8)
+    hardest = np.argsort(-errors, kind="stable")[: min(len(axes), np.count_nonzero(errors))]
+    captions = [
+        f"{counts.labels[i]} {arrow} {wrong[i].argmax()}  {100 * errors[i] / counts.runs:.0f} %"
+        for i in hardest
+    ]
+    show_images(axes, images[hardest], captions, "gray_r")
     return figure
 
 
-def draw_digits(images: Sequence[np.ndarray], captions: Sequence[str]) -> Any:
+def draw_digits(images: Sequence[np.ndarray], captions: list[str]) -> Any:
     """Images [28, 28] as the network saw them, eight to a row, each above its caption."""
     rows = -(-len(images) // 8)
     figure, *axes = new_figure("What the network saw", 0.5 + 1.25 * rows, rows, 8)
-    for ax, image, caption in itertools.zip_longest(axes, images, captions):
-        if image is None:
-            ax.set_axis_off()
-            continue
-        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        ax.set(xticks=[], yticks=[])
-        name, answer = caption.split("\n")
-        name = name if len(name) < 16 else f"{name[:7]}\N{HORIZONTAL ELLIPSIS}{name[-7:]}"
-        ax.set_xlabel(f"{name}\n{answer}", fontsize=7, parse_math=False)
+    show_images(axes, images, captions, "gray")
     return figure

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mlp_jax.analysis.figures import BLUE, new_figure
+from mlp_jax.analysis.figures import BLUE, draw_intervals, new_figure
 from mlp_jax.analysis.stats import Interval
 from mlp_jax.analysis.summary import to_json
 from mlp_jax.analysis.tables import format_value
@@ -67,10 +67,8 @@ def draw_ranking(summary: dict, name: str) -> Any:
     cells = [cell for cell in summary["cells"] if cell["mean"]["estimate"] is not None]
     title = f"Accuracy by setting, 95 % intervals for all at once: {name}"
     figure, ax = new_figure(title, 1.2 + 0.4 * len(cells))
-    for y, cell in enumerate(cells):
-        mean, low, high = (100 * (end or math.nan) for end in cell["mean"].values())
-        ends = [[mean - low], [high - mean]]
-        ax.errorbar(mean, y, xerr=ends, fmt="o", color=BLUE, capsize=3, elinewidth=1.3, ms=5)
+    means = [list(cell["mean"].values()) for cell in cells]
+    draw_intervals(ax, means, range(len(cells)), BLUE)
     names = ["{settings}, rate {learning_rate:g}, n = {runs}".format(**cell) for cell in cells]
     ax.set_yticks(range(len(cells)), names)
     ax.set(ylim=(len(cells) - 0.5, -0.5), xlabel="accuracy (%)")

@@ -4,7 +4,6 @@ Equal rows give equal numbers however they are split into files; predictions are
 """
 
 import collections
-import functools
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlp_jax.analysis.crossed import BlockSums, sum_blocks
+from mlp_jax.analysis.crossed import BlockSums, sum_block
 from mlp_jax.analysis.summary import Family, make_families
 from mlp_jax.data import dataset as datasets
 from mlp_jax.errors import UserError
@@ -59,10 +58,10 @@ def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> 
     table = rows.read_table(paths, [*(f"{name}_by_epoch" for name in names), "seconds"])
     columns = (table[f"{name}_by_epoch"].combine_chunks().flatten().to_numpy() for name in names)
     history = {n: c.reshape(len(table), -1) for n, c in zip(names, columns, strict=True)}
-    read_predictions = functools.partial(rows.read_predictions, paths)
-    finished = (rows.run_ids(table), history, table["seconds"].to_numpy())
+    runs, seconds = rows.run_ids(table), table["seconds"].to_numpy()
     try:
-        return make_families(*finished, read_predictions, labels, n_classes)
+        blocks = rows.read_predictions(paths)
+        return make_families(runs, history, seconds, blocks, labels, n_classes)
     except UserError as error:
         raise UserError(f"{paths[0].parents[1]}: {error}") from None
 
@@ -70,25 +69,22 @@ def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> 
 def read_blocks(paths: Sequence[Path], family: Family, config: Config) -> BlockSums | None:
     """The complete blocks of a crossed family; None if there are none."""
     cells = sorted(crossed_seeds(1, config), key=lambda cell: make_run(cell, 1, "crossed").seeds)
-    seeds = set(family.seeds.tolist())
-    whole = [b for b in sorted({seed // BLOCK for seed in seeds}) if seeds.issuperset(
-        BLOCK * b + cell for cell in cells)]  # fmt: skip
-    pending: dict[int, dict] = {block: {} for block in whole}
+    seeds, labels = set(family.seeds.tolist()), family.counts.labels
+    pending: dict[int, dict] = collections.defaultdict(dict)
     sums = {}
     for ids, predictions in rows.read_predictions(paths):
         for (vary, rate, seed), row in zip(ids, predictions, strict=True):
             block, cell = divmod(seed, BLOCK)
-            if (vary, rate) != family[:2] or block not in pending or cell not in cells:
+            if (vary, rate) != family[:2] or seed not in seeds or cell not in cells:
                 continue
-            pending[block][cell] = row == family.counts.labels
+            pending[block][cell] = row == labels
             if len(pending[block]) == len(cells):
                 right = pending.pop(block)
-                sums[block] = sum_blocks([[right[cell] for cell in cells]])
+                sums[block] = sum_block([right[cell] for cell in cells])
     if not sums:
         return None
-    parts = [sums[block] for block in whole]
-    contrasts, squares = (np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[:2])
-    return BlockSums(contrasts, squares, parts[0].n_test)
+    contrasts, squares = zip(*(sums[block] for block in sorted(sums)), strict=True)
+    return BlockSums(np.stack(contrasts), np.stack(squares), len(labels))
 
 
 class Target(NamedTuple):

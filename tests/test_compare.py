@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from counting import count_predictions
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
@@ -133,7 +134,7 @@ def test_sd_over_test_sets_of_runs_that_share_seeds():
         p[:, 1] *= rng.uniform(0.4, 1.6, n)
         luck = rng.random((25, n))
         wrong = [(luck[:20] < p[:, 0]).astype(np.uint8), (luck[5:] < p[:, 1]).astype(np.uint8)]
-        a, b = (predictions.count_predictions([side], labels, n_classes=2) for side in wrong)
+        a, b = (count_predictions([side], labels, n_classes=2) for side in wrong)
         right = np.packbits(wrong[0][5:] == 0, axis=1), np.packbits(wrong[1][:15] == 0, axis=1)
         covariance = predictions.error_covariance(zip(*right, strict=True), n)
         images = zip(wrong[0][5:].T, wrong[1][:15].T, strict=True)
@@ -158,12 +159,12 @@ def test_sd_over_test_sets_is_that_of_simulated_test_sets():
         p = np.stack([ease, np.clip(ease + rng.normal(0.02, 0.1, n), 0, 1)])
         wrong = (rng.random((2, runs, n)) >= p[:, None]).astype(np.uint8)
         labels = np.zeros(n, int)
-        a, b = (predictions.count_predictions([side], labels, n_classes=2) for side in wrong)
+        a, b = (count_predictions([side], labels, n_classes=2) for side in wrong)
         found.append([predictions.sd_over_test_sets(a), predictions.sd_over_test_sets(a, b)])
         means.append([p[0].mean(), p[0].mean() - p[1].mean()])
     want = np.std(means, axis=0, ddof=1)  # known to sqrt(1 / 800), 3.5 %
     np.testing.assert_allclose(np.mean(found, axis=0), want, rtol=0.14)
-    one = predictions.count_predictions([wrong[0, :1]], labels, n_classes=2)
+    one = count_predictions([wrong[0, :1]], labels, n_classes=2)
     assert math.isnan(predictions.sd_over_test_sets(one))
 
 

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pandas
 import pytest
+from counting import squared_contrasts, sum_blocks
 from statsmodels.formula.api import mixedlm, ols
 from statsmodels.stats.anova import anova_lm
 
@@ -41,7 +42,7 @@ def draw(rng, blocks, variances, k=3, skewed=False):
 
 
 def indices(scores, **options):
-    squares = crossed.squared_contrasts(scores)
+    squares = squared_contrasts(scores)
     return crossed.sobol_indices(squares, STREAMS[: scores.ndim - 1], **options)
 
 
@@ -86,7 +87,7 @@ def test_components_are_unbiased(k):
     sizes = (1 + np.random.default_rng(k).permutation(len(names))) / 10
     truth = dict(zip(names, sizes, strict=True))
     scores = draw(np.random.default_rng(1), 20_000, truth, k)
-    of_blocks = crossed.variance_components(crossed.squared_contrasts(scores))
+    of_blocks = crossed.variance_components(squared_contrasts(scores))
     for name, want in truth.items():
         drawn = of_blocks[:, *(int(stream in name.split(" x ")) for stream in STREAMS[:k])]
         assert abs(drawn.mean() - want) < 4.5 * drawn.std() / math.sqrt(len(drawn))
@@ -147,8 +148,8 @@ def test_two_streams_are_statsmodels_anova_and_mixed_model():
 def test_distribution_wise_squares_are_a_double_loop_over_images(k):
     rng, n = np.random.default_rng(k), 7
     blocks = rng.random((3, 2**k, n)) < 0.6
-    sums = crossed.sum_blocks(iter(blocks))
-    test, distribution = crossed.squared_contrasts_of(sums)
+    sums = sum_blocks(iter(blocks))
+    test, distribution = crossed.squared_contrasts(sums)
     for block, of_test, of_distribution in zip(blocks, test, distribution, strict=True):
         for u in itertools.product([0, 1], repeat=k):
             images = np.zeros(n)
@@ -158,7 +159,7 @@ def test_distribution_wise_squares_are_a_double_loop_over_images(k):
             assert of_distribution[u] == pytest.approx(np.mean(pairs))
             assert of_test[u] == pytest.approx(images.mean() ** 2)
     accuracy = blocks.mean(axis=2).reshape(3, *(2,) * k)
-    np.testing.assert_allclose(crossed.squared_contrasts(accuracy), test, atol=1e-15)
+    np.testing.assert_allclose(squared_contrasts(accuracy), test, atol=1e-15)
 
 
 @pytest.mark.parametrize("shift", [0, 0.05])
@@ -168,7 +169,7 @@ def test_distribution_wise_variance_leaves_the_images_out(shift):
     rate = np.linspace(0.2, 0.8, n)
     moved = shift * rng.choice([-1, 1], size=(many, 1, 2, 1))
     runs = np.broadcast_to(moved, (many, 2, 2, 1)).reshape(many, 4, 1)
-    sums = crossed.sum_blocks(rng.random((4, n)) < rate + of_block for of_block in runs)
+    sums = sum_blocks(rng.random((4, n)) < rate + of_block for of_block in runs)
     got = crossed.crossed_indices(sums, ("init", "order"), n_resamples=400)
     order, init = (got.distribution.components[name] for name in ("order", "init"))
     assert order.low < shift**2 < order.high
@@ -182,7 +183,7 @@ def test_distribution_wise_variance_leaves_the_images_out(shift):
 def test_blocks_are_counted_one_after_another():
     with pytest.raises(ValueError, match="not crossed in 3 streams"):
         crossed.sobol_indices(np.zeros((4, 2, 2)), STREAMS[:3])
-    sums = crossed.sum_blocks(np.ones((4, 3), bool) for _ in range(5))
+    sums = sum_blocks(np.ones((4, 3), bool) for _ in range(5))
     assert sums.contrasts[:, 0, 0].tolist() == [12] * 5
     assert sums.squares[:, 0, 0].tolist() == [3 * 16] * 5
     assert not sums.contrasts[:, 1:].any()
@@ -190,7 +191,7 @@ def test_blocks_are_counted_one_after_another():
 
 def test_the_figure_draws_a_row_a_stream():
     rng = np.random.default_rng(4)
-    sums = crossed.sum_blocks(rng.random((8, 50)) < 0.5 + 0.1 * rng.normal() for _ in range(30))
+    sums = sum_blocks(rng.random((8, 50)) < 0.5 + 0.1 * rng.normal() for _ in range(30))
     found = crossed.crossed_indices(sums, STREAMS[:3], n_resamples=50)
     json.dumps(to_json(found), allow_nan=False)
     left, right = figures.draw_indices(found, "short").axes

@@ -9,7 +9,7 @@ may be negative.
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,27 +56,19 @@ def contrasts(y: NDArray, k: int) -> NDArray:
     return _butterfly(y, k, np.add, np.subtract)
 
 
-def sum_blocks(blocks: Iterable[ArrayLike]) -> BlockSums:
-    """Sums of blocks of correctness, bool [2^k, n_test], last stream's seed changing fastest."""
-    kept = []
-    for block in blocks:
-        right = np.asarray(block, np.int8)  # a contrast of an image is 2^k at most
-        k = len(right).bit_length() - 1
-        of_images = contrasts(right.reshape(1, *(2,) * k, -1), k)[0]
-        squares = np.square(of_images, dtype=np.int16).sum(axis=-1, dtype=np.int64)
-        kept.append((of_images.sum(axis=-1, dtype=np.int64), squares))
-    sums, squares = map(np.stack, zip(*kept, strict=True))
-    return BlockSums(sums, squares, right.shape[-1])
+def sum_block(block: ArrayLike) -> tuple[NDArray, NDArray]:
+    """What `BlockSums` holds of one block's correctness, bool [2^k, n_test].
+
+    The last stream's seed changes fastest.
+    """
+    right = np.asarray(block, np.int8)  # a contrast of an image is 2^k at most
+    k = len(right).bit_length() - 1
+    of_images = contrasts(right.reshape(1, *(2,) * k, -1), k)[0]
+    squares = np.square(of_images, dtype=np.int16).sum(axis=-1, dtype=np.int64)
+    return of_images.sum(axis=-1, dtype=np.int64), squares
 
 
-def squared_contrasts(scores: ArrayLike) -> NDArray[np.float64]:
-    """c_u^2 = (sum +-y)^2 / 2^k of scores [B, 2, ...], in their unit squared."""
-    scores = np.asarray(scores)
-    k = scores.ndim - 1
-    return contrasts(scores, k).astype(np.float64) ** 2 / 2**k
-
-
-def squared_contrasts_of(sums: BlockSums) -> tuple[NDArray, NDArray]:
+def squared_contrasts(sums: BlockSums) -> tuple[NDArray, NDArray]:
     """c_u^2 of accuracy on this test set, and what it would be on an infinite one; [B, 2, ...].
 
     Jordan, arXiv 2304.01910, Theorem 2, for a contrast instead of a variance over runs:
@@ -149,6 +141,4 @@ class Crossed(NamedTuple):
 
 def crossed_indices(sums: BlockSums, streams: Sequence[str], **options) -> Crossed:
     """The `sobol_indices` of both kinds; `options` are theirs."""
-    return Crossed(
-        *(sobol_indices(each, streams, **options) for each in squared_contrasts_of(sums))
-    )
+    return Crossed(*(sobol_indices(each, streams, **options) for each in squared_contrasts(sums)))

@@ -72,8 +72,9 @@ def count_block(block: ArrayLike, labels: NDArray, classes: NDArray, moments: ND
 
     Returns the images that each run gets right among those of even and of odd index, [2, r].
     """
-    correct: list[NDArray] = [np.zeros((2, 0), np.int64)]
-    for part in _parts(block):
+    block, correct = np.asarray(block), [np.zeros((2, 0), np.int64)]
+    for start in range(0, len(block), ROWS):
+        part = block[start : start + ROWS]
         for c in range(classes.shape[1]):
             # A uint8 sum over at most 255 rows cannot wrap, and is 9 times as fast as bincount.
             classes[:, c] += (part == c).view(np.uint8).sum(axis=0, dtype=np.uint8)
@@ -85,24 +86,6 @@ def count_block(block: ArrayLike, labels: NDArray, classes: NDArray, moments: ND
         powers = np.stack([errors, errors**2])
         moments += (powers.sum(axis=1, keepdims=True) - powers @ right).astype(np.int64)
     return np.concatenate(correct, axis=1)
-
-
-def _parts(block: ArrayLike) -> list[NDArray[np.integer]]:
-    block = np.asarray(block)
-    return [block[start : start + ROWS] for start in range(0, len(block), ROWS)]
-
-
-def count_predictions(
-    blocks: Iterable[ArrayLike], labels: ArrayLike, *, n_classes: int = 10
-) -> PredictionCounts:
-    """Counts of blocks of predictions, integers [r, n] of any r; ValueError for a bad class."""
-    labels = np.asarray(labels).astype(np.int64)
-    sums = np.zeros((labels.size, n_classes), np.int64), np.zeros((2, labels.size), np.int64)
-    correct = [count_block(block, labels, *sums) for block in blocks]
-    counts = PredictionCounts(labels, *sums, *np.concatenate(correct, axis=1))
-    if counts.classes.sum() != counts.runs * labels.size:
-        raise ValueError(f"a prediction is not in 0..{n_classes - 1}")
-    return counts
 
 
 def variance_parts(counts: PredictionCounts) -> VarianceParts:

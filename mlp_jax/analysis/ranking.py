@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from mlp_jax.analysis.figures import BLUE, draw_intervals, new_figure
-from mlp_jax.analysis.stats import Interval
+from mlp_jax.analysis.stats import Interval, mean_interval
 from mlp_jax.analysis.summary import to_json
 from mlp_jax.analysis.tables import format_value
 
@@ -30,15 +29,14 @@ def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]]) -> dict:
     ranked = []
     for (name, rate), values in scores.items():
         kept = np.array(values)[np.isfinite(values)]
-        half = math.nan
-        if kept.size > 1:
-            t = stats.t.ppf(1 - ALPHA / len(scores) / 2, kept.size - 1)
-            half = t * kept.std(ddof=1) / math.sqrt(kept.size)
-        mean = float(kept.mean()) if kept.size else math.nan
         cell = {"settings": name, "learning_rate": rate, "runs": kept.size}
         cell["diverged"] = len(values) - kept.size
-        cell["mean"] = Interval(mean, mean - half, mean + half)
-        cell["sd"] = float(kept.std(ddof=1)) if kept.size > 1 else None
+        if kept.size > 1:
+            cell["mean"] = mean_interval(kept, tail=ALPHA / len(scores) / 2)
+            cell["sd"] = float(kept.std(ddof=1))
+        else:
+            cell["mean"] = Interval(kept.item() if kept.size else math.nan, math.nan, math.nan)
+            cell["sd"] = None
         ranked.append(to_json(cell))
     ranked.sort(key=lambda cell: -(cell["mean"]["estimate"] or 0))
     return {

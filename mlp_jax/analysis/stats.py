@@ -27,10 +27,10 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_interval(x: ArrayLike) -> Interval:
-    """Mean with Student's t interval, in the unit of `x`."""
+def mean_interval(x: ArrayLike, *, tail: float = LOW) -> Interval:
+    """Mean with Student's t interval, which leaves `tail` on each side, in the unit of `x`."""
     x = np.asarray(x, np.float64)
-    mean, half = x.mean(), stats.t.ppf(HIGH, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size)
+    mean, half = x.mean(), stats.t.ppf(1 - tail, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size)
     return Interval(mean, mean - half, mean + half)
 
 

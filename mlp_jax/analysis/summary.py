@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,13 +42,13 @@ def make_families(
     runs: list[RunId],
     history: dict[str, np.ndarray],
     seconds: np.ndarray,
-    read_predictions: Callable[[], Iterable[tuple[list[RunId], np.ndarray]]],
+    blocks: Iterable[tuple[list[RunId], np.ndarray]],
     labels: np.ndarray,
     n_classes: int,
 ) -> list[Family]:
     """Families, "all" first, of sorted runs with their metrics [R, epochs] and seconds [R].
 
-    `read_predictions()` yields some runs and their predictions, uint8 [r, n].
+    `blocks` are of some runs and their predictions, uint8 [r, n].
     UserError for a run stored twice, or whose predictions are impossible or do not give its
     accuracy.
     """
@@ -64,7 +64,7 @@ def make_families(
     shapes = (len(labels), n_classes), (2, len(labels))
     sums = {name: [np.zeros(shape, np.int64) for shape in shapes] for name in names}
     halves = np.zeros((2, len(runs)), np.int64)
-    for ids, block in read_predictions():
+    for ids, block in blocks:
         at = np.array([position[run] for run in ids])
         for name in dict.fromkeys(run[:2] for run in ids):
             here = finite[at] & np.array([run[:2] == name for run in ids])

@@ -97,22 +97,16 @@ class Config:
     # Set from the data set, not by hand; a setting because it shapes the output layer.
 
     def __post_init__(self):
-        if not 0 < self.epochs < float("inf"):
+        if not 0 < self.epochs < math.inf:
             raise UserError(f"epochs must be positive and finite, not {self.epochs}")
         if self.epochs == int(self.epochs):  # 50.0 is written, and compared, as 50
             object.__setattr__(self, "epochs", int(self.epochs))
-        if self.batch_size < 1:
-            raise UserError(f"batch size must be at least 1, not {self.batch_size}")
         for name in ("dropout", "input_dropout", "warmup", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{_in_words(name)} must be in [0, 1), not {getattr(self, name)}")
-        for name in NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{_in_words(name)} must be at least 0, not {getattr(self, name)}")
-        if not self.elastic_sigma >= 1:
-            raise UserError(f"elastic sigma must be at least 1, not {self.elastic_sigma}")
-        if self.cycles < 1:
-            raise UserError(f"cycles must be at least 1, not {self.cycles}")
+        for name, least in LEAST.items():
+            if not least <= (value := getattr(self, name)) < math.inf:
+                raise UserError(f"{_in_words(name)} must be at least {least}, not {value}")
         check_learning_rate(self.learning_rate)
         if any(width < 1 for width in self.hidden):
             raise UserError(f"hidden widths must be at least 1, not {self.hidden}")
@@ -140,10 +134,9 @@ class Config:
         return cls(**settings | lists)
 
 
-NOT_NEGATIVE = (
-    *("weight_decay", "max_norm", "input_noise", "mixup", "vat"),
-    *("rotation", "shear", "scale", "shift", "elastic"),
-)
+NOT_NEGATIVE = ("weight_decay", "max_norm", "input_noise", "mixup", "vat")
+NOT_NEGATIVE += ("rotation", "shear", "scale", "shift", "elastic")
+LEAST = {"batch_size": 1, "cycles": 1, "elastic_sigma": 1} | dict.fromkeys(NOT_NEGATIVE, 0)
 
 
 def _in_words(name: str) -> str:

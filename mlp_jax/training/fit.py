@@ -160,16 +160,22 @@ def program_text(config: Config, n_train: int, n_test: int) -> str:
     It changes with anything in this code that can change a number, but not with comments, names or
     files, nor with rate, epochs or seeds. How JAX compiles it depends on JAX's recorded version.
     """
-    array: Any = jax.ShapeDtypeStruct
+    array, config = jax.ShapeDtypeStruct, program_config(config)
     run = (array((len(STREAMS),), np.uint32), array((), np.float32))
-    splits = (
-        Split(array((n, N_PIXELS), np.uint8), array((n,), np.int32)) for n in (n_train, n_test)
-    )
-    shared, config = (*splits, *[array((), np.int32)] * 2), program_config(config)
+    shared = _shared_shapes(n_train, n_test)
     init = jax.jit(functools.partial(_init, config)).trace((), run, ())
     epoch = jax.jit(functools.partial(_epoch, config)).trace(init.out_info[0], run, shared)
     constants = [np.asarray(each).tobytes() for part in (init, epoch) for each in part.jaxpr.consts]
     return f"{init.jaxpr}\n{epoch.jaxpr}\n{constants}"
+
+
+def _shared_shapes(n_train: int, n_test: int, sharding=None) -> tuple:
+    """Of both splits, the epoch and the number of steps."""
+    array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    train, test = (
+        Split(array((n, N_PIXELS), np.uint8), array((n,), np.int32)) for n in (n_train, n_test)
+    )
+    return train, test, array((), np.int32), array((), np.int32)
 
 
 def program_config(config: Config) -> Config:
@@ -179,21 +185,15 @@ def program_config(config: Config) -> Config:
 
 @functools.lru_cache(maxsize=8)
 def _compile(config: Config, placement: Placement, n_train: int, n_test: int) -> Programs:
-    def array(shape, dtype, sharding=placement.replicated):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    def split(n):
-        return Split(array((n, N_PIXELS), np.uint8), array((n,), np.int32))
-
-    width, by_run = placement.width, placement.one_run_a_place
-    runs = (array((width, len(STREAMS)), np.uint32, by_run), array((width,), np.float32, by_run))
-    count = jax.ShapeDtypeStruct((), np.int32)
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=placement.one_run_a_place)
+    width, shared = placement.width, _shared_shapes(n_train, n_test, placement.replicated)
+    runs = (array((width, len(STREAMS)), np.uint32), array((width,), np.float32))
     init_fn, epoch_fn = (
         jax.jit(map_runs(functools.partial(fn, config), placement), donate_argnums=0)
         for fn in (_init, _epoch)
     )
     init = init_fn.lower((), runs, ())
-    epoch = epoch_fn.lower(init.out_info[0], runs, (split(n_train), split(n_test), count, count))
+    epoch = epoch_fn.lower(init.out_info[0], runs, shared)
     # without it XLA's CPU backend copies two of the kernels in every step
     in_place: dict[str, Any] = {"xla_cpu_copy_insertion_use_region_analysis": True}
     options = in_place if placement.devices[0].platform == "cpu" else {}

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from mlp_jax.analysis.tables import STATISTICS, format_value
-from mlp_jax.training.config import REFERENCES
+from mlp_jax.analysis.tables import format_value, statistic_rows
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --faint: #777; }
@@ -32,16 +31,17 @@ def make_page(text: str, summary: dict, figures: Iterable[tuple[str, Any]], sett
     parts.append("<p>Accuracies and errors in per cent, SDs in percentage points.</p>")
     for family in summary.get("families", []):
         name = "vary {vary}, learning rate {learning_rate:g}: {runs:,} runs".format(**family)
-        source = REFERENCES[summary["recipe"]].source if family.get("reference") else ""
-        parts += [f"<h2>{escape(name)}</h2>", statistics_table(family, source)]
+        rows = statistic_rows(family, summary["recipe"])
+        heads = ("", "estimate", "95 % interval", "unit", "")
+        parts += [f"<h2>{escape(name)}</h2>", table(heads, rows)]
     for crossed in summary.get("crossed", []):
         name = "crossed streams, learning rate {learning_rate:g}: {runs:,} runs".format(**crossed)
         parts += [f"<h2>{escape(name)}</h2>", crossed_table(crossed)]
     if cells := summary.get("cells"):
-        rows = [
-            (cell["settings"], f"{cell['learning_rate']:g}", cell["runs"], *percent(cell["mean"]))
-            for cell in cells
-        ]
+        rows = []
+        for cell in cells:
+            mean = format_value(cell["mean"], "%")
+            rows.append((cell["settings"], f"{cell['learning_rate']:g}", cell["runs"], *mean))
         parts.append(table(("settings", "learning rate", "runs", "mean, %", "interval"), rows))
     for name, figure in figures:
         alt = figure.get_suptitle() or name
@@ -57,19 +57,6 @@ def make_page(text: str, summary: dict, figures: Iterable[tuple[str, Any]], sett
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
-
-
-def percent(value: dict) -> tuple[str, str]:
-    return format_value(value, "%")
-
-
-def statistics_table(family: dict, source: str) -> str:
-    rows = []
-    for key, (name, unit, meaning) in STATISTICS.items():
-        if family.get(key) is not None:
-            value, interval = format_value(family[key], unit)
-            rows.append((name, value, interval, unit, meaning.format(source=source, **family)))
-    return table(("", "estimate", "95 % interval", "unit", ""), rows)
 
 
 def crossed_table(crossed: dict) -> str:

@@ -63,6 +63,17 @@ def format_value(value: Any, unit: str) -> tuple[str, str]:
     return "-" if value is None else FORMATS[unit].format(value).rstrip("%"), ""
 
 
+def statistic_rows(family: dict, recipe: str) -> list[tuple[str, str, str, str, str]]:
+    """Name, value, interval, unit and meaning of each of a family's statistics."""
+    _, source = REFERENCES.get(recipe, (0, ""))
+    rows = []
+    for key, (name, unit, meaning) in STATISTICS.items():
+        if family[key] is not None or key not in OPTIONAL:
+            meaning = meaning.format(source=source, runs=family["runs"])
+            rows.append((name, *format_value(family[key], unit), unit, meaning))
+    return rows
+
+
 def format_table(summary: dict) -> str:
     """The summary as text."""
     lines = [
@@ -72,16 +83,11 @@ def format_table(summary: dict) -> str:
     if marked := [name for name in summary["processors"] if "--allow-mixed" in name]:
         n_mixed = sum(summary["processors"][name] for name in marked)
         lines.append(f"{n_mixed} runs were pooled with others by --allow-mixed: see their files")
-    _, source = REFERENCES.get(summary["recipe"], (0, ""))
     for family in summary["families"]:
         lines.append("\nvary {vary}, learning rate {learning_rate:g}: {runs} runs".format(**family))
         if left_out := family["diverged"]:
             lines.append(f"  and {len(left_out)} that diverged, in no statistic: seeds {left_out}")
-        for key, (name, unit, meaning) in STATISTICS.items():
-            if family[key] is None and key in OPTIONAL:
-                continue
-            value, interval = format_value(family[key], unit)
-            meaning = meaning.format(source=source, runs=family["runs"])
+        for name, value, interval, _, meaning in statistic_rows(family, summary["recipe"]):
             lines.append(f"  {name:<24}{value:>8}  {interval:<19}  {meaning}".rstrip())
     for crossed in summary.get("crossed", []):
         lines += format_crossed(crossed)

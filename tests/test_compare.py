@@ -263,10 +263,12 @@ def test_the_figure_shows_the_interval_and_the_margin():
     a, b = shifted(0.001)
     got = compare(a, b, margin=0.0005, sd_over_test_sets=0.0004)
     left, right = figures.draw_comparison(*values(a, b), got, ("new", "old")).axes
-    seeds, images = (bars.lines[0].get_xdata()[0] for bars in right.containers)
+    (bars,) = right.containers
+    seeds, images = bars.lines[0].get_xdata()
     assert seeds == images == pytest.approx(100 * got.difference.estimate)
-    ends = [bars.lines[1][0].get_xdata()[0] for bars in right.containers]
-    assert ends == pytest.approx([100 * got.difference.low, 100 * got.over_test_sets.low])
+    assert list(bars.lines[1][0].get_xdata()) == pytest.approx(
+        [100 * got.difference.low, 100 * got.over_test_sets.low]
+    )
     (box,) = right.patches
     assert box.get_x() == pytest.approx(-0.05)
     assert "A against B: better, 40 shared seeds" in left.figure.get_suptitle()

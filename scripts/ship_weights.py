@@ -14,8 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
+from flax import traverse_util
 
 import mlp_jax as mj
+from mlp_jax.files import save_arrays
 from mlp_jax.records import checkpoint
 
 
@@ -25,10 +27,19 @@ class Args:
     """Directory of the sweep."""
 
 
+def save_committee(path: Path, committee: checkpoint.Committee) -> None:
+    """What `load_committee` reads: all in one file, in float16, half the size and as good."""
+    params = traverse_util.flatten_dict(committee.params, sep="/")
+    runs = [(run.seed, run.learning_rate, run.vary) for run in committee.runs]
+    members = list(zip(runs, committee.metrics, strict=True))
+    about = {"config": dataclasses.asdict(committee.config), "members": members}
+    save_arrays(path, {name: a.astype(np.float16) for name, a in params.items()}, about)
+
+
 def main(args: Args) -> None:
     exact = checkpoint.load_committee(args.directory)
     checkpoint.SHIPPED.parent.mkdir(exist_ok=True)
-    checkpoint.save_committee(checkpoint.SHIPPED, exact)
+    save_committee(checkpoint.SHIPPED, exact)
     test = mj.load_dataset(exact.config.dataset).test
     for name, committee in (("float32", exact), ("float16", checkpoint.load_committee())):
         logits = mj.predict(committee, test.images)

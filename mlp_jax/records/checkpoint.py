@@ -4,7 +4,6 @@ Both are .npz files of named arrays. A checkpoint resumes only where the numbers
 weights may be used on any device and version of JAX.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,15 +139,6 @@ def load_committee(directory: str | Path | None = None) -> Committee:
         raise UserError(f"all runs in {directory} diverged")
     configs, runs, params, metrics = zip(*sorted(members, key=lambda m: m.run), strict=True)
     return Committee(configs[0], runs, jax.tree.map(lambda *a: np.stack(a), *params), metrics)
-
-
-def save_committee(path: Path, committee: Committee) -> None:
-    """One file for a committee, in float16: half the size, and as good (see README)."""
-    params = traverse_util.flatten_dict(committee.params, sep="/")
-    runs = [(run.seed, run.learning_rate, run.vary) for run in committee.runs]
-    members = list(zip(runs, committee.metrics, strict=True))
-    about = {"config": dataclasses.asdict(committee.config), "members": members}
-    save_arrays(path, {name: a.astype(np.float16) for name, a in params.items()}, about)
 
 
 def predict(run: TrainedRun | Committee, images: np.ndarray) -> np.ndarray:

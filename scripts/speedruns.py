@@ -152,7 +152,7 @@ def draw(record: dict):
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xticks([1, 10, 100], ["1", "10", "100"])
     ax.minorticks_off()
-    return add_legend(figure, ax, 3)
+    return add_legend(figure, 3, ax)
 
 
 def search_rows(directories: Sequence[Path]) -> list[dict]:

@@ -32,9 +32,10 @@ def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tu
     return figure, *axes.flat
 
 
-def add_legend(figure: Any, ax: Any, columns: int) -> Any:
-    handles = ax.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+def add_legend(figure: Any, columns: int, *axes: Any) -> Any:
+    handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]]
+    style = {"loc": "outside lower left", "frameon": False, "fontsize": 9}
+    figure.legend(handles=handles, ncols=columns, **style)
     return figure
 
 
@@ -118,7 +119,7 @@ def draw_run(lines: list[dict], name: str) -> Any:
         ax.set_xlabel("epoch")
     left.set_ylabel("loss")
     right.set_ylabel("test accuracy (%)")
-    return add_legend(figure, left, 2)
+    return add_legend(figure, 2, left)
 
 
 def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
@@ -147,7 +148,7 @@ def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
     ax.locator_params("y", integer=True)
     images = "image" if width == 1 else f"{width} images"
     ax.set(xlabel="test accuracy (%)", ylabel=f"runs in each bin of {images}")
-    return add_legend(figure, ax, 2)
+    return add_legend(figure, 2, ax)
 
 
 def draw_epochs(family: Any, statistics: dict, name: str) -> Any:
@@ -167,7 +168,7 @@ def draw_epochs(family: Any, statistics: dict, name: str) -> Any:
         ax.locator_params("x", integer=True)
         ax.set_xlabel("epoch")
     axes[0].set_ylabel("test accuracy (%)")
-    return add_legend(figure, axes[0], 4)
+    return add_legend(figure, 4, axes[0])
 
 
 def draw_sources(spreads: list[dict], name: str) -> Any:
@@ -186,7 +187,7 @@ def draw_sources(spreads: list[dict], name: str) -> Any:
     ax.set_yticks(range(len(spreads)), [name.format(**each) for each in spreads])
     ax.set(ylim=(len(spreads) - 0.5, -0.5), xlabel="SD (percentage points), 95 % intervals")
     ax.axvline(0, color=GRAY, lw=0.8)
-    return add_legend(figure, ax, 2)
+    return add_legend(figure, 2, ax)
 
 
 def draw_indices(crossed: Any, name: str) -> Any:
@@ -211,7 +212,7 @@ def draw_indices(crossed: Any, name: str) -> Any:
         for share in (0, 100):
             ax.axvline(share, color=GRAY, lw=0.8)
     axes[0].sharex(axes[1])
-    return add_legend(figure, axes[0], 1)
+    return add_legend(figure, 1, axes[0])
 
 
 def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> Any:
@@ -237,9 +238,7 @@ def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> 
     right.set_yticks(range(len(rows)), rows)
     label = "difference A - B (points), 95 % intervals"
     right.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
-    handles = [item for ax in (left, right) for item in ax.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
-    return figure
+    return add_legend(figure, 3, left, right)
 
 
 def draw_hardest(counts: Any, images: np.ndarray, name: str) -> Any:

@@ -49,7 +49,6 @@ class Report(NamedTuple):
 
     @property
     def page(self) -> str:
-        """All of it as one HTML page."""
         from mlp_jax.analysis.page import make_page
 
         return make_page(self.text, self.summary, self.figures, self.settings)

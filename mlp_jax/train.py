@@ -121,7 +121,6 @@ def check_finite(line: dict, out: Path) -> None:
 
 
 def save_curve(out: Path, metadata: Metadata) -> None:
-    """Plot metrics.jsonl."""
     from mlp_jax.analysis.figures import draw_run
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

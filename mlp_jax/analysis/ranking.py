@@ -48,7 +48,6 @@ def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]]) -> dict:
 
 
 def format_ranking(summary: dict) -> str:
-    """The ranking as text."""
     lines = [f"accuracy in per cent; intervals hold for all {len(summary['cells'])} means at once"]
     for cell in summary["cells"]:
         mean, interval = format_value(cell["mean"], "%")

@@ -75,7 +75,6 @@ def statistic_rows(family: dict, recipe: str) -> list[tuple[str, str, str, str, 
 
 
 def format_table(summary: dict) -> str:
-    """The summary as text."""
     lines = [
         "{recipe} on {dataset}: epochs {epochs}, test images {n_test:,}".format(**summary),
         "accuracies and errors in per cent, SDs in percentage points, intervals at 95 %",

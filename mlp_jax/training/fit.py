@@ -211,7 +211,6 @@ def state_shapes(config: Config) -> TrainState:
 
 
 def run_bytes(config: Config) -> RunBytes:
-    """What a lane costs."""
     n_state = sum(leaf.size for leaf in jax.tree.leaves(state_shapes(config)))
     # donated state, gradients and updates; hidden activations of the test batch and their ReLU
     n_activations = 2 * EVAL_BATCH * (N_PIXELS + sum(config.hidden))

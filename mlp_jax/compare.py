@@ -223,15 +223,12 @@ def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> 
             if not pairs:
                 raise UserError("one run of each pair diverged: there is nothing to compare")
             decision = decide(pairs, margin=args.margin / 100)
-            print(format_decision(decision, len(pairs)), flush=True)
+            mean, low, high = (100 * end for end in decision.difference)
+            text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) points: {decision.verdict}"
+            print(f"{len(pairs)} pairs: {text}", flush=True)
             if decision.verdict != "undecided" or wanted >= args.max_seeds:
                 return decision
             wanted = min(wanted + STEP, args.max_seeds)
-
-
-def format_decision(decision, pairs: int) -> str:
-    mean, low, high = (100 * end for end in decision.difference)
-    return f"{pairs} pairs: {mean:+.3f} ({low:+.3f} to {high:+.3f}) points: {decision.verdict}"
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from mlp_jax.training.config import Config
 STRONG = Config(rotation=15.0, shear=0.15, scale=0.15, shift=1.5, elastic=0.7)
 CENTRE = 13.5
 
-deform, deform_batch, sampling_positions = (
+deform_batch, sampling_positions = (
     jax.jit(function, static_argnames="config")
-    for function in (augment.deform, augment.deform_batch, augment.sampling_positions)
+    for function in (augment.deform_batch, augment.sampling_positions)
 )
 
 
@@ -53,9 +53,9 @@ def test_a_deformed_image_is_what_scipy_samples():
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (28, 28), np.uint8)  # up to the border
     for seed, image in enumerate([digit(), digit(), noise, noise]):
-        key = jax.random.key(seed)
-        made = deform(jnp.ravel(image)[None], key[None], config=STRONG)
-        positions = np.asarray(sampling_positions(key, config=STRONG))
+        key, index = jax.random.key(seed), jnp.array([5])
+        made = deform_batch(jnp.ravel(image)[None], index, key, config=STRONG)
+        positions = np.asarray(sampling_positions(jax.random.fold_in(key, 5), config=STRONG))
         # grid-constant: down to 0 over one pixel beyond the border
         pixels = image / 255
         wanted = ndimage.map_coordinates(pixels, positions, order=1, mode="grid-constant")
@@ -91,7 +91,7 @@ def test_an_image_is_deformed_alike_in_any_batch_and_otherwise_in_any_epoch():
 
 def test_no_strength_is_no_deformation():
     images = jnp.ravel(digit())[None]
-    made = deform(images, jax.random.key(0)[None], config=Config())
+    made = deform_batch(images, jnp.array([0]), jax.random.key(0), config=Config())
     np.testing.assert_allclose(made, images / 255, rtol=1e-6)
     assert not Config().augments
     assert STRONG.augments

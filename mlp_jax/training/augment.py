@@ -26,11 +26,6 @@ def deform_batch(
     `key` is the epoch's, `indices` are those of the images in the training set.
     """
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-    return deform(images, keys, config=config)
-
-
-def deform(images: jax.Array, keys: jax.Array, *, config: Config) -> jax.Array:
-    """`deform_batch` with a key for each of the uint8 images [n, 784]."""
     positions = jax.vmap(lambda key: sampling_positions(key, config=config))(keys)
     # without the barrier XLA recomputes them for each use
     return jax.vmap(sample)(images, lax.optimization_barrier(positions))

@@ -96,7 +96,9 @@ def _epochs(
     splits = (dataset.train, dataset.test)
     programs = compile_programs(config, placement, *(len(split.labels) for split in splits))
     data = jax.device_put(splits, placement.replicated)
-    groups = to_groups(_to_arrays(runs), placement)
+    seeds = np.array([run.seeds for run in runs], np.uint32)
+    rates = np.array([run.learning_rate for run in runs], np.float32)
+    groups = to_groups((seeds, rates), placement)
     if start:
         begin, history = start.epoch, start.history
         states = to_groups(start.state, placement)
@@ -118,12 +120,6 @@ def _epochs(
             for name, new in columns.items()
         }
         yield Progress(runs, epoch + 1, history, predictions, list(states))
-
-
-def _to_arrays(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """The runs as program inputs: seeds, uint32 [runs, streams], and float32 rates [runs]."""
-    seeds = np.array([run.seeds for run in runs], np.uint32)
-    return seeds, np.array([run.learning_rate for run in runs], np.float32)
 
 
 class Programs(NamedTuple):

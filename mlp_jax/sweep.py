@@ -106,8 +106,10 @@ def train_cell(
     # slow to import, so after bad flags are answered
     from mlp_jax.data.dataset import load_dataset
     from mlp_jax.experiment import open_experiment
-    from mlp_jax.tensorboard import log_sweep
+    from mlp_jax.tensorboard import check_installed, log_sweep
 
+    if tensorboard:
+        check_installed()
     dataset = load_dataset(cell.config.dataset, **data)
     opened = open_experiment(cell.directory, cell.config, dataset, cell.runs, **options)
     del dataset  # the devices have their own

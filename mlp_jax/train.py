@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import importlib
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mlp_jax import cli, console, files
@@ -43,13 +41,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # slow to import, so after bad flags are answered
     from mlp_jax.data.dataset import load_dataset
-
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        beside.submit(importlib.import_module, "mlp_jax.experiment")
-        dataset = load_dataset(args.config.dataset, **args.data_options())
     from mlp_jax.experiment import open_experiment
-    from mlp_jax.tensorboard import log_run
+    from mlp_jax.tensorboard import check_installed, log_run
 
+    if args.tensorboard:
+        check_installed()
+    dataset = load_dataset(args.config.dataset, **args.data_options())
     config = for_dataset(args.config, dataset)
     out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
     options = args.options("overwrite") | {"seed": args.seed, "devices": 1, "lanes": 1}
@@ -124,7 +121,8 @@ def save_curve(out: Path, metadata: Metadata) -> None:
     from mlp_jax.analysis.figures import draw_run
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure = draw_run(lines, f"{metadata.title}, seed {metadata.seed}")
+    name = f"{metadata.title()} on {metadata.device_kind}, seed {metadata.seed}"
+    figure = draw_run(lines, name)
     files.save_figure(out / CURVE, figure)
 
 

@@ -168,6 +168,13 @@ def caveats(target: "Target") -> list[str]:
     return [f"{target.name} has {text}." for text, there in said.items() if there]
 
 
+def title(target: "Target", *, with_rate: bool) -> str:
+    metadata, changed = target.metadata, target.metadata.changed()
+    if with_rate:
+        changed["learning_rate"] = f"{target.rate:g}"
+    return f"{metadata.title(changed)} on {metadata.device_kind}"
+
+
 def write(
     out: Path,
     pairs: Sequence[tuple],
@@ -189,7 +196,7 @@ def write(
         record.append(to_json(each | {"says": describe(comparison, *labels(a, b))}))
         scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
         sides = zip((a, b), labels(a, b), strict=True)
-        names = (f"{label}, {side.metadata.title}" for side, label in sides)
+        names = (f"{label}, {title(side, with_rate=a.rate != b.rate)}" for side, label in sides)
         figure = draw_comparison(*scores, comparison, tuple(names))
         name = "comparison.png" if len(pairs) == 1 else f"comparison-{i + 1}.png"
         files.save_figure(out / name, figure)

@@ -103,7 +103,7 @@ def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:
             sums = read_blocks(paths, family, config)
             crossed[family.rate] = sums and crossed_indices(sums, used_streams(config))
     summary = summarize(families, metadata.recipe, config, processors, crossed)
-    drawn = list(figures(families, summary, dataset.test.images, crossed))
+    drawn = list(figures(families, summary, dataset.test.images, crossed, metadata.title()))
     settings = dataclasses.asdict(config) | {"data, SHA-256": metadata.fingerprint}
     settings |= {f"runs on {name}": count for name, count in processors.items()}
     settings |= metadata.environment["versions"]
@@ -124,8 +124,14 @@ def report_grid(cells: Sequence[Path]) -> Report:
     summary = rank(scores)
     if not summary["cells"]:
         raise UserError(f"{cells[0].parent} has no runs to rank: report on each of its sweeps")
-    figure = draw_ranking(summary, stored[0].title)
-    return Report(format_ranking(summary), summary, [("grid.png", figure)], {})
+    first = stored[0]
+    changed, shared = (
+        dict(set.intersection(*(set(of(each).items()) for each in stored)))
+        for of in (Metadata.changed, lambda each: vars(each.config))
+    )
+    figure = draw_ranking(summary, f"{first.title(changed)} on {first.device_kind}")
+    settings = shared | first.environment["versions"]
+    return Report(format_ranking(summary), summary, [("grid.png", figure)], settings)
 
 
 def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:

@@ -60,7 +60,7 @@ def show_images(axes: list, images: Iterable[np.ndarray], captions: list[str], c
 
 
 def figures(
-    families: list, summary: dict, images: np.ndarray, crossed: Mapping[float, Any]
+    families: list, summary: dict, images: np.ndarray, crossed: Mapping[float, Any], title: str
 ) -> Iterator[tuple]:
     """File names and figures; the family `all` at the recipe's rate represents the sweep.
 
@@ -70,7 +70,7 @@ def figures(
     for rate, indices in crossed.items():
         if indices:
             name = "crossed.png" if len(crossed) == 1 else f"crossed-lr{rate:g}.png"
-            yield name, draw_indices(indices, f"{summary['recipe']} on {where}")
+            yield name, draw_indices(indices, f"{title} on {where}")
     recipe = RECIPES.get(summary["recipe"])
     families = [family for family in families if family.vary != "crossed"]
     if not families:
@@ -80,7 +80,7 @@ def figures(
         both,
         key=lambda two: (two[0].vary == "all", recipe and two[0].rate == recipe.learning_rate),
     )
-    name = f"{summary['recipe']}, {len(family.seeds)} runs on {where}"
+    name = f"{title}, {len(family.seeds)} runs on {where}"
     if len(families) > 1 or family.vary != "all":
         name += f" (vary {family.vary}, learning rate {family.rate:g})"
     if statistics["sd"]:
@@ -89,7 +89,7 @@ def figures(
             yield "epochs.png", draw_epochs(family, statistics, name)
     spreads = [each for each in summary["families"] if each["sd"]]
     if len(spreads) > 1:
-        yield "sources.png", draw_sources(spreads, f"{summary['recipe']} on {where}")
+        yield "sources.png", draw_sources(spreads, f"{title} on {where}")
     if family.counts.errors.any():
         yield "hardest.png", draw_hardest(family.counts, images, name)
 
@@ -146,7 +146,8 @@ def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
     if reference := statistics["reference"]:
         ax.axvline(100 * reference, color=ORANGE, label=f"reference, {100 * reference:.2f} %")
     ax.locator_params("y", integer=True)
-    images = "image" if width == 1 else f"{width} images"
+    ax.set_xlim(right=min(ax.get_xlim()[1], 100))
+    images = f"{width} image{'s' * (width > 1)}"
     ax.set(xlabel="test accuracy (%)", ylabel=f"runs in each bin of {images}")
     return add_legend(figure, 2, ax)
 

@@ -24,6 +24,7 @@ from mlp_jax.files import (
 )
 from mlp_jax.records import rows
 from mlp_jax.records.provenance import Metadata, check_same
+from mlp_jax.training.config import format_setting
 
 CONFIG = "config.json"
 CURVE = "curve.png"
@@ -98,11 +99,10 @@ def cell_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """Each cell's name: the settings that differ, as in hidden=8,dropout=0.2; "" if none do."""
     differing = [name for name in cells[0] if len({cell.get(name) for cell in cells}) > 1]
 
-    def text(value: Any) -> str:
-        value = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        return value.replace("/", "-")
+    def text(name: str, value: Any) -> str:
+        return f"{name}={format_setting(value)}".replace("/", "-")
 
-    return [",".join(f"{name}={text(cell.get(name))}" for name in differing) for cell in cells]
+    return [",".join(text(name, cell.get(name)) for name in differing) for cell in cells]
 
 
 def claim(directory: Path, metadata: Metadata) -> None:

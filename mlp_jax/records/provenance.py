@@ -10,12 +10,12 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlp_jax.errors import UserError
-from mlp_jax.training.config import Config
+from mlp_jax.training.config import RECIPES, Config, format_setting
 
 
 class Metadata(NamedTuple):
@@ -33,10 +33,25 @@ class Metadata(NamedTuple):
     program: str | None = None  # fingerprint of the training code, see `fit.program_text`
     mixed: bool = False  # stored by --allow-mixed beside rows with other numerics
 
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not the recipe's own.
+
+        Without a sweep's learning rates, which may be several: its families are named by them.
+        """
+        own = vars(RECIPES.get(self.recipe, Config()))
+        skipped = ("n_classes", *(("learning_rate",) if self.seed is None else ()))
+        settings = vars(self.config).items()
+        return {name: v for name, v in settings if v != own[name] and name not in skipped}
+
+    def title(self, changed: Mapping[str, Any] | None = None) -> str:
+        """The recipe and what is changed of it, for figures."""
+        changed = self.changed() if changed is None else changed
+        texts = (f"{name.replace('_', ' ')} {format_setting(v)}" for name, v in changed.items())
+        return self.recipe + f" ({', '.join(texts)})" * bool(changed)
+
     @property
-    def title(self) -> str:
-        """Title in figures: the recipe, and the kind of device that trained it."""
-        return f"{self.recipe} on {self.environment['device_kind']}"
+    def device_kind(self) -> str:
+        return self.environment["device_kind"]
 
     def to_json(self) -> dict:
         fields = self._asdict() | {"config": dataclasses.asdict(self.config)}

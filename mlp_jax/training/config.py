@@ -210,3 +210,7 @@ REFERENCES: dict[str, Reference] = {
     "best-augmented": Reference(9951, "784-1000-500-10 of Ciresan et al., arXiv 1003.0358"),
 }
 """The published result of a recipe, where there is one."""
+
+
+def format_setting(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

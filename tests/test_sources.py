@@ -304,7 +304,7 @@ def _edit(part, change):
         ),
         (
             _edit(PARTS[2], lambda _: format_idx(np.zeros((2, 3, 4), np.uint8))),
-            "holds images of another size where images should be",
+            "holds 3x4 images where images of 28x28 should be",
         ),
         (_edit(PARTS[2], lambda _: b"<html>"), "not an IDX file of images or labels"),
     ],
@@ -345,7 +345,9 @@ def test_files_cut_short(name, tmp_path):
 
 def test_missing_files(tmp_path):
     line = refusal("kmnist", tmp_path / "data", tmp_path / "nowhere")
-    assert line == f"{tmp_path / 'nowhere'}: has no {PARTS[0]}.gz"
+    assert line == f"{tmp_path / 'nowhere'}: no such folder"
+    line = refusal("kmnist", tmp_path / "data", tmp_path)
+    assert line == f"{tmp_path}: has no {PARTS[0]}.gz"
     line = refusal("emnist/digits", tmp_path / "data", tmp_path)
     assert line == f"{tmp_path}: has no gzip.zip"
     line = refusal("mnist_corrupted", tmp_path / "data", tmp_path)
@@ -396,7 +398,10 @@ def test_files_of_ones_own_that_are_refused(tmp_path):
     line = refusal("my_digits", data_dir, folder)
     assert line == f"{folder / PARTS[2]}.gz: holds {N_TEST} images for {N_TEST + 1} labels"
     (folder / f"{PARTS[0]}.gz").write_bytes(format_idx(np.zeros((2, 32, 32), np.uint8)))
-    assert "holds images of another size" in refusal("my_digits", data_dir, folder)
+    assert "holds 32x32 images where images of 28x28 should be" in refusal("my_digits", data_dir, folder)
+    write_published(folder, small_idx() | {PARTS[3]: format_idx(np.full(N_TEST, 17, np.uint8))})
+    line = refusal("my_digits", data_dir, folder)
+    assert line == f"{folder / PARTS[3]}.gz: no training image has the label 17"
     (folder / f"{PARTS[0]}.gz").unlink()
     assert f"{folder}: has no {PARTS[0]}.gz or " in refusal("my_digits", data_dir, folder)
     assert not data_dir.exists()

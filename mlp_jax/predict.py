@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.images:
         raise UserError("name at least one image")
     if args.sheet:
-        files.check_writable(args.sheet.parent)
+        files.check_file(args.sheet)
 
     # slow to import, so after bad flags are answered
     from mlp_jax.data.photo import read_digit

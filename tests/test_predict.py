@@ -145,11 +145,11 @@ def test_formats(here, capsys, name):
 
 
 UNREADABLE = {
-    "blank.png": (lambda path: save(Image.new("RGB", (90, 90), "white"), path), "is blank"),
+    "blank.png": (lambda path: save(Image.new("RGB", (90, 90), "white"), path), "shows no digit"),
     "noise.png": (
         lambda path: save(drawings.on_paper(np.zeros((200, 200)), grain=0.03,
                                             rng=np.random.default_rng(0)), path),
-        "is blank",
+        "shows no digit",
     ),
     "empty.png": (lambda path: path.write_bytes(b""), "not an image that Pillow knows"),
     "text.jpg": (lambda path: path.write_text("seven"), "not an image that Pillow knows"),

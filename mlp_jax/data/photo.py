@@ -82,7 +82,7 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
     if all(np.ptp(side) == 0 for side in (grey[0], grey[-1], grey[:, 0], grey[:, -1])):
         ink = np.abs(grey - paper)  # drawn, not photographed: used unchanged
         if ink.max() < CONTRAST:
-            raise UserError("is blank")
+            raise UserError("shows no digit")
         return ink / ink.max()
     # light and shadows are wider than a line
     grey = ndimage.gaussian_filter(-grey if ink_is_dark(grey) else grey, 1)
@@ -91,7 +91,7 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
     noise = 1.5 * np.median(np.abs(ink))  # the SD of normal noise
     least = max(CONTRAST, 8 * noise, 0.4 * ink.max())
     if ink.max() < least:
-        raise UserError("is blank")
+        raise UserError("shows no digit")
     strength = np.median(ink[ink >= least])
     return keep_digit(np.clip(2 * ink / strength - 0.5, 0, 1))
 

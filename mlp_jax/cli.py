@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -203,6 +204,8 @@ def command_line(prog: str, argv: Sequence[str] | None, *more: str) -> str:
     """The command line `argv` as typed, with `more` but without --overwrite."""
     if Path(sys.argv[0]).name == "mlp-jax":  # perhaps the only one on the PATH
         prog = prog.replace("python -m mlp_jax.", "mlp-jax ")
+    elif shutil.which("python") != sys.executable:  # its environment is not activated
+        prog = prog.replace("python", sys.orig_argv[0], 1)
     words = (word for word in _words(argv) if word != "--overwrite")
     return shlex.join([*prog.split(), *words, *more])
 

@@ -105,6 +105,8 @@ def format_crossed(crossed: dict) -> list[str]:
     lines = ["\ncrossed streams, learning rate {learning_rate:g}: {runs} runs".format(**crossed)]
     if left := crossed["runs_in_broken_blocks"] + len(crossed["diverged"]):
         lines[0] += f"; {left} more are in blocks that are not finished, or diverged"
+    if (of := crossed.get("test")) and of["variance"]["low"] is None:
+        lines[0] += "; too few blocks for intervals"
     for key, meaning in (("test", "on this test set"), ("distribution", "on an infinite one")):
         if indices := crossed.get(key):
             variance = indices["variance"].items()  # its ends are None where there are few blocks

@@ -97,7 +97,9 @@ def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
     choices = []
     for group in filter(None, groups):
         flag, values = group[0], group[1:]
-        if flag == "--hidden" and any("x" in value for value in values):
+        if group == ["--ray"]:
+            choices.append([[flag, "auto"]])
+        elif flag == "--hidden" and any("x" in value for value in values):
             choices.append([[flag, *value.split("x")] for value in values])
         elif flag[2:].replace("-", "_") in several and len(values) > 1:
             choices.append([[flag, value] for value in values])

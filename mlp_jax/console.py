@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from time import perf_counter as clock
 
 from mlp_jax.bars import progress_bar
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
@@ -18,7 +19,7 @@ def header(experiment) -> str:
     config, dataset = experiment.metadata.config, experiment.dataset
     table = parameter_table(config, state_shapes(config).params)
     n_train, n_test = (len(split.labels) for split in (dataset.train, dataset.test))
-    device = experiment.placement.devices[0].device_kind
+    device = experiment.metadata.environment["device_kind"]
     return (
         f"{table}\n\n{config.dataset}: {n_train:,} training and {n_test:,} {config.split} images;"
         f" training on {device}, results in {experiment.directory}\n\n"
@@ -54,7 +55,7 @@ class Bar:
     """A progress bar (finished runs, runs per hour, time left), and a line per stored file."""
 
     def __init__(self, experiment, n_runs: int, n_missing: int, quiet: bool):
-        self._experiment, self._n_runs, self._seconds = experiment, n_runs, 0.0
+        self._experiment, self._n_runs, self._began = experiment, n_runs, clock()
         self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.n_epochs
         shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
         total = n_missing * self._epochs
@@ -62,13 +63,15 @@ class Bar:
 
     def update(self, epoch) -> None:
         self._write_stored()
-        self._seconds += epoch.seconds[-1]
-        trained = self._bar.n + len(epoch.progress.runs)
+        new = epoch.new * len(epoch.progress.runs)
+        seconds = clock() - self._began - self._experiment.compile_seconds
+        trained = self._bar.n + new
         finished = self._n_runs - (self._bar.total - trained) // self._epochs
-        rate = trained / self._epochs / self._seconds * 3600
+        rate = trained / self._epochs / seconds * 3600
         text = f"{finished} of {self._n_runs} runs, {rate:.0f} runs an hour"
+        text += f" on {epoch.nodes} nodes" if epoch.nodes > 1 else ""
         self._bar.set_description_str(text, refresh=False)
-        self._bar.update(len(epoch.progress.runs))
+        self._bar.update(new)
 
     def _write_stored(self) -> None:
         if len(self._experiment.finished) > self._stored and not self._bar.disable:

@@ -5,20 +5,28 @@ not on the runs trained with it, their order, or how often the experiment was st
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter as clock
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import jax
 
 from mlp_jax import files
 from mlp_jax.errors import UserError
+from mlp_jax.machine import (
+    Epoch,
+    Machine,
+    compiled,
+    finish,
+    prepare,
+    split,
+    train_group,
+    with_program,
+)
 from mlp_jax.records import directory as directories
 from mlp_jax.records import rows
 from mlp_jax.records.checkpoint import (
@@ -27,19 +35,14 @@ from mlp_jax.records.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from mlp_jax.records.provenance import Metadata, describe_environment
+from mlp_jax.records.provenance import Metadata
 from mlp_jax.training.arrays import Dataset, for_dataset
 from mlp_jax.training.config import RECIPES, Config
-from mlp_jax.training.fit import Progress, compile_programs, fit, program_text, run_bytes
-from mlp_jax.training.parallel import Placement, n_cores, place, use_cores
+from mlp_jax.training.parallel import n_cores, use_cores
 from mlp_jax.training.run import Run, crossed_seeds, make_runs
 
-
-class Epoch(NamedTuple):
-    """Some runs after an epoch, and the wall time of each of their epochs in seconds."""
-
-    progress: Progress
-    seconds: list[float]
+if TYPE_CHECKING:  # it needs Ray
+    from mlp_jax.cluster import Cluster
 
 
 @dataclasses.dataclass
@@ -48,8 +51,8 @@ class Experiment:
 
     directory: Path
     metadata: Metadata
-    dataset: Dataset  # on the devices
-    placement: Placement
+    dataset: Dataset
+    trainer: "Machine | Cluster"
     stored: dict[Run, dict]  # rows.last_values of the runs that have a row
     chunk: int  # runs that share a file
     checkpoint_every: int
@@ -72,93 +75,86 @@ class Experiment:
         """Train and store the missing ones of `runs`, yielding them after each epoch.
 
         `stop` is called after each epoch; once true, finished runs are stored, the others saved.
+        A cluster yields finished runs alone, and saves no others.
         """
-        missing = self.missing(runs)
-        if not missing:
+        if not (missing := self.missing(runs)):
             return
-        start, sizes = clock(), _sizes(self.dataset)
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            compiling = beside.submit(
-                compile_programs, self.metadata.config, self.placement, *sizes
-            )
-            self.metadata = with_program(self.metadata, self.dataset)  # while XLA compiles
-            compiling.result()
-        _trim_memory()
+        chunks = split(missing, self.chunk)
+        if not isinstance(self.trainer, Machine):
+            train = self.trainer.train(chunks, self.metadata, self.keep_weights, stop)
+            for ended, metadata in train:
+                self._store(ended, metadata)
+                yield from ended
+            return
+        start = clock()
+        self.trainer = compiled(self.trainer)
+        self.metadata = self.trainer.metadata
         self.compile_seconds = clock() - start
-        for chunk in _split(missing, self.chunk):
-            yield from self._train_chunk(chunk, stop)
+        for chunk in chunks:
+            yield from self._train_chunk(self.trainer, chunk, stop)
             if stop():
                 return
 
-    def _train_chunk(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
+    def _train_chunk(
+        self, machine: Machine, runs: Sequence[Run], stop: Callable[[], bool]
+    ) -> Iterator[Epoch]:
         ended: list[Epoch] = []
         try:
-            for group in _split(runs, self.placement.width):
-                for epoch in self._train_group(group, stop):
+            for group in split(runs, machine.placement.width):
+                for epoch in self._train_group(machine, group, stop):
                     if epoch.progress.epoch == self.metadata.config.n_epochs:
-                        ended.append(epoch._replace(progress=self._keep(epoch.progress)))
+                        finished = finish(epoch, self.keep_weights)
+                        ended.append(self._keep(finished, self.metadata))
                     yield epoch
                 if stop():
                     break
         finally:  # keep finished runs even if the caller leaves its loop
             if ended:
-                self._store(ended)
+                self._store(ended, self.metadata)
 
-    def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
-        """Train as many runs as the devices hold, from their checkpoint if there is one."""
+    def _train_group(
+        self, machine: Machine, runs: Sequence[Run], stop: Callable[[], bool]
+    ) -> Iterator[Epoch]:
         path, epochs = self._checkpoint(runs), self.metadata.config.n_epochs
-        start, seconds = load_checkpoint(path, self.metadata) or (None, [])
-        began = clock()
-        for progress in fit(
-            self.metadata.config, self.dataset, runs, placement=self.placement, start=start
-        ):
-            seconds.append(clock() - began)
-            yield Epoch(progress, seconds)
+        saved = load_checkpoint(path, self.metadata) or ()
+        for epoch in train_group(machine, runs, *saved):
+            yield epoch
+            progress = epoch.progress
             due = self.checkpoint_every and progress.epoch % self.checkpoint_every == 0
             stopping = stop()
             if progress.epoch < epochs and (due or stopping):
-                save_checkpoint(path, progress.snapshot(), seconds, self.metadata)
+                save_checkpoint(path, progress.snapshot(), epoch.seconds, self.metadata)
             if stopping:
                 return
-            began = clock()
 
-    def _keep(self, progress: Progress) -> Progress:
-        """Save the weights of finished runs if wanted, and drop the states."""
-        if self.keep_weights:
-            stacked = progress.params
-            for i, run in enumerate(progress.runs):
-                params = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-                metrics = {name: values[i, -1].item() for name, values in progress.history.items()}
-                save_weights(self.directory, run, params, metrics, self.metadata)
-        return progress._replace(states=[])
+    def _keep(self, epoch: Epoch, metadata: Metadata) -> Epoch:
+        """Save the weights of finished runs, and drop them."""
+        for i, run in enumerate(epoch.progress.runs if epoch.params else ()):
+            params = jax.tree.map(lambda leaf, i=i: leaf[i], epoch.params)
+            history = epoch.progress.history.items()
+            metrics = {name: values[i, -1].item() for name, values in history}
+            save_weights(self.directory, run, params, metrics, metadata)
+        return epoch._replace(params=None)
 
-    def _store(self, ended: Sequence[Epoch]) -> None:
+    def _store(self, ended: Sequence[Epoch], metadata: Metadata) -> None:
+        """Write finished runs that a machine with these metadata trained."""
         new: dict[Run, dict] = {}
-        for progress, seconds in ended:
+        for epoch in ended:
+            progress, seconds, *_ = self._keep(epoch, metadata)
             share = sum(seconds) / len(progress.runs)
-            made = rows.make_rows(self.metadata.recipe, progress, share)
+            made = rows.make_rows(metadata.recipe, progress, share)
             new |= zip(progress.runs, made, strict=True)
         # a run retrained for its weights already has its row
         if wanted := [row for run, row in new.items() if run not in self.stored]:
-            rows.write_rows(self.directory, wanted, self.metadata)
+            rows.write_rows(self.directory, wanted, metadata)
         self.finished |= {run: rows.last_values(row) for run, row in new.items()}
-        for progress, _ in ended:
-            self._checkpoint(progress.runs).unlink(missing_ok=True)
+        for epoch in ended:
+            self._checkpoint(epoch.progress.runs).unlink(missing_ok=True)
 
     def _checkpoint(self, runs: Sequence[Run]) -> Path:
         """The checkpoint of exactly these runs; grouped differently next time, they start over."""
         digest = hashlib.sha256(repr(tuple(runs)).encode()).hexdigest()[:16]
         return self.directory / "checkpoints" / f"{digest}.npz"
-
-
-def _trim_memory() -> None:
-    """Return the hundred MB that the compiler freed and glibc would keep."""
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _split(runs: Sequence[Run], size: int) -> Iterator[Sequence[Run]]:
-    return (runs[start : start + size] for start in range(0, len(runs), size))
 
 
 @contextlib.contextmanager
@@ -178,22 +174,23 @@ def open_experiment(
     allow_mixed: bool = False,
     overwrite: bool = False,
     shard: tuple[int, int] = (0, 1),
+    cluster: "Cluster | None" = None,
 ) -> Iterator[Experiment]:
     """Lock `directory`, new or with compatible runs, to train `runs` in it.
 
     `seed` marks a single run, whose results `overwrite` removes first. `shard` is (I, N): this
-    process trains part I of N. UserError if the directory is not ours, is in use, or holds
-    incompatible numbers.
+    process trains part I of N. `cluster` trains instead of this machine. UserError if the
+    directory is not ours, is in use, or holds incompatible numbers.
     """
     config = for_dataset(config, dataset)
-    placement = place(len(runs), run_bytes(config), devices=devices, lanes=lanes)
-    environment = describe_environment(placement.devices) | {"lanes": placement.lanes}
     data = {"fingerprint": dataset.fingerprint, "images": dataset.image_fingerprint}
-    metadata = Metadata(
-        recipe, config, environment=environment, seed=seed, mixed=allow_mixed, **data
-    )
-    train, test = jax.device_put((dataset.train, dataset.test), placement.replicated)
-    dataset = dataset._replace(train=train, test=test)  # so the host's arrays can be freed
+    metadata = Metadata(recipe, config, environment={}, seed=seed, mixed=allow_mixed, **data)
+    if cluster:
+        metadata, width = cluster.prepare(metadata, dataset, len(runs), lanes)
+    else:
+        machine = prepare(metadata, dataset, len(runs), devices, lanes)
+        metadata, dataset, placement = machine  # so the host's arrays can be freed
+        width = placement.width
     directories.check_out_dir(directory)
     with files.locked(directory, *shard):
         if overwrite:
@@ -202,24 +199,13 @@ def open_experiment(
         if rows.row_files(directory):
             metadata = with_program(metadata, dataset)
         files.make_directory(directory / "runs")
-        size = chunk_size(chunk, config.epochs, placement.width)
+        size = chunk_size(chunk, config.epochs, width)
         saving = {"chunk": size, "checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
         stored = rows.finished_runs(directory, metadata)
-        yield Experiment(directory, metadata, dataset, placement, stored, **saving)
+        trainer = cluster or machine._replace(metadata=metadata)
+        yield Experiment(directory, metadata, dataset, trainer, stored, **saving)
         if shard[1] == 1:  # else another shard may be about to write there
             files.remove_if_empty(directory / "checkpoints")
-
-
-def with_program(metadata: Metadata, dataset: Dataset) -> Metadata:
-    """`metadata` with the fingerprint of the training code."""
-    if metadata.program:
-        return metadata
-    text = program_text(metadata.config, *_sizes(dataset))
-    return metadata._replace(program=hashlib.sha256(text.encode()).hexdigest())
-
-
-def _sizes(dataset: Dataset) -> tuple[int, int]:
-    return len(dataset.train.labels), len(dataset.test.labels)
 
 
 def chunk_size(chunk: Literal["auto"] | int, epochs: float, width: int) -> int:

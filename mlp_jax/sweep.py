@@ -51,6 +51,9 @@ class Args(cli.TrainingArgs):
     shard: str | None = None
     """I/N: train the I-th of N equal parts of the runs, I from 0.
     Default: this process's part in a SLURM array, srun or Open MPI job, else all."""
+    ray: str | None = None
+    """Train on the nodes of the Ray cluster at this address (none: of this machine), each task on
+    --devices of a node. This process alone writes; checkpoints are left out."""
 
 
 class Cell(NamedTuple):
@@ -70,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     args = grid[0]
     at_least_1 = dict.fromkeys(("devices", "lanes", "chunk"), 1)
     cli.check_at_least(args, at_least_1 | {"checkpoint_every": 0, "crossed": 0})
-    index, count = cli.parse_shard(args.shard)
+    if args.ray and args.shard:
+        raise UserError("--ray deals out the runs: leave out --shard")
+    index, count = (0, 1) if args.ray else cli.parse_shard(args.shard)
     cells = make_cells(args, [each.config for each in grid])
     options = args.options("devices", "lanes", "chunk", "keep_weights")
     options |= {"shard": (index, count)}
@@ -79,6 +84,10 @@ def main(argv: list[str] | None = None) -> None:
 
     use_cores()
     with cli.StopSignals() as stop, contextlib.ExitStack() as stack:
+        if args.ray:
+            from mlp_jax.cluster import connect
+
+            options["cluster"] = stack.enter_context(connect(args.ray, args.devices))
         if len(cells) > 1:
             stack.enter_context(files.locked(args.out, index, count))
         again = cli.command_line(PROG, argv)
@@ -93,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
                 missing = train_cell(cell, data, options, stop, args.tensorboard)
             if runs and missing:
                 counts = f"{len(runs) - missing} of {len(runs)} runs finished"
-                stop.exit(f"{counts}, the epochs of the others saved; resume with: {again}")
+                saved = "" if args.ray else ", the epochs of the others saved"
+                stop.exit(f"{counts}{saved}; resume with: {again}")
 
 
 def train_cell(

@@ -78,11 +78,9 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
     """Versions, hardware, numerics, and the commit of the code."""
     import jax
 
-    packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     settings = jax.config.values
     return {
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in packages},
+        "versions": versions(),
         "backend": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "n_devices": len(devices),
@@ -106,6 +104,12 @@ FORMER_NUMERICS: dict[str, Any] = {
     "xla_flags": "",
     "lanes": 1,
 }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that train."""
+    packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str | None:
@@ -157,7 +161,7 @@ def numerics(metadata: Metadata) -> dict[str, Any]:
     return here | {name: environment[name] for name in names} | {"program": metadata.program}
 
 
-def check_same(place: Path, stored: Metadata, asked: Metadata) -> None:
+def check_same(place: Path | str, stored: Metadata, asked: Metadata) -> None:
     """Raise UserError, naming the first difference, if two metadata may not be pooled.
 
     Other numerics pass if either is marked as mixed, and so does what an older record lacks.

@@ -64,10 +64,10 @@ class Placement(NamedTuple):
         return NamedSharding(self.mesh, P())
 
 
-def use_cores() -> bool:
+def use_cores(cores: int | None = None) -> bool:
     """Split JAX's CPU backend into one device per core; False if JAX has its devices already."""
     try:
-        jax.config.update("jax_num_cpu_devices", n_cores())
+        jax.config.update("jax_num_cpu_devices", cores or n_cores())
     except RuntimeError:
         return False
     return True

@@ -1,0 +1,170 @@
+"""Trains chunks of runs on the nodes of a Ray cluster; the caller alone writes what they return.
+
+A chunk is a task in Ray's queue: nodes that join take tasks, and those of a node that dies are
+repeated on others. On CPU the numbers are those of one machine, bit for bit.
+"""
+
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import pickle
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+
+from mlp_jax.errors import UserError, one_line
+from mlp_jax.machine import (
+    Epoch,
+    Machine,
+    compiled,
+    finish,
+    prepare,
+    split,
+    train_group,
+    with_program,
+)
+from mlp_jax.records.provenance import Metadata, check_same, versions
+from mlp_jax.training.arrays import Dataset
+from mlp_jax.training.parallel import use_cores
+from mlp_jax.training.run import Run
+
+try:
+    import ray
+except ImportError:
+    raise UserError("--ray needs Ray: pip install 'mlp_jax[ray]'") from None
+
+QUEUE = 1000
+"""Tasks that Ray knows at a time; nodes that could run more would idle."""
+
+
+@contextlib.contextmanager
+def connect(address: str, devices: Literal["auto"] | int = "auto") -> Iterator["Cluster"]:
+    """The running cluster at `address` ("auto": this machine's); UserError if there is none."""
+    jax.config.update("jax_platforms", "cpu")  # accelerators here belong to this node's worker
+    handler = signal.getsignal(signal.SIGTERM)  # which Ray replaces
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        line = f"--ray {address}: {one_line(error)}; `ray start --head` starts a cluster"
+        raise UserError(line) from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield Cluster(devices)
+    finally:
+        ray.shutdown()
+
+
+class Cluster:
+    """The cluster to which this process is connected."""
+
+    def __init__(self, devices: Literal["auto"] | int):
+        """A task takes `devices` of a node; "auto": a GPU, else what the smallest node has."""
+        kinds = {kind: self._counts(kind) for kind in ("GPU", "TPU", "CPU")}
+        self._kind = next((kind for kind, counts in kinds.items() if counts), "CPU")
+        counts = kinds[self._kind] or [0]
+        auto = 1 if self._kind == "GPU" else min(counts)
+        self._share = int(auto) if devices == "auto" else devices
+        if not 0 < self._share <= max(counts):
+            raise UserError(f"no node of the Ray cluster has {self._share or 'any'} {self._kind}s")
+        share: dict[str, Any] = {f"num_{self._kind.lower()}s": self._share}
+        if self._kind == "TPU":
+            share = {"resources": {"TPU": self._share}}
+        # max_calls: Ray would end a process that has a GPU, and its programs and data, after a task
+        self._task = ray.remote(max_retries=-1, max_calls=0, **share)(_task)
+
+    def _counts(self, kind: str) -> list[float]:
+        counts = (node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
+        return [count for count in counts if count]
+
+    def prepare(
+        self, metadata: Metadata, dataset: Dataset, n_runs: int, lanes: Literal["auto"] | int
+    ) -> tuple[Metadata, int]:
+        """Complete `metadata` with a node's, for tasks on `dataset`, and how many runs it takes."""
+        metadata = with_program(metadata, dataset)
+        cores = self._share if self._kind == "CPU" else None
+        self._job = ray.put((metadata._replace(program=None), dataset, n_runs, lanes, cores))
+        here, width, _ = _get(self._submit((), None, False))
+        return here._replace(program=metadata.program), width
+
+    def _submit(self, runs: Sequence[Run], asked: Metadata | None, keep_weights: bool):
+        # in bytes, since another version may not be able to read them
+        chunk = pickle.dumps((runs, asked, keep_weights))
+        return self._task.remote(versions(), [self._job], chunk)
+
+    def train(
+        self,
+        chunks: Iterable[Sequence[Run]],
+        metadata: Metadata,
+        keep_weights: bool,
+        stop: Callable[[], bool],
+    ) -> Iterator[tuple[list[Epoch], Metadata]]:
+        """Finished chunks in any order, each with its node's metadata; on `stop`, those there."""
+        pending: list = []
+        chunks = iter(chunks)
+        while True:
+            some = itertools.islice(chunks, QUEUE - len(pending))
+            pending += [self._submit(runs, metadata, keep_weights) for runs in some]
+            if not pending:
+                return
+            stopping = stop()
+            wanted = len(pending) if stopping else 1
+            done, pending = ray.wait(pending, num_returns=wanted, timeout=float(not stopping))
+            for ref in done:
+                here, _, ended = _get(ref)
+                nodes = sum(count >= self._share for count in self._counts(self._kind))
+                yield (
+                    [epoch._replace(new=epoch.progress.epoch, nodes=nodes) for epoch in ended],
+                    here,
+                )
+            if stopping:
+                return
+
+
+def _get(task) -> tuple[Metadata, int, list[Epoch]]:
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+
+
+def _task(there: dict, job: list, chunk: bytes) -> tuple[Metadata, int, list[Epoch]]:
+    """Train a chunk on a node: metadata of the node, runs that it trains at a time, finished runs.
+
+    UserError, naming the node, if its numbers could be others.
+    """
+    try:
+        for name, here in versions().items():
+            if name not in ("python", "numpy") and here != there.get(name):
+                raise UserError(f"{name} is {here}, not {there.get(name)} as where the sweep began")
+        if _gpus() != os.getenv("CUDA_VISIBLE_DEVICES"):
+            os._exit(1)  # JAX keeps the first that it saw; Ray repeats the task in a new process
+        machine = _machine(*job)
+        runs, asked, keep_weights = pickle.loads(chunk)
+        if asked:
+            check_same("the sweep", asked, machine.metadata)
+    except UserError as error:
+        raise UserError(f"node {ray.util.get_node_ip_address()}: {error}") from None
+    ended = []
+    for group in split(runs, machine.placement.width):
+        (last,) = deque(train_group(machine, group), maxlen=1)
+        ended.append(finish(last, keep_weights))
+    return machine.metadata, machine.placement.width, ended
+
+
+@functools.cache
+def _gpus() -> str | None:
+    return os.getenv("CUDA_VISIBLE_DEVICES")
+
+
+@functools.lru_cache(maxsize=1)
+def _machine(job: Any) -> Machine:
+    """What this process trains with, kept from task to task."""
+    metadata, dataset, n_runs, lanes, cores = ray.get(job)
+    use_cores(cores)
+    return compiled(prepare(metadata, dataset, n_runs, lanes=lanes))

@@ -1,0 +1,118 @@
+"""A sweep on three Ray nodes of this machine, which die, join and differ."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlp_jax.errors import UserError
+from mlp_jax.files import load_arrays
+from mlp_jax.records import rows as store
+from mlp_jax.sweep import main as sweep_main
+
+COMMAND = [
+    *(sys.executable, "-m", "mlp_jax.sweep", "--dataset", "kmnist", "--keep-weights"),
+    *("--hidden", "16", "8", "--batch-size", "32", "--learning-rate", "0.1"),
+    # long enough to be killed in the middle, by the clock of any machine
+    *("--epochs", "40", "--chunk", "2", "--seeds", "0:36"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head that trains nothing; tests add the nodes."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def plain(small_dir, tmp_path_factory):
+    """The rows and the weights of a sweep without Ray."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    flags = ["--quiet", "--data-dir", str(small_dir), "--out", str(out)]
+    subprocess.run([*COMMAND, *flags], check=True)
+    return results(out)
+
+
+def results(directory):
+    """All that is stored but for the clock and the machine."""
+    rows = store.read_runs(directory).drop_columns("seconds").to_pylist()
+    paths = sorted(directory.glob("weights/*.npz"))
+    weights = [{k: v.tobytes() for k, v in load_arrays(path)[0].items()} for path in paths]
+    return rows, dict(zip([path.name for path in paths], weights, strict=True))
+
+
+def start(cluster, small_dir, out):
+    flags = ["--data-dir", str(small_dir), "--out", str(out), "--ray", cluster.address]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*COMMAND, *flags], **pipes)
+
+
+def wait_for_rows(process, out, n_files):
+    while len(list(out.glob("runs/*.parquet"))) < n_files:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def end(process, status=0):
+    printed = process.communicate(timeout=300)[1]
+    assert process.returncode == status, printed
+    return printed.strip().splitlines()
+
+
+def test_a_node_of_another_version_is_refused(cluster, small_dir, tmp_path):
+    about = tmp_path / "mlp_jax-9.9.9.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text("Metadata-Version: 2.1\nName: mlp_jax\nVersion: 9.9.9\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path[1:]])
+    node = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
+    (line,) = end(start(cluster, small_dir, tmp_path / "out"), status=2)
+    cluster.remove_node(node)
+    assert "error: node 1" in line
+    assert "mlp_jax is 9.9.9, not 0." in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_nodes_die_and_join_and_the_command_is_stopped(cluster, small_dir, tmp_path, plain):
+    out = tmp_path / "out"
+    nodes = [cluster.add_node(num_cpus=1, wait=False) for _ in range(3)]
+    cluster.wait_for_nodes()
+    process = start(cluster, small_dir, out)
+    wait_for_rows(process, out, 1)
+    process.send_signal(signal.SIGTERM)
+    *_, line = end(process, status=128 + signal.SIGTERM)
+    stored = len(store.read_runs(out))
+    assert f"SIGTERM: {stored} of 36 runs finished; resume with: python -m mlp_jax" in line
+    assert 2 <= stored < 30
+
+    process = start(cluster, small_dir, out)
+    wait_for_rows(process, out, stored // 2 + 1)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    assert len(store.read_runs(out)) < 36
+    *_, line = end(process)
+    assert "36 of 36 runs, " in line
+    assert line.split("]")[0].count(" on 3 nodes") == 1
+    rows, weights = results(out)
+    assert rows == plain[0]
+    assert weights == plain[1]
+    # no finished run was trained again
+    assert sum(map(store.count_rows, store.row_files(out))) == 36
+
+
+def test_without_ray_one_line_says_what_to_install(small_dir, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "mlp_jax.cluster", raising=False)
+    with pytest.raises(UserError, match=r"pip install 'mlp_jax\[ray\]'"):
+        sweep_main(["--data-dir", str(small_dir), "--out", "s", "--ray"])
+    assert not Path("s").exists()

@@ -6,7 +6,8 @@
 A trial disrupts a command, its environment, or files that it left, runs the same command again, and
 compares all its numbers with those of an undisturbed command. It counts as lost if the numbers
 differ, if the command fails, or if something that must be refused is not. Moments, files and bits
-are drawn from --seed. The disk faults mount disks, which needs root on Linux.
+are drawn from --seed. The disk faults mount disks, which needs root on Linux; those of `--ray` need
+Ray, and run its nodes on this machine.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -33,18 +36,21 @@ from mlp_jax.records.provenance import describe_environment
 
 # a net that trains in seconds: only files and moments matter here
 SETTINGS = ["--hidden", "32", "--epochs", "16", "--checkpoint-every", "3", "--quiet"]
-COMMANDS = {"train": SETTINGS, "sweep": [*SETTINGS, "--seeds", "0:6", "--chunk", "2"]}
+SWEEP = [*SETTINGS, "--seeds", "0:6", "--chunk", "2"]
+COMMANDS = {"train": SETTINGS, "sweep": SWEEP, "sweep --ray": SWEEP}
 SHORT = ["--recipe", "short", "--seeds", "0:100", "--quiet"]
 PROMPT = 10  # seconds from a signal to the end; machines that are taken away give 30
 PACKAGE = Path(mj.__file__).parent
 ROOM = "200M"  # on a mounted disk that is not full
+# of a core each; their object stores have room for the data, 55 MB, and little more
+NODES, NODE = 3, {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 TIMEOUT = 600
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     kills: int = 100
-    """Trials of kill -9 for each command."""
+    """Trials of kill -9 for each command, and of nodes killed."""
     others: int = 30
     """Trials of each other fault, for each command."""
     seed: int = 0
@@ -66,16 +72,19 @@ class Job:
     front: str
     out: Path
     data_dir: Path
+    cluster: Any = None  # of Ray
     numbers: list | None = None
     seconds: float = 0.0  # from config.json to the end
 
     def start(self, *flags: str, **env: str) -> subprocess.Popen:
         if self.front == "train" and "--overwrite" not in flags:
             flags += ("--resume",)
+        if self.cluster:
+            flags += ("--ray", self.cluster.address)
         return self.run(*COMMANDS[self.front], *flags, "--out", str(self.out), **env)
 
     def run(self, *flags: str, **env: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", f"mlp_jax.{self.front}", *flags]
+        command = [sys.executable, "-m", f"mlp_jax.{self.front.split()[0]}", *flags]
         command += ["--data-dir", str(self.data_dir)]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         # not where a checkout lies: `python -m` would prefer it to PYTHONPATH
@@ -93,7 +102,7 @@ class Job:
     def results(self) -> list:
         """All numbers that the command left, except times."""
         rows = mj.read_runs(self.out).drop_columns("seconds").to_pylist()
-        if self.front == "sweep":
+        if self.front != "train":
             return rows
         lines = map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines())
         correct = json.loads((self.out / "summary.json").read_text())["test_correct"]
@@ -103,9 +112,7 @@ class Job:
 
     def check(self) -> None:
         """Run it to its end and compare its results; raises Lost."""
-        status, said = ended(self.start())
-        if status:
-            raise Lost(f"status {status}: {said[-1:]}")
+        ended_well(self.start())
         if self.results() != self.numbers:
             raise Lost("other numbers")
 
@@ -120,6 +127,12 @@ def ended(process: subprocess.Popen) -> tuple[int, list[str]]:
     if any(line.startswith("Traceback") for line in said):
         raise Lost(f"a traceback: {said[-1]}")
     return process.returncode, said
+
+
+def ended_well(process: subprocess.Popen) -> None:
+    status, said = ended(process)
+    if status:
+        raise Lost(f"status {status}: {said[-1:]}")
 
 
 def wait_for(process: subprocess.Popen, happened: Callable[[], object]) -> None:
@@ -237,8 +250,15 @@ EDITS = [
 
 
 def edited_code(job: Job, rng) -> bool:
-    """The package with one line of the training changed."""
     stop(job, rng, signal.SIGKILL, after=job.saved)
+    with edited_package(rng) as scratch:
+        refused(job, "other training code", PYTHONPATH=scratch)
+    return True
+
+
+@contextlib.contextmanager
+def edited_package(rng):
+    """A directory of the package with one line of the training changed."""
     name, old, new = EDITS[rng.integers(len(EDITS))]
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copytree(PACKAGE, Path(scratch, "mlp_jax"))
@@ -246,8 +266,7 @@ def edited_code(job: Job, rng) -> bool:
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new))
-        refused(job, "other training code", PYTHONPATH=scratch)
-    return True
+        yield scratch
 
 
 def other_labels(job: Job, rng) -> bool:
@@ -386,9 +405,100 @@ def one_of_three_killed(job: Job, rng) -> bool:
     return harmed
 
 
+@contextlib.contextmanager
+def ray_cluster():
+    """NODES nodes, and a head that trains nothing."""
+    from ray.cluster_utils import Cluster
+
+    # by default workers yield to all other processes
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    head = NODE | {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(NODES):
+            cluster.add_node(**NODE)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def while_it_trains(job: Job, rng, harm: Callable[[], object]) -> bool:
+    """Do `harm()` at a random moment of a command, which must end well."""
+    process = job.start()
+    wait_for(process, job.begun)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(rng.uniform(0, job.seconds))
+    harmed = process.poll() is None
+    harm()
+    ended_well(process)
+    return harmed
+
+
+def node_lost(job: Job, rng, graceful: bool) -> bool:
+    """A node is killed, or leaves, and then another joins."""
+
+    def replace():
+        nodes = list(job.cluster.worker_nodes)
+        job.cluster.remove_node(nodes[rng.integers(len(nodes))], allow_graceful=graceful)
+        job.cluster.add_node(**NODE)
+
+    return while_it_trains(job, rng, replace)
+
+
+node_killed = functools.partial(node_lost, graceful=False)
+
+
+def worker_killed(job: Job, rng) -> bool:
+    """As the kernel, or Ray, ends a process where memory runs out."""
+    import ray  # noqa: F401  its copy of psutil
+    from psutil import Process
+
+    def kill():
+        raylets = [node.all_processes["raylet"][0] for node in job.cluster.worker_nodes]
+        workers = [each for r in raylets for each in Process(r.process.pid).children()]
+        busy = [worker for worker in workers if worker.cmdline()[0] == "ray::_task"]
+        found.extend(busy)
+        if busy:
+            busy[rng.integers(len(busy))].kill()
+
+    found: list = []
+    return while_it_trains(job, rng, kill) and bool(found)
+
+
+BALLAST = """
+import numpy, ray
+ray.init("auto", log_to_driver=False)
+held = ray.get(ray.put(numpy.zeros(70 * 2**20, numpy.uint8)))
+input(print("there", flush=True))
+"""
+
+
+def full_store(job: Job, rng) -> bool:
+    """The object store from which the nodes are to fetch the data has no room for them."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    ballast = subprocess.Popen([sys.executable, "-c", BALLAST], text=True, **pipes)
+    try:
+        ballast.stdout.readline()
+        harmed = ballast.poll() is None
+        ended_well(job.start())
+        return harmed
+    finally:
+        ballast.communicate("\n")
+
+
+def node_with_other_code(job: Job, rng) -> bool:
+    with edited_package(rng) as scratch:
+        node = job.cluster.add_node(**NODE, env_vars={"PYTHONPATH": scratch})
+        status, said = ended(job.start())
+        job.cluster.remove_node(node, allow_graceful=False)
+    if status not in (0, 2) or (status and "other training code" not in said[-1]):
+        raise Lost(f"status {status}, not refused: {said[-1:]}")
+    return status == 2  # else it got no task
+
+
 FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "kill -9 at a random moment": (killed, ("train", "sweep")),
-    "SIGINT or SIGTERM at a random moment": (asked_to_stop, ("train", "sweep")),
+    "kill -9 at a random moment": (killed, tuple(COMMANDS)),
+    "SIGINT or SIGTERM at a random moment": (asked_to_stop, tuple(COMMANDS)),
     "a damaged checkpoint": (
         functools.partial(damaged, pattern="checkpoints/*.npz"),
         ("train", "sweep"),
@@ -399,7 +509,7 @@ FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     ),
     "a damaged Parquet file": (functools.partial(damaged, pattern="runs/*.parquet"), ("sweep",)),
     "a damaged data cache": (damaged_cache, ("train",)),
-    "a full disk": (full_disk, ("train", "sweep")),
+    "a full disk": (full_disk, tuple(COMMANDS)),
     "a read-only disk": (read_only_disk, ("train", "sweep")),
     "two commands at once": (two_at_once, ("train", "sweep")),
     "one process of three killed": (one_of_three_killed, ("sweep",)),
@@ -409,6 +519,14 @@ FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "other labels": (other_labels, ("train", "sweep")),
     "a file that cannot be read": (unreadable_file, ("train", "sweep")),
     "a stop within 10 seconds": (stopped_in_time, ("sweep",)),
+    "a Ray node killed, another joins": (node_killed, ("sweep --ray",)),
+    "a Ray node leaves, another joins": (
+        functools.partial(node_lost, graceful=True),
+        ("sweep --ray",),
+    ),
+    "a Ray worker out of memory": (worker_killed, ("sweep --ray",)),
+    "a full object store": (full_store, ("sweep --ray",)),
+    "a Ray node with other code": (node_with_other_code, ("sweep --ray",)),
 }
 
 
@@ -430,7 +548,7 @@ def count(fault: str, alone: Job, trials: int, seed: int) -> dict:
         tried += harmed
     row = {"fault": fault, "command": alone.front, "tried": tried}
     row |= {"survived": tried - len(lost), "lost": len(lost)}
-    print("{fault:<38}{command:<8}{tried:>6}{survived:>10}{lost:>6}".format(**row), flush=True)
+    print("{fault:<38}{command:<12}{tried:>6}{survived:>10}{lost:>6}".format(**row), flush=True)
     for line in lost:
         print(f"    {line}", flush=True)
     return row
@@ -449,23 +567,32 @@ def main(args: Args) -> None:
     if not can_mount():
         print("cannot mount disks here: full and read-only disks are left out")
         faults = {name: fault for name, fault in FAULTS.items() if "disk" not in name}
-    print(f"{'fault':<38}{'command':<8}{'tried':>6}{'survived':>10}{'lost':>6}", flush=True)
+    print(f"{'fault':<38}{'command':<12}{'tried':>6}{'survived':>10}{'lost':>6}", flush=True)
     rows = json.loads(args.out.read_text())["faults"] if args.out and args.out.exists() else []
     done = {(row["fault"], row["command"]): row["tried"] for row in rows}
     flags = f"--kills {args.kills} --others {args.others} --seed {args.seed}"
     about = {"command": f"python scripts/faults.py {flags}", "environment": environment()}
-    with tempfile.TemporaryDirectory() as scratch:
+    numbers: dict[str, list] = {}  # by command
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         copy = Path(scratch, "data")  # its cache will be damaged
         shutil.copytree(data_dir.expanduser() / "mnist", copy / "mnist")
         for front in COMMANDS:
-            alone = Job(front, Path(scratch, front, "alone"), copy)
+            if "--ray" in front and not find_spec("ray"):
+                print("Ray is not installed: its faults are left out")
+                continue
+            cluster = stack.enter_context(ray_cluster()) if "--ray" in front else None
+            alone = Job(front, Path(scratch, front, "alone"), copy, cluster)
             process = alone.start()
             wait_for(process, alone.begun)
             start = time.perf_counter()
             ended(process)
-            alone.seconds, alone.numbers = time.perf_counter() - start, alone.results()
+            alone.seconds = time.perf_counter() - start
+            # on Ray, those of the plain sweep
+            alone.numbers = numbers.setdefault(front.split()[0], alone.results())
+            if alone.results() != alone.numbers:
+                sys.exit("error: on Ray the numbers are others")
             for fault, (harm, fronts) in faults.items():
-                trials = args.kills if harm is killed else args.others
+                trials = args.kills if harm in (killed, node_killed) else args.others
                 if front in fronts and trials > done.get((fault, front), 0):
                     new = count(fault, alone, trials, args.seed)
                     rows = [r for r in rows if (r["fault"], r["command"]) != (fault, front)]

@@ -14,6 +14,12 @@ from mlp_jax.files import load_arrays
 from mlp_jax.records import rows as store
 from mlp_jax.sweep import main as sweep_main
 
+# Ray leaves its files to the garbage collector, and nodes that it has killed
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 COMMAND = [
     *(sys.executable, "-m", "mlp_jax.sweep", "--dataset", "kmnist", "--keep-weights"),
     *("--hidden", "16", "8", "--batch-size", "32", "--learning-rate", "0.1"),
@@ -28,7 +34,8 @@ def cluster():
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # by default workers yield to all other processes, as these of a busy machine may be
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster

@@ -92,8 +92,7 @@ def test_a_node_of_another_version_is_refused(cluster, small_dir, tmp_path):
 
 def test_nodes_die_and_join_and_the_command_is_stopped(cluster, small_dir, tmp_path, plain):
     out = tmp_path / "out"
-    nodes = [cluster.add_node(num_cpus=1, wait=False) for _ in range(3)]
-    cluster.wait_for_nodes()
+    node = cluster.add_node(num_cpus=1)
     process = start(cluster, small_dir, out)
     wait_for_rows(process, out, 1)
     process.send_signal(signal.SIGTERM)
@@ -102,9 +101,12 @@ def test_nodes_die_and_join_and_the_command_is_stopped(cluster, small_dir, tmp_p
     assert f"SIGTERM: {stored} of 36 runs finished; resume with: python -m mlp_jax" in line
     assert 2 <= stored < 30
 
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, wait=False)
+    cluster.wait_for_nodes()
     process = start(cluster, small_dir, out)
     wait_for_rows(process, out, stored // 2 + 1)
-    cluster.remove_node(nodes[0], allow_graceful=False)
+    cluster.remove_node(node, allow_graceful=False)
     cluster.add_node(num_cpus=1)
     assert len(store.read_runs(out)) < 36
     *_, line = end(process)

@@ -12,26 +12,17 @@ import os
 import pickle
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
 
 from mlp_jax.errors import UserError, one_line
-from mlp_jax.machine import (
-    Epoch,
-    Machine,
-    compiled,
-    finish,
-    prepare,
-    split,
-    train_group,
-    with_program,
-)
+from mlp_jax.experiment import Experiment
+from mlp_jax.machine import Epoch, Machine, prepare, split, with_program
 from mlp_jax.records.provenance import Metadata, check_same, versions
 from mlp_jax.training.arrays import Dataset
 from mlp_jax.training.parallel import use_cores
-from mlp_jax.training.run import Run
 
 try:
     import ray
@@ -40,6 +31,9 @@ except ImportError:
 
 QUEUE = 1000
 """Tasks that Ray knows at a time; nodes that could run more would idle."""
+
+Trained = tuple[Metadata, int, list[Epoch]]
+"""Metadata of a node, the runs that it trains at a time, and its finished runs."""
 
 
 @contextlib.contextmanager
@@ -65,12 +59,12 @@ class Cluster:
 
     def __init__(self, devices: Literal["auto"] | int):
         """A task takes `devices` of a node; "auto": a GPU, else what the smallest node has."""
-        kinds = {kind: self._counts(kind) for kind in ("GPU", "TPU", "CPU")}
-        self._kind = next((kind for kind, counts in kinds.items() if counts), "CPU")
-        counts = kinds[self._kind] or [0]
-        auto = 1 if self._kind == "GPU" else min(counts)
-        self._share = int(auto) if devices == "auto" else devices
-        if not 0 < self._share <= max(counts):
+        for self._kind in ("GPU", "TPU", "CPU"):
+            if counts := self._counts():
+                break
+        auto = 1 if self._kind == "GPU" else min(counts, default=0)
+        self._share = auto if devices == "auto" else devices
+        if not 0 < self._share <= max(counts, default=0):
             raise UserError(f"no node of the Ray cluster has {self._share or 'any'} {self._kind}s")
         share: dict[str, Any] = {f"num_{self._kind.lower()}s": self._share}
         if self._kind == "TPU":
@@ -78,66 +72,49 @@ class Cluster:
         # max_calls: Ray would end a process that has a GPU, and its programs and data, after a task
         self._task = ray.remote(max_retries=-1, max_calls=0, **share)(_task)
 
-    def _counts(self, kind: str) -> list[float]:
-        counts = (node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
-        return [count for count in counts if count]
+    def _counts(self) -> list[int]:
+        """Devices of each node that has some."""
+        counts = (node["Resources"].get(self._kind, 0) for node in ray.nodes() if node["Alive"])
+        return [int(count) for count in counts if count]
 
-    def prepare(
-        self, metadata: Metadata, dataset: Dataset, n_runs: int, lanes: Literal["auto"] | int
-    ) -> tuple[Metadata, int]:
-        """Complete `metadata` with a node's, for tasks on `dataset`, and how many runs it takes."""
-        metadata = with_program(metadata, dataset)
+    def prepare(self, metadata: Metadata, dataset: Dataset, n_runs: int, lanes) -> tuple:
+        """Give tasks `dataset`; returns `metadata` as of a node, and the runs it trains at once."""
         cores = self._share if self._kind == "CPU" else None
-        self._job = ray.put((metadata._replace(program=None), dataset, n_runs, lanes, cores))
+        self._job = ray.put((metadata, dataset, n_runs, lanes, cores))
         here, width, _ = _get(self._submit((), None, False))
-        return here._replace(program=metadata.program), width
+        return here._replace(program=with_program(metadata, dataset).program), width
 
-    def _submit(self, runs: Sequence[Run], asked: Metadata | None, keep_weights: bool):
+    def _submit(self, *chunk):
         # in bytes, since another version may not be able to read them
-        chunk = pickle.dumps((runs, asked, keep_weights))
-        return self._task.remote(versions(), [self._job], chunk)
+        return self._task.remote(versions(), [self._job], pickle.dumps(chunk))
 
     def train(
-        self,
-        chunks: Iterable[Sequence[Run]],
-        metadata: Metadata,
-        keep_weights: bool,
-        stop: Callable[[], bool],
+        self, chunks: Iterable, experiment: Experiment, stop: Callable[[], bool]
     ) -> Iterator[tuple[list[Epoch], Metadata]]:
         """Finished chunks in any order, each with its node's metadata; on `stop`, those there."""
         pending: list = []
-        chunks = iter(chunks)
-        while True:
-            some = itertools.islice(chunks, QUEUE - len(pending))
-            pending += [self._submit(runs, metadata, keep_weights) for runs in some]
-            if not pending:
-                return
+        about = (experiment.metadata, experiment.keep_weights)
+        submitted = (self._submit(runs, *about) for runs in chunks)
+        while pending := pending + list(itertools.islice(submitted, QUEUE - len(pending))):
             stopping = stop()
             wanted = len(pending) if stopping else 1
             done, pending = ray.wait(pending, num_returns=wanted, timeout=float(not stopping))
-            for ref in done:
-                here, _, ended = _get(ref)
-                nodes = sum(count >= self._share for count in self._counts(self._kind))
-                yield (
-                    [epoch._replace(new=epoch.progress.epoch, nodes=nodes) for epoch in ended],
-                    here,
-                )
+            for here, _, ended in map(_get, done):
+                nodes = sum(count >= self._share for count in self._counts())
+                yield [each._replace(new=each.progress.epoch, nodes=nodes) for each in ended], here
             if stopping:
                 return
 
 
-def _get(task) -> tuple[Metadata, int, list[Epoch]]:
+def _get(task) -> Trained:
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
 
 
-def _task(there: dict, job: list, chunk: bytes) -> tuple[Metadata, int, list[Epoch]]:
-    """Train a chunk on a node: metadata of the node, runs that it trains at a time, finished runs.
-
-    UserError, naming the node, if its numbers could be others.
-    """
+def _task(there: dict, job: list, chunk: bytes) -> Trained:
+    """Train a chunk on a node; UserError, naming the node, if its numbers could be others."""
     try:
         for name, here in versions().items():
             if name not in ("python", "numpy") and here != there.get(name):
@@ -150,11 +127,11 @@ def _task(there: dict, job: list, chunk: bytes) -> tuple[Metadata, int, list[Epo
             check_same("the sweep", asked, machine.metadata)
     except UserError as error:
         raise UserError(f"node {ray.util.get_node_ip_address()}: {error}") from None
-    ended = []
-    for group in split(runs, machine.placement.width):
-        (last,) = deque(train_group(machine, group), maxlen=1)
-        ended.append(finish(last, keep_weights))
-    return machine.metadata, machine.placement.width, ended
+    width, ended = machine.placement.width, []
+    for group in split(runs, width):
+        (last,) = deque(machine.train(group), maxlen=1)
+        ended.append(last.finish(keep_weights))
+    return machine.metadata, width, ended
 
 
 @functools.cache
@@ -167,4 +144,4 @@ def _machine(job: Any) -> Machine:
     """What this process trains with, kept from task to task."""
     metadata, dataset, n_runs, lanes, cores = ray.get(job)
     use_cores(cores)
-    return compiled(prepare(metadata, dataset, n_runs, lanes=lanes))
+    return prepare(metadata, dataset, n_runs, lanes=lanes).compiled()

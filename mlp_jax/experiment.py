@@ -11,22 +11,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter as clock
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import jax
 
 from mlp_jax import files
 from mlp_jax.errors import UserError
-from mlp_jax.machine import (
-    Epoch,
-    Machine,
-    compiled,
-    finish,
-    prepare,
-    split,
-    train_group,
-    with_program,
-)
+from mlp_jax.machine import Epoch, Machine, prepare, split, with_program
 from mlp_jax.records import directory as directories
 from mlp_jax.records import rows
 from mlp_jax.records.checkpoint import (
@@ -41,9 +32,6 @@ from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.parallel import n_cores, use_cores
 from mlp_jax.training.run import Run, crossed_seeds, make_runs
 
-if TYPE_CHECKING:  # it needs Ray
-    from mlp_jax.cluster import Cluster
-
 
 @dataclasses.dataclass
 class Experiment:
@@ -52,7 +40,7 @@ class Experiment:
     directory: Path
     metadata: Metadata
     dataset: Dataset
-    trainer: "Machine | Cluster"
+    trainer: Any  # a Machine or a Cluster
     stored: dict[Run, dict]  # rows.last_values of the runs that have a row
     chunk: int  # runs that share a file
     checkpoint_every: int
@@ -81,30 +69,26 @@ class Experiment:
             return
         chunks = split(missing, self.chunk)
         if not isinstance(self.trainer, Machine):
-            train = self.trainer.train(chunks, self.metadata, self.keep_weights, stop)
-            for ended, metadata in train:
+            for ended, metadata in self.trainer.train(chunks, self, stop):
                 self._store(ended, metadata)
                 yield from ended
             return
         start = clock()
-        self.trainer = compiled(self.trainer)
+        self.trainer = self.trainer.compiled()
         self.metadata = self.trainer.metadata
         self.compile_seconds = clock() - start
         for chunk in chunks:
-            yield from self._train_chunk(self.trainer, chunk, stop)
+            yield from self._train_chunk(chunk, stop)
             if stop():
                 return
 
-    def _train_chunk(
-        self, machine: Machine, runs: Sequence[Run], stop: Callable[[], bool]
-    ) -> Iterator[Epoch]:
+    def _train_chunk(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
         ended: list[Epoch] = []
         try:
-            for group in split(runs, machine.placement.width):
-                for epoch in self._train_group(machine, group, stop):
+            for group in split(runs, self.trainer.placement.width):
+                for epoch in self._train_group(group, stop):
                     if epoch.progress.epoch == self.metadata.config.n_epochs:
-                        finished = finish(epoch, self.keep_weights)
-                        ended.append(self._keep(finished, self.metadata))
+                        ended.append(self._keep(epoch.finish(self.keep_weights), self.metadata))
                     yield epoch
                 if stop():
                     break
@@ -112,12 +96,11 @@ class Experiment:
             if ended:
                 self._store(ended, self.metadata)
 
-    def _train_group(
-        self, machine: Machine, runs: Sequence[Run], stop: Callable[[], bool]
-    ) -> Iterator[Epoch]:
+    def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
+        """Train as many runs as the devices hold, from their checkpoint if there is one."""
         path, epochs = self._checkpoint(runs), self.metadata.config.n_epochs
         saved = load_checkpoint(path, self.metadata) or ()
-        for epoch in train_group(machine, runs, *saved):
+        for epoch in self.trainer.train(runs, *saved):
             yield epoch
             progress = epoch.progress
             due = self.checkpoint_every and progress.epoch % self.checkpoint_every == 0
@@ -174,12 +157,12 @@ def open_experiment(
     allow_mixed: bool = False,
     overwrite: bool = False,
     shard: tuple[int, int] = (0, 1),
-    cluster: "Cluster | None" = None,
+    cluster: Any = None,
 ) -> Iterator[Experiment]:
     """Lock `directory`, new or with compatible runs, to train `runs` in it.
 
     `seed` marks a single run, whose results `overwrite` removes first. `shard` is (I, N): this
-    process trains part I of N. `cluster` trains instead of this machine. UserError if the
+    process trains part I of N. A `cluster.Cluster` trains instead of this machine. UserError if the
     directory is not ours, is in use, or holds incompatible numbers.
     """
     config = for_dataset(config, dataset)
@@ -188,7 +171,7 @@ def open_experiment(
     if cluster:
         metadata, width = cluster.prepare(metadata, dataset, len(runs), lanes)
     else:
-        machine = prepare(metadata, dataset, len(runs), devices, lanes)
+        machine = prepare(metadata, dataset, len(runs), devices=devices, lanes=lanes)
         metadata, dataset, placement = machine  # so the host's arrays can be freed
         width = placement.width
     directories.check_out_dir(directory)

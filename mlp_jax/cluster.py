@@ -10,17 +10,15 @@ import itertools
 import logging
 import os
 import pickle
-import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
 
 from mlp_jax.errors import UserError, one_line
-from mlp_jax.experiment import Experiment
 from mlp_jax.machine import Epoch, Machine, prepare, split, with_program
-from mlp_jax.records.provenance import Metadata, check_same, versions
+from mlp_jax.records.provenance import Metadata, check_same, version
 from mlp_jax.training.arrays import Dataset
 from mlp_jax.training.parallel import use_cores
 
@@ -29,25 +27,20 @@ try:
 except ImportError:
     raise UserError("--ray needs Ray: pip install 'mlp_jax[ray]'") from None
 
-QUEUE = 1000
-"""Tasks that Ray knows at a time; nodes that could run more would idle."""
-
-Trained = tuple[Metadata, int, list[Epoch]]
-"""Metadata of a node, the runs that it trains at a time, and its finished runs."""
+QUEUE = 1000  # tasks that Ray knows at a time; nodes that could run more would idle
+PACKAGES = ("mlp_jax", "jax", "jaxlib", "flax", "optax")
+# JAX keeps the first that it sees
+_gpus = functools.cache(functools.partial(os.getenv, "CUDA_VISIBLE_DEVICES"))
 
 
 @contextlib.contextmanager
 def connect(address: str, devices: Literal["auto"] | int = "auto") -> Iterator["Cluster"]:
     """The running cluster at `address` ("auto": this machine's); UserError if there is none."""
     jax.config.update("jax_platforms", "cpu")  # accelerators here belong to this node's worker
-    handler = signal.getsignal(signal.SIGTERM)  # which Ray replaces
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        line = f"--ray {address}: {one_line(error)}; `ray start --head` starts a cluster"
-        raise UserError(line) from None
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+        raise UserError(f"--ray {address}: {one_line(error)}: see `ray start`") from None
     try:
         yield Cluster(devices)
     finally:
@@ -66,11 +59,11 @@ class Cluster:
         self._share = auto if devices == "auto" else devices
         if not 0 < self._share <= max(counts, default=0):
             raise UserError(f"no node of the Ray cluster has {self._share or 'any'} {self._kind}s")
-        share: dict[str, Any] = {f"num_{self._kind.lower()}s": self._share}
-        if self._kind == "TPU":
-            share = {"resources": {"TPU": self._share}}
+        own: Any = {"resources": {"TPU": self._share}}  # Ray has no num_tpus
+        own = own if self._kind == "TPU" else {f"num_{self._kind.lower()}s": self._share}
         # max_calls: Ray would end a process that has a GPU, and its programs and data, after a task
-        self._task = ray.remote(max_retries=-1, max_calls=0, **share)(_task)
+        self._versions = {name: version(name) for name in PACKAGES}
+        self._task = ray.remote(max_retries=-1, max_calls=0, **own)(_task)
 
     def _counts(self) -> list[int]:
         """Devices of each node that has some."""
@@ -86,41 +79,40 @@ class Cluster:
 
     def _submit(self, *chunk):
         # in bytes, since another version may not be able to read them
-        return self._task.remote(versions(), [self._job], pickle.dumps(chunk))
+        return self._task.remote(self._versions, [self._job], pickle.dumps(chunk))
 
-    def train(
-        self, chunks: Iterable, experiment: Experiment, stop: Callable[[], bool]
-    ) -> Iterator[tuple[list[Epoch], Metadata]]:
-        """Finished chunks in any order, each with its node's metadata; on `stop`, those there."""
+    def train(self, chunks, experiment, stop) -> Iterator[tuple[list[Epoch], Metadata]]:
+        """Finished chunks in any order, each with its node's metadata, until `stop()`."""
         pending: list = []
-        about = (experiment.metadata, experiment.keep_weights)
-        submitted = (self._submit(runs, *about) for runs in chunks)
+        metadata, keep_weights = experiment.metadata, experiment.keep_weights
+        submitted = (self._submit(runs, metadata, keep_weights) for runs in chunks)
         while pending := pending + list(itertools.islice(submitted, QUEUE - len(pending))):
-            stopping = stop()
-            wanted = len(pending) if stopping else 1
-            done, pending = ray.wait(pending, num_returns=wanted, timeout=float(not stopping))
+            done, pending = ray.wait(pending, timeout=1)  # so that a stop is noticed
             for here, _, ended in map(_get, done):
                 nodes = sum(count >= self._share for count in self._counts())
                 yield [each._replace(new=each.progress.epoch, nodes=nodes) for each in ended], here
-            if stopping:
+            if stop():
                 return
 
 
-def _get(task) -> Trained:
+def _get(task) -> tuple[Metadata, int, list[Epoch]]:
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
 
 
-def _task(there: dict, job: list, chunk: bytes) -> Trained:
-    """Train a chunk on a node; UserError, naming the node, if its numbers could be others."""
+def _task(there: dict, job: list, chunk: bytes) -> tuple[Metadata, int, list[Epoch]]:
+    """Train a chunk on a node: its metadata, how many runs it trains at once, finished runs.
+
+    UserError, naming the node, if its numbers could be others.
+    """
     try:
-        for name, here in versions().items():
-            if name not in ("python", "numpy") and here != there.get(name):
-                raise UserError(f"{name} is {here}, not {there.get(name)} as where the sweep began")
+        for name, asked in there.items():
+            if (here := version(name)) != asked:
+                raise UserError(f"{name} is {here}, not {asked} as where the sweep began")
         if _gpus() != os.getenv("CUDA_VISIBLE_DEVICES"):
-            os._exit(1)  # JAX keeps the first that it saw; Ray repeats the task in a new process
+            os._exit(1)  # Ray repeats the task in a new process
         machine = _machine(*job)
         runs, asked, keep_weights = pickle.loads(chunk)
         if asked:
@@ -132,11 +124,6 @@ def _task(there: dict, job: list, chunk: bytes) -> Trained:
         (last,) = deque(machine.train(group), maxlen=1)
         ended.append(last.finish(keep_weights))
     return machine.metadata, width, ended
-
-
-@functools.cache
-def _gpus() -> str | None:
-    return os.getenv("CUDA_VISIBLE_DEVICES")
 
 
 @functools.lru_cache(maxsize=1)

@@ -99,8 +99,7 @@ class Experiment:
     def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from their checkpoint if there is one."""
         path, epochs = self._checkpoint(runs), self.metadata.config.n_epochs
-        saved = load_checkpoint(path, self.metadata) or ()
-        for epoch in self.trainer.train(runs, *saved):
+        for epoch in self.trainer.train(runs, load_checkpoint(path, self.metadata)):
             yield epoch
             progress = epoch.progress
             due = self.checkpoint_every and progress.epoch % self.checkpoint_every == 0

@@ -12,7 +12,7 @@ import jax
 
 from mlp_jax.records.provenance import Metadata, describe_environment
 from mlp_jax.training.arrays import Dataset
-from mlp_jax.training.fit import Progress, Snapshot, compile_programs, fit, program_text, run_bytes
+from mlp_jax.training.fit import Progress, compile_programs, fit, program_text, run_bytes
 from mlp_jax.training.parallel import Placement, place
 from mlp_jax.training.run import Run
 
@@ -50,11 +50,9 @@ class Machine(NamedTuple):
             ctypes.CDLL(None).malloc_trim(0)  # a hundred MB that glibc would keep
         return self._replace(metadata=metadata)
 
-    def train(
-        self, runs: Sequence[Run], start: Snapshot | None = None, seconds: Sequence[float] = ()
-    ) -> Iterator[Epoch]:
-        """Train as many runs as the devices hold, from a checkpoint if there is one."""
-        (metadata, dataset, placement), seconds = self, list(seconds)
+    def train(self, runs: Sequence[Run], saved: tuple | None = None) -> Iterator[Epoch]:
+        """Train as many runs as the devices hold, from what `load_checkpoint` gave."""
+        (metadata, dataset, placement), (start, seconds) = self, saved or (None, [])
         began = clock()
         for progress in fit(metadata.config, dataset, runs, placement=placement, start=start):
             seconds.append(clock() - began)
@@ -63,10 +61,7 @@ class Machine(NamedTuple):
 
 
 def prepare(metadata: Metadata, dataset: Dataset, n_runs: int, **options) -> Machine:
-    """Put `dataset` on the local devices that train `n_runs`, and these into `metadata`.
-
-    `options` go to `parallel.place`.
-    """
+    """Put `dataset` on the devices that `parallel.place` gives, and these into `metadata`."""
     placement = place(n_runs, run_bytes(metadata.config), **options)
     environment = describe_environment(placement.devices) | {"lanes": placement.lanes}
     train, test = jax.device_put((dataset.train, dataset.test), placement.replicated)

@@ -52,8 +52,7 @@ class Args(cli.TrainingArgs):
     """I/N: train the I-th of N equal parts of the runs, I from 0.
     Default: this process's part in a SLURM array, srun or Open MPI job, else all."""
     ray: str | None = None
-    """Train on the nodes of the Ray cluster at this address (none: of this machine), each task on
-    --devices of a node. This process alone writes; checkpoints are left out."""
+    """Address of a Ray cluster whose nodes train, each task on --devices; none: this machine's."""
 
 
 class Cell(NamedTuple):
@@ -73,9 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     args = grid[0]
     at_least_1 = dict.fromkeys(("devices", "lanes", "chunk"), 1)
     cli.check_at_least(args, at_least_1 | {"checkpoint_every": 0, "crossed": 0})
-    if args.ray and args.shard:
-        raise UserError("--ray deals out the runs: leave out --shard")
-    index, count = (0, 1) if args.ray else cli.parse_shard(args.shard)
+    index, count = cli.parse_shard(args.shard or ("0/1" if args.ray else None))
     cells = make_cells(args, [each.config for each in grid])
     options = args.options("devices", "lanes", "chunk", "keep_weights")
     options |= {"shard": (index, count)}
@@ -83,11 +80,12 @@ def main(argv: list[str] | None = None) -> None:
     from mlp_jax.training.parallel import use_cores
 
     use_cores()
-    with cli.StopSignals() as stop, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         if args.ray:
             from mlp_jax.cluster import connect
 
             options["cluster"] = stack.enter_context(connect(args.ray, args.devices))
+        stop = stack.enter_context(cli.StopSignals())  # after Ray, which handles SIGTERM, too
         if len(cells) > 1:
             stack.enter_context(files.locked(args.out, index, count))
         again = cli.command_line(PROG, argv)

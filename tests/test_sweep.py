@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mlp_jax import experiment
+from mlp_jax import machine
 from mlp_jax.console import accuracy_line
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store
@@ -73,7 +73,7 @@ def test_chunks_order_and_stops_change_nothing(small_dir, here):
 def test_a_finished_sweep_trains_nothing(small_dir, here, monkeypatch):
     run(small_dir, "--seeds", "0:2", "--out", "s")
     before = {path: path.read_bytes() for path in Path("s").rglob("*") if path.is_file()}
-    monkeypatch.setattr(experiment, "fit", None)
+    monkeypatch.setattr(machine, "fit", None)
     run(small_dir, "--seeds", "0:2", "--out", "s")
     assert before == {path: path.read_bytes() for path in Path("s").rglob("*") if path.is_file()}
 

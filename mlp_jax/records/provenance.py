@@ -78,9 +78,11 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
     """Versions, hardware, numerics, and the commit of the code."""
     import jax
 
+    packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     settings = jax.config.values
     return {
-        "versions": versions(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages},
         "backend": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "n_devices": len(devices),
@@ -106,13 +108,7 @@ FORMER_NUMERICS: dict[str, Any] = {
 }
 
 
-def versions() -> dict[str, str | None]:
-    """Of Python and the packages that train."""
-    packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
-
-
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a bare checkout
         return importlib.metadata.version(package)
     return None

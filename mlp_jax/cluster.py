@@ -27,7 +27,7 @@ try:
 except ImportError:
     raise UserError("--ray needs Ray: pip install 'mlp_jax[ray]'") from None
 
-QUEUE = 1000  # tasks that Ray knows at a time; nodes that could run more would idle
+QUEUE = 256  # tasks that Ray knows at a time; nodes that could run more would idle
 PACKAGES = ("mlp_jax", "jax", "jaxlib", "flax", "optax")
 # JAX keeps the first that it sees
 _gpus = functools.cache(functools.partial(os.getenv, "CUDA_VISIBLE_DEVICES"))

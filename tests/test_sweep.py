@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mlp_jax import machine
+from mlp_jax import experiment, machine
 from mlp_jax.console import accuracy_line
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store

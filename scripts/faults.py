@@ -154,7 +154,7 @@ def stop(job: Job, rng, number: signal.Signals, after: Callable[[], object] | No
         # 0 if everything was trained when the signal came
         if status not in (0, 128 + number):
             raise Lost(f"status {status} after {number.name}: {said[-1:]}")
-        if status and not (said and "resume with: python -m" in said[-1]):
+        if status and not (said and "resume with: " in said[-1]):
             raise Lost(f"does not say how to resume: {said[-1:]}")
     return harmed
 
@@ -317,7 +317,7 @@ def stopped_in_time(job: Job, rng) -> bool:
     status, said = ended(process)
     seconds = time.perf_counter() - start
     shutil.rmtree(out, ignore_errors=True)
-    if status != 128 + signal.SIGTERM or "resume with: python -m" not in said[-1]:
+    if status != 128 + signal.SIGTERM or "resume with: " not in said[-1]:
         raise Lost(f"status {status}: {said[-1:]}")
     if seconds > PROMPT:
         raise Lost(f"stopped after {seconds:.1f} s")

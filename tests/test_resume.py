@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlp_jax import experiment
-from mlp_jax.cli import StopSignals
+from mlp_jax.cli import StopSignals, command_line
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store
 from mlp_jax.records.checkpoint import load_checkpoint, save_checkpoint
@@ -121,6 +121,17 @@ def stopping(monkeypatch, after):
     )
 
 
+@pytest.mark.parametrize("activated", [True, False])
+def test_the_command_that_resumes_runs_as_it_is_printed(monkeypatch, activated):
+    """Its interpreter is named as it was called, unless `python` is that one."""
+    monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "-m", "mlp_jax.train"])
+    found = sys.executable if activated else "/usr/bin/python"
+    monkeypatch.setattr("shutil.which", {"python": found}.get)
+    python = "python" if activated else ".venv/bin/python"
+    line = command_line("python -m mlp_jax.train", ["--out", "a b", "--overwrite"], "--resume")
+    assert line == f"{python} -m mlp_jax.train --out 'a b' --resume"
+
+
 def test_train_is_stopped_and_resumed(small_dir, here, monkeypatch, capsys):
     flags = [*TINY, "--data-dir", str(small_dir), "--epochs", "6", "--seed", "3"]
     train_main([*flags, "--out", "whole"])
@@ -129,8 +140,7 @@ def test_train_is_stopped_and_resumed(small_dir, here, monkeypatch, capsys):
         train_main([*flags, "--out", "a b"])
     assert left.value.code == 128 + signal.SIGTERM
     said = capsys.readouterr().err.splitlines()
-    line = "SIGTERM: 4 of 6 epochs saved; resume with: python -m mlp_jax.train "
-    assert said[-1].startswith(line)
+    assert said[-1].startswith("SIGTERM: 4 of 6 epochs saved; resume with: ")
     assert said[-1].endswith("--out 'a b' --resume")
     assert len(metrics("a b")) == 4
     assert not Path("a b/summary.json").exists()

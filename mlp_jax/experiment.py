@@ -203,7 +203,7 @@ def sweep(
     dataset: Dataset,
     directory: str | Path,
     *,
-    seeds: Iterable[int] = range(100),
+    seeds: Iterable[int] | None = None,
     vary: Sequence[str] = ("all",),
     learning_rates: Sequence[float] = (),
     crossed: int = 0,
@@ -211,10 +211,10 @@ def sweep(
 ):
     """Train the seeds that `directory` lacks, and return all its rows.
 
-    Trains each seed for every family in `vary` ("all", or the one stream that the seed decides)
-    and every learning rate (default: the Config's). `crossed` blocks replace the seeds (see
-    `run.make_run`). `options` go to `open_experiment`; the rows are those of `read_runs`. After an
-    interruption, the same call resumes.
+    Trains each seed (default: 0 to 99) for every family in `vary` ("all", or the one stream that
+    the seed decides) and every learning rate (default: the Config's). `crossed` blocks replace the
+    seeds (see `run.make_run`). `options` go to `open_experiment`; the rows are those of
+    `read_runs`. After an interruption, the same call resumes.
     """
     if not use_cores() and jax.default_backend() == "cpu" and len(jax.devices()) < n_cores():
         files.log.warning(
@@ -224,8 +224,11 @@ def sweep(
             n_cores(),
         )
     index, count = options.setdefault("shard", (0, 1))
+    if crossed and (seeds is not None or vary != ("all",)):
+        raise UserError("crossed decides all seeds: leave out seeds and vary")
     if crossed:
         seeds, vary = crossed_seeds(crossed, config), ("crossed",)
+    seeds = range(100) if seeds is None else seeds
     runs = make_runs(seeds, vary, list(learning_rates) or [config.learning_rate])[index::count]
     if not runs:
         raise UserError("a sweep needs at least one run")

@@ -16,6 +16,7 @@ import tyro
 from mlp_jax import cli, console, files
 from mlp_jax.errors import UserError
 from mlp_jax.records import directory as directories
+from mlp_jax.records.provenance import Metadata, check_settings
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.run import Run, crossed_seeds, make_run, make_runs, used_streams
 
@@ -142,8 +143,13 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
         Cell(args.out / name, config, wanted_runs(args, config, values))
         for name, (config, values) in zip(names, rates.items(), strict=True)
     ]
-    for cell in cells:
+    for cell in cells:  # all of a grid, before the first is trained
         directories.check_out_dir(cell.directory)
+        if stored := directories.stored_metadata(cell.directory):
+            # known only from the data
+            config = dataclasses.replace(cell.config, n_classes=stored.config.n_classes)
+            asked = Metadata(args.recipe, config, stored.fingerprint, {})
+            check_settings(cell.directory, stored, asked)
     if len(cells) == 1 and directories.grid_cells(args.out):
         raise UserError(f"{args.out} has a grid of sweeps: name one of its directories")
     ours = len(cells) > 1 and directories.check_out_dir(args.out)

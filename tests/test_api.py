@@ -68,6 +68,7 @@ def test_wrong_arguments_are_one_line_before_anything_is_trained(small, here):
         ),
         ({"seeds": []}, "a sweep needs at least one run"),
         ({"seeds": [-1]}, "seeds must be in 0"),
+        ({"seeds": [1], "crossed": 2}, "crossed decides all seeds"),
         ({"learning_rates": np.array([0.1, np.inf])}, "positive and finite"),
     ):
         with pytest.raises(mj.UserError, match=message):

@@ -287,6 +287,16 @@ def test_learning_rates_can_be_added(small_dir, here):
     assert len(store.row_files(Path("s"))) == 2
 
 
+def test_a_grid_checks_all_its_sweeps_before_it_trains_one(small_dir, here):
+    flags = ("--seeds", "0:2", "--epochs", "1", "--out", "g")
+    run(small_dir, *flags, "--dropout", "0", "0.5")
+    stored = Path("g/dropout=0.5")
+    stored.rename("g/dropout=0.9")
+    with pytest.raises(UserError, match=r"g/dropout=0.9 has dropout=0.5; you asked for .*=0.9"):
+        run(small_dir, *flags, "--dropout", "0.3", "0.9")
+    assert not Path("g/dropout=0.3").exists()
+
+
 def test_a_stop_is_heard_after_the_epoch_of_a_group(small_dir, here, small):
     """Not after that of a whole chunk: the finished runs of the chunk are stored, and the rest
     resumes."""

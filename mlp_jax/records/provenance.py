@@ -157,6 +157,19 @@ def numerics(metadata: Metadata) -> dict[str, Any]:
     return here | {name: environment[name] for name in names} | {"program": metadata.program}
 
 
+def check_settings(place: Path | str, stored: Metadata, asked: Metadata) -> None:
+    """UserError, naming the first difference, if two metadata have other settings."""
+    now = settings(asked)
+    for name, before in settings(stored).items():
+        _check_equal(place, name, before, now.get(name))
+
+
+def _check_equal(place: Path | str, name: str, before: Any, now: Any) -> None:
+    if before != now:
+        advice = "change that, or name another --out"
+        raise UserError(f"{place} has {name}={before}; you asked for {name}={now}: {advice}")
+
+
 def check_same(place: Path | str, stored: Metadata, asked: Metadata) -> None:
     """Raise UserError, naming the first difference, if two metadata may not be pooled.
 
@@ -166,12 +179,8 @@ def check_same(place: Path | str, stored: Metadata, asked: Metadata) -> None:
         data = (stored.fingerprint, asked.fingerprint)
     else:
         data = (stored.images or stored.fingerprint, asked.images or asked.fingerprint)
-    asked_settings = settings(asked)
-    pairs = {name: (value, asked_settings.get(name)) for name, value in settings(stored).items()}
-    for name, (before, now) in (pairs | {"data": data}).items():
-        if before != now:
-            advice = "change that, or name another --out"
-            raise UserError(f"{place} has {name}={before}; you asked for {name}={now}: {advice}")
+    check_settings(place, stored, asked)
+    _check_equal(place, "data", *data)
     if stored.mixed or asked.mixed:
         return
     here = numerics(asked)

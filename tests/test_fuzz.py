@@ -146,7 +146,7 @@ def swept(directory, small):
     mocks |= {"machine__program_text": lambda *_: ""}
     with untouched(records__provenance__describe_environment=lambda _: HERE, **mocks):
         assert isinstance(ending(report_main, [str(directory)]), UserError)
-        return ending(sweep_main, ["--quiet", "--out", str(directory)])
+        return ending(sweep_main, ["--quiet", "--dataset", "kmnist", "--out", str(directory)])
 
 
 @settings(deadline=None, max_examples=50)

@@ -154,7 +154,7 @@ def stop(job: Job, rng, number: signal.Signals, after: Callable[[], object] | No
         # 0 if everything was trained when the signal came
         if status not in (0, 128 + number):
             raise Lost(f"status {status} after {number.name}: {said[-1:]}")
-        if status and not (said and "resume with: " in said[-1]):
+        if status and not any("resume with: " in line for line in said):
             raise Lost(f"does not say how to resume: {said[-1:]}")
     return harmed
 

@@ -62,7 +62,8 @@ def results(directory):
 def start(cluster, small_dir, out):
     flags = ["--data-dir", str(small_dir), "--out", str(out), "--ray", cluster.address]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*COMMAND, *flags], **pipes)
+    # Ray puts its directory on the path of all workers: not where a checkout's metadata lie
+    return subprocess.Popen([*COMMAND, *flags], **pipes, cwd=small_dir)
 
 
 def wait_for_rows(process, out, n_files):
@@ -96,9 +97,10 @@ def test_nodes_die_and_join_and_the_command_is_stopped(cluster, small_dir, tmp_p
     process = start(cluster, small_dir, out)
     wait_for_rows(process, out, 1)
     process.send_signal(signal.SIGTERM)
-    *_, line = end(process, status=128 + signal.SIGTERM)
+    lines = end(process, status=128 + signal.SIGTERM)
     stored = len(store.read_runs(out))
-    assert f"SIGTERM: {stored} of 36 runs finished; resume with: " in line
+    line = f"SIGTERM: {stored} of 36 runs finished; resume with: "
+    assert any(line in each for each in lines)  # Ray may have more to say
     assert 2 <= stored < 30
 
     for _ in range(2):

@@ -1,6 +1,7 @@
 """A sweep on three Ray nodes of this machine, which die, join and differ."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,7 +114,8 @@ def test_nodes_die_and_join_and_the_command_is_stopped(cluster, small_dir, tmp_p
     assert len(store.read_runs(out)) < 36
     *_, line = end(process)
     assert "36 of 36 runs, " in line
-    assert line.split("]")[0].count(" on 3 nodes") == 1
+    # the killed one may still count as alive
+    assert re.search(r" on [34] nodes \[", line)
     rows, weights = results(out)
     assert rows == plain[0]
     assert weights == plain[1]

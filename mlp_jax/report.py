@@ -125,13 +125,16 @@ def report_grid(cells: Sequence[Path]) -> Report:
     if not summary["cells"]:
         raise UserError(f"{cells[0].parent} has no runs to rank: report on each of its sweeps")
     first = stored[0]
-    changed, shared = (
-        dict(set.intersection(*(set(of(each).items()) for each in stored)))
-        for of in (Metadata.changed, lambda each: vars(each.config))
-    )
+    changed = shared_items([each.changed() for each in stored])
     figure = draw_ranking(summary, f"{first.title(changed)} on {first.device_kind}")
-    settings = shared | first.environment["versions"]
+    settings = shared_items([vars(each.config) for each in stored]) | first.environment["versions"]
     return Report(format_ranking(summary), summary, [("grid.png", figure)], settings)
+
+
+def shared_items(dicts: Sequence[dict]) -> dict:
+    """The items that all have, in the order of the first."""
+    items = dicts[0].items()
+    return {name: v for name, v in items if all(name in d and d[name] == v for d in dicts)}
 
 
 def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:

@@ -237,9 +237,10 @@ def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> 
     }
     draw_intervals(right, rows.values(), range(len(rows)), "black")
     right.set_yticks(range(len(rows)), rows)
+    right.locator_params("x", nbins=5)
     label = "difference A - B (points), 95 % intervals"
     right.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
-    return add_legend(figure, 3, left, right)
+    return add_legend(figure, 1, left, right)  # long names
 
 
 def draw_hardest(counts: Any, images: np.ndarray, name: str) -> Any:

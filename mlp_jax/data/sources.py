@@ -79,10 +79,7 @@ def prepare(
 
 @contextlib.contextmanager
 def hushed(quiet: bool) -> Iterator[Any]:
-    """Yields TFDS without its log lines and notices, and without its bars if they are unwanted.
-
-    They are if `quiet`, or where nothing can be redrawn.
-    """
+    """Yields TFDS without its log lines and notices; no bars if `quiet` or written to a log."""
     import tensorflow_datasets as tfds
     from absl import logging
 

@@ -110,8 +110,7 @@ def compare_targets(
         if len(family.seeds) < 2:
             raise UserError(f"{target.name} has fewer than two runs that did not diverge")
     ours, theirs = (
-        dict(zip(f.seeds.tolist(), f.correct[:, -1] / len(f.counts.labels), strict=True))
-        for f in families
+        dict(zip(f.seeds.tolist(), f.correct / len(f.counts.labels), strict=True)) for f in families
     )
     shared, counts = ours.keys() & theirs.keys(), [family.counts for family in families]
     right = [target.read_right(shared, counts[0].labels) if shared else {} for target in (a, b)]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlp_jax.analysis.crossed import BlockSums, sum_block
-from mlp_jax.analysis.summary import Family, make_families
+from mlp_jax.analysis.families import Family, Tally
 from mlp_jax.data import dataset as datasets
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows
@@ -54,14 +54,17 @@ def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int
 
 def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> list[Family]:
     """The families of a sweep; UserError for rows that contradict themselves."""
-    names = ("test_correct", "test_loss", "train_loss")
-    table = rows.read_table(paths, [*(f"{name}_by_epoch" for name in names), "seconds"])
-    columns = (table[f"{name}_by_epoch"].combine_chunks().flatten().to_numpy() for name in names)
-    history = {n: c.reshape(len(table), -1) for n, c in zip(names, columns, strict=True)}
-    runs, seconds = rows.run_ids(table), table["seconds"].to_numpy()
+    names = [f"{name}_by_epoch" for name in ("test_correct", "test_loss", "train_loss")]
+    n_runs, tally = sum(map(rows.count_rows, paths)), None
+    for batch in rows.read_batches(paths, [*names, "seconds", "predictions"]):
+        by_epoch = (batch[name].flatten().to_numpy().reshape(len(batch), -1) for name in names)
+        correct, *losses = by_epoch
+        tally = tally or Tally(n_runs, correct.shape[1], labels, n_classes)
+        finite = np.isfinite(losses).all(axis=(0, 2))
+        columns = {"finite": finite, "seconds": batch["seconds"], "correct": correct}
+        tally.add(rows.run_ids(batch), rows.predictions(batch["predictions"]), **columns)
     try:
-        blocks = rows.read_predictions(paths)
-        return make_families(runs, history, seconds, blocks, labels, n_classes)
+        return tally.families() if tally else []
     except UserError as error:
         raise UserError(f"{paths[0].parents[1]}: {error}") from None
 

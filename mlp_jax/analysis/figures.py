@@ -124,7 +124,7 @@ def draw_run(lines: list[dict], name: str) -> Any:
 
 def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
     """Histogram of test accuracy, with normal curves of the observed and the binomial SD."""
-    correct, n_test = family.correct[:, -1], len(family.counts.labels)
+    correct, n_test = family.correct, len(family.counts.labels)
     mean, sd, binomial = (
         statistics["mean"]["estimate"],
         statistics["sd"]["estimate"],
@@ -154,8 +154,8 @@ def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
 
 def draw_epochs(family: Any, statistics: dict, name: str) -> Any:
     """Test accuracy by epoch: all epochs, and the later half alone."""
-    epochs, accuracy = family.correct.shape[1], 100 * family.correct / len(family.counts.labels)
-    low, p5, median, p95, high = np.percentile(accuracy, [0, 5, 50, 95, 100], axis=0)
+    epochs = len(family.by_epoch)
+    low, p5, median, p95, high = 100 * family.by_epoch.T / len(family.counts.labels)
     starts = [1, epochs // 2] if epochs >= 6 else [1]
     figure, *axes = new_figure(f"Test accuracy by epoch: {name}", 3.8, 1, len(starts))
     for ax, start in zip(axes, starts, strict=True):

@@ -96,7 +96,8 @@ def variance_parts(counts: PredictionCounts) -> VarianceParts:
     two images' errors; halves = Cov_r of the accuracies on even and odd images, as unbiased.
     """
     runs, n, errors = counts.runs, len(counts.labels), counts.errors
-    even, odd = np.array(sorted(zip(counts.correct_even, counts.correct_odd, strict=True))).T
+    order = np.lexsort((counts.correct_odd, counts.correct_even))  # equal runs, equal numbers
+    even, odd = counts.correct_even[order], counts.correct_odd[order]
     test = (even + odd).var(ddof=1) / n**2
     independent = (errors * (runs - errors)).sum() / (runs * (runs - 1) * n**2)
     halves = np.cov(even, odd)[0, 1] / (n // 2 * (n - n // 2))

@@ -1,90 +1,18 @@
-"""The summary of a sweep: its runs grouped in families, and the statistics of each."""
+"""The summary of a sweep: the statistics of its families of runs."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
 from mlp_jax.analysis import predictions, stats
 from mlp_jax.analysis.compare import ALPHA, holm, sign_test
 from mlp_jax.analysis.crossed import Crossed
-from mlp_jax.analysis.predictions import PredictionCounts
+from mlp_jax.analysis.families import Family
 from mlp_jax.analysis.tables import STATISTICS
-from mlp_jax.errors import UserError
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
-from mlp_jax.training.run import STREAMS, used_streams
-
-RunId = tuple[str, float, int]  # vary, learning rate, seed
-
-
-class Family(NamedTuple):
-    """Runs of one (vary, learning rate) with finite losses, in the order of their seeds."""
-
-    vary: str
-    rate: float
-    seeds: np.ndarray  # [R]
-    correct: np.ndarray  # int32 [R, epochs]
-    seconds: np.ndarray  # [R]
-    diverged: list[int]  # seeds of the runs left out
-    counts: PredictionCounts
-
-    @property
-    def scores(self) -> dict[int, int]:
-        """Correct images by seed; a run that diverged counts as worse than all others."""
-        right = dict(zip(self.seeds.tolist(), self.correct[:, -1].tolist(), strict=True))
-        return right | dict.fromkeys(self.diverged, -1)
-
-
-def make_families(
-    runs: list[RunId],
-    history: dict[str, np.ndarray],
-    seconds: np.ndarray,
-    blocks: Iterable[tuple[list[RunId], np.ndarray]],
-    labels: np.ndarray,
-    n_classes: int,
-) -> list[Family]:
-    """Families, "all" first, of sorted runs with their metrics [R, epochs] and seconds [R].
-
-    `blocks` are of some runs and their predictions, uint8 [r, n].
-    UserError for a run stored twice, or whose predictions are impossible or do not give its
-    accuracy.
-    """
-    if len(set(runs)) < len(runs):
-        raise UserError("a run is stored twice: remove one of its files")
-    losses = np.stack([history["train_loss"], history["test_loss"]])
-    finite = np.isfinite(losses).all(axis=(0, 2))
-    position = {run: i for i, run in enumerate(runs)}
-    known = ("all", *STREAMS, "crossed")
-    names = sorted({run[:2] for run in runs}, key=lambda n: ([*known, n[0]].index(n[0]), *n))
-
-    labels = labels.astype(np.int64)
-    shapes = (len(labels), n_classes), (2, len(labels))
-    sums = {name: [np.zeros(shape, np.int64) for shape in shapes] for name in names}
-    halves = np.zeros((2, len(runs)), np.int64)
-    for ids, block in blocks:
-        at = np.array([position[run] for run in ids])
-        for name in dict.fromkeys(run[:2] for run in ids):
-            here = finite[at] & np.array([run[:2] == name for run in ids])
-            halves[:, at[here]] = predictions.count_block(block[here], labels, *sums[name])
-    if not np.array_equal(halves.sum(axis=0)[finite], history["test_correct"][finite, -1]):
-        raise UserError("some predictions do not give their row's test_correct")
-    family_of = {name: np.array([run[:2] == name for run in runs]) for name in names}
-    counts = {
-        name: PredictionCounts(labels, *sums[name], *halves[:, mine & finite])
-        for name, mine in family_of.items()
-    }
-    if any((each.classes.sum(axis=1) != each.runs).any() for each in counts.values()):
-        raise UserError(f"a prediction is not in 0..{n_classes - 1}")
-    seeds = np.array([seed for *_, seed in runs])
-    families = []
-    for name, mine in family_of.items():
-        kept, diverged = mine & finite, seeds[mine & ~finite].tolist()
-        correct, each = history["test_correct"][kept], counts[name]
-        families.append(Family(*name, seeds[kept], correct, seconds[kept], diverged, each))
-    return families
+from mlp_jax.training.run import used_streams
 
 
 def summarize(
@@ -153,7 +81,7 @@ def family_statistics(family: Family, families: list[Family], recipe: str, confi
     runs, n_test, counts = len(family.seeds), len(family.counts.labels), family.counts
     result: dict = {"vary": family.vary, "learning_rate": family.rate, "runs": runs}
     result |= {"diverged": family.diverged} | dict.fromkeys([*STATISTICS, "v_test", "v_ind"])
-    correct = family.correct[:, -1]
+    correct = family.correct
     if runs:
         result["min"], result["max"] = int(correct.min()) / n_test, int(correct.max()) / n_test
         result["binomial_sd"] = stats.binomial_sd(float(correct.mean()) / n_test, n_test)
@@ -187,7 +115,7 @@ def beside_reference(family: Family, recipe: str, config: Config) -> dict:
     if not (own and family.vary == "all" and recipe in REFERENCES):
         return {}
     # counted in images, so that a run as good as the reference ties with it
-    correct, n_test = family.correct[:, -1], len(family.counts.labels)
+    correct, n_test = family.correct, len(family.counts.labels)
     right, sd = REFERENCES[recipe].correct * n_test / 10_000, correct.std(ddof=1)
     return {
         "reference": REFERENCES[recipe].correct / 10_000,
@@ -202,10 +130,10 @@ def beside_reference(family: Family, recipe: str, config: Config) -> dict:
 def beside_all(family: Family, families: list[Family]) -> dict:
     """The SD of a one-stream family relative to that of "all" at the same rate."""
     for other in families:
-        scores = other.correct[:, -1]
+        scores = other.correct
         beside = other is not family and (other.vary, other.rate) == ("all", family.rate)
         if beside and len(set(scores)) > 1:
-            ratio = stats.variance_ratio(family.correct[:, -1], scores)
+            ratio = stats.variance_ratio(family.correct, scores)
             return {"sd_over_all": stats.Interval(*map(math.sqrt, ratio))}
     return {}
 

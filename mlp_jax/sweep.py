@@ -150,11 +150,8 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
             config = dataclasses.replace(cell.config, n_classes=stored.config.n_classes)
             asked = Metadata(args.recipe, config, stored.fingerprint, {})
             check_settings(cell.directory, stored, asked)
-    if len(cells) == 1 and directories.grid_cells(args.out):
-        raise UserError(f"{args.out} has a grid of sweeps: name one of its directories")
-    ours = len(cells) > 1 and directories.check_out_dir(args.out)
-    if ours and directories.stored_metadata(args.out):
-        raise UserError(f"{args.out} has a sweep: name another --out for a grid")
+    if len(cells) > 1:
+        directories.check_grid_dir(args.out)
     return cells
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +250,18 @@ def test_a_grid_has_a_sweep_for_each_combination(small_dir, here):
         run(small_dir, "--out", "g")
     with pytest.raises(UserError, match="alone has a sweep"):
         run(small_dir, "--dropout", "0", "0.5", "--out", "alone")
+
+
+def test_a_copied_grid_can_be_resumed_without_its_locks(small_dir, here):
+    """As git and most copying tools make it: they know nothing of files in use."""
+    flags = ("--epochs", "1", "--dropout", "0", "0.5", "--out")
+    run(small_dir, "--seeds", "0:2", *flags, "g")
+    shutil.copytree("g", "copy", ignore=shutil.ignore_patterns(".*"))
+    run(small_dir, "--seeds", "0:3", *flags, "copy")
+    assert [row["seed"] for row in rows("copy/dropout=0.5")] == [0, 1, 2]
+    with pytest.raises(UserError, match="copy has a grid of sweeps"):
+        train_main(["--data-dir", str(small_dir), "--out", "copy"])
+    assert not Path("copy/config.json").exists()
 
 
 def test_a_stop_at_the_end_of_a_cell_ends_the_grid(small_dir, here, monkeypatch, capsys):

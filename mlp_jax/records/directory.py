@@ -1,8 +1,8 @@
 """Whether a directory is ours, and what it holds.
 
 A directory is ours if something in it proves so: config.json, rows or a checkpoint that match their
-hash, or the lock that mlp_jax leaves in a directory that was empty or ours. A damaged file proves
-nothing, and what is not ours is left alone.
+hash, the sweeps of a grid, or the lock that mlp_jax leaves in a directory that was empty or ours. A
+damaged file proves nothing, and what is not ours is left alone.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from mlp_jax.training.config import format_setting
 
 CONFIG = "config.json"
 CURVE = "curve.png"
+NOT_OURS = "{} is not empty and has no results of mlp_jax"
 SINGLE_RUN_FILES = ("metrics.jsonl", "summary.json", CURVE)
 
 
@@ -68,11 +69,13 @@ def check_out_dir(directory: Path) -> bool:
     check_writable(directory)
     if not any(directory.glob("[!.]*")):
         return False
+    if grid_cells(directory):
+        raise UserError(f"{directory} has a grid of sweeps: name one of its directories")
     try:
         _from_config(directory)
         return True
     except FileNotFoundError:
-        refusal = f"{directory} is not empty and has no results of mlp_jax"
+        refusal = NOT_OURS.format(directory)
     except Damaged as damaged:
         refusal = f"{damaged.path} is not mlp_jax's, or damaged ({damaged.reason})"
     except OSError as error:
@@ -80,6 +83,16 @@ def check_out_dir(directory: Path) -> bool:
     if not (_from_files(directory) or any(directory.glob(f"{LOCK}*"))):
         raise UserError(f"{refusal}: name another --out")
     return True
+
+
+def check_grid_dir(directory: Path) -> None:
+    """UserError unless `directory` can be written, and is empty or has a grid of ours."""
+    check_writable(directory)
+    if stored_metadata(directory):
+        raise UserError(f"{directory} has a sweep: name another --out for a grid")
+    ours = any(directory.glob(f"{LOCK}*")) or any(map(stored_metadata, grid_cells(directory)))
+    if any(directory.glob("[!.]*")) and not ours:
+        raise UserError(f"{NOT_OURS.format(directory)}: name another --out")
 
 
 def stored_metadata(directory: Path) -> Metadata | None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "report": "how much a sweep's test accuracy varies, and why",
     "compare": "whether the runs of one sweep score higher than those of another",
     "verify": "retrain some stored runs and compare every number",
+    "compact": "merge the many small files of a sweep",
     "predict": "which digit is in an image, and how sure trained runs are",
     "demo": "a page to draw digits on; one file, which needs no server",
 }

@@ -1,5 +1,7 @@
 """Files appear whole or not at all; rows come back as they went in; what is not ours stays."""
 
+import contextlib
+import itertools
 import json
 import os
 import stat
@@ -13,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlp_jax import files
+from mlp_jax.compact import main as compact_main
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged
-from mlp_jax.records import provenance, rows
+from mlp_jax.records import compaction, provenance, rows
 from mlp_jax.records.directory import check_out_dir, claim, read_metadata
 from mlp_jax.records.provenance import Metadata
 from mlp_jax.results import count_processors
@@ -79,6 +82,71 @@ def test_files_get_the_permissions_of_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o640
+
+
+def small_files(directory, n=7, per_file=2):
+    """Rows of a process in files of `per_file`."""
+    for start in range(0, n, per_file):
+        some = [row(seed=seed) for seed in range(start, min(n, start + per_file))]
+        rows.write_rows(directory, some, metadata())
+    return directory
+
+
+def test_small_files_are_merged_without_changing_a_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compaction, "SIZE", 4)
+    directory = small_files(opened(tmp_path / "s"), n=10)
+    rows.write_rows(directory, [row(seed=50)], metadata(mixed=True))  # another origin
+    rows.write_rows(directory, [row(seed=seed) for seed in range(60, 65)], metadata())  # large
+    rows.write_rows(directory, [row(seed=70) | {"init_seed": 70}], metadata())  # a newer column
+    before = rows.read_runs(directory)
+    compact_main([str(directory)])
+    assert capsys.readouterr().out == f"{directory}: 8 files are now 6\n"
+    assert rows.read_runs(directory).equals(before)
+    counts = sorted(map(rows.count_rows, rows.row_files(directory)))
+    assert counts == [1, 1, 2, 4, 4, 5]
+    assert sum(count_processors(rows.row_files(directory), metadata()).values()) == 17
+    assert len(rows.finished_runs(directory, metadata(mixed=True))) == 17
+    merged = content(directory)
+    compact_main([str(directory)])
+    assert content(directory) == merged
+
+
+@contextlib.contextmanager
+def interrupted_after(steps, monkeypatch):
+    """Raise KeyboardInterrupt at the next file operation, as a kill would end the process there."""
+    left = iter(range(steps))
+    with monkeypatch.context() as patched:
+        for name in ("write_bytes", "write_text", "replace", "unlink"):
+            patched.setattr(Path, name, stoppable(getattr(Path, name), left))
+        yield
+
+
+def stoppable(operation, left):
+    def attempt(*args, **kwargs):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return operation(*args, **kwargs)
+
+    return attempt
+
+
+def test_a_merge_that_is_interrupted_anywhere_loses_and_doubles_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(compaction, "SIZE", 4)
+    whole = rows.read_runs(small_files(opened(tmp_path / "whole")))
+    for steps in itertools.count():
+        directory = small_files(opened(tmp_path / f"{steps}"))
+        try:
+            with interrupted_after(steps, monkeypatch):
+                compaction.compact(directory)
+            break
+        except KeyboardInterrupt:
+            assert rows.read_runs(directory).equals(whole)
+            assert len(rows.finished_runs(directory, metadata())) == 7
+        compaction.compact(directory)
+        assert rows.read_runs(directory).equals(whole)
+        assert sorted(map(rows.count_rows, rows.row_files(directory))) == [3, 4]
+        assert not (directory / "merge.json").exists()
+    assert steps > 10
 
 
 def test_rows_come_back_in_order_whatever_the_files(tmp_path):

@@ -9,12 +9,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlp_jax.errors import UserError
-from mlp_jax.files import Damaged, atomic_write, log, quarantine
+from mlp_jax.files import Damaged, atomic_write, log, quarantine, read_signed_json
 from mlp_jax.records.provenance import Metadata, check_same
 from mlp_jax.training.run import STREAMS, Run, make_run
 
@@ -26,6 +26,9 @@ ROW_ID = ("vary", "learning_rate", "seed")
 
 READ_ROWS = 255
 """Runs whose predictions are in memory at a time: as many as predictions.py counts at once."""
+
+MERGE = "merge.json"
+"""Which file a `compact` at work writes, and which it will then remove."""
 
 OUR_NAME = re.compile(r"[a-z]+-lr[0-9.e+-]+-seed\d+-[0-9a-f]{16}\.parquet")
 
@@ -78,20 +81,27 @@ def _schema(row: dict, metadata: Metadata):
 def write_rows(directory: Path, rows: list[dict], metadata: Metadata) -> Path:
     """Write rows of `make_rows` to one Parquet file."""
     import pyarrow as pa
+
+    path, content = encode(directory, pa.Table.from_pylist(rows, _schema(rows[0], metadata)))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def encode(directory: Path, table) -> tuple[Path, Any]:
+    """The Parquet file of some rows, a pyarrow.Table: where it belongs, and its content."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     content = pa.BufferOutputStream()
     # neighbouring rows predict nearly the same bytes, which zstd's window sees and a dictionary
     # of whole values does not
     options = {"compression": "zstd", "compression_level": 9, "use_dictionary": ["recipe", "vary"]}
-    table = pa.Table.from_pylist(rows, _schema(rows[0], metadata))
     pq.write_table(table, content, **options)
     content = content.getvalue()
-    vary, rate, seed = (rows[0][name] for name in ROW_ID)
+    vary, rate, seed = (table[name][0].as_py() for name in ROW_ID)
     name = f"{vary}-lr{rate:.9g}-seed{seed}-{_name_digest(content)}.parquet"
-    with atomic_write(directory / "runs" / name) as temporary:
-        temporary.write_bytes(content)
-    return directory / "runs" / name
+    return directory / "runs" / name, content
 
 
 def _name_digest(content) -> str:
@@ -99,12 +109,22 @@ def _name_digest(content) -> str:
 
 
 def row_files(directory: Path) -> list[Path]:
-    """The Parquet files that mlp_jax wrote; warns of others."""
+    """The Parquet files that mlp_jax wrote and has not merged; warns of others."""
     files = sorted((directory / "runs").glob("[!_]*.parquet"))  # _ marks those in quarantine
     for path in files:
         if not OUR_NAME.fullmatch(path.name):
             log.warning("%s is ignored: not a name that mlp_jax gives", path)
-    return [path for path in files if OUR_NAME.fullmatch(path.name)]
+    merged = merged_files(directory)
+    return [path for path in files if OUR_NAME.fullmatch(path.name) and path.name not in merged]
+
+
+def merged_files(directory: Path) -> list[str]:
+    """Files that an interrupted `compact` has merged into another, and not yet removed."""
+    try:
+        merge = read_signed_json(directory / MERGE)
+    except (FileNotFoundError, Damaged):
+        return []
+    return merge["merged"] if (directory / "runs" / merge["into"]).exists() else []
 
 
 def check_content(path: Path) -> None:

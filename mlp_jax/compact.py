@@ -1,0 +1,37 @@
+"""`python -m mlp_jax.compact`: merges the many small files of a sweep; every row stays as it is."""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from mlp_jax import cli, files
+from mlp_jax.records import rows
+from mlp_jax.records.compaction import compact
+from mlp_jax.records.directory import grid_cells, read_metadata
+
+DESCRIPTION = "Merge the many small files of a sweep into few; every row stays as it is."
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    directory: tyro.conf.Positional[Path]
+    """Directory of the sweep, or of a grid."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Merge the files of a sweep; raises UserError."""
+    default = Args(directory=tyro.MISSING)
+    args = cli.parse_args(default, argv, prog="python -m mlp_jax.compact", description=DESCRIPTION)
+    for directory in grid_cells(args.directory) or [args.directory]:
+        read_metadata(directory)  # nothing is created where there are no results
+        files.check_writable(directory)
+        with files.locked(directory):
+            before = len(rows.row_files(directory))
+            compact(directory)
+            after = len(rows.row_files(directory))
+        print(f"{directory}: {before:,} files are now {after:,}")
+
+
+if __name__ == "__main__":
+    cli.run_cli(main)

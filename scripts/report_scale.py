@@ -1,4 +1,4 @@
-"""Memory, time and disk space of a report by the number of its runs, on sweeps of made-up rows.
+"""What a report, a resumed sweep and `compact` take by the number of runs, on made-up rows.
 
     python scripts/report_scale.py
     python scripts/report_scale.py --runs 1000 10000 100000 1000000 10000 \
@@ -12,6 +12,7 @@ time, in a temporary directory (TMPDIR). Exits with status 1 if a report took mo
 
 import dataclasses
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -24,8 +25,8 @@ import tyro
 from benchmark import fresh, peak_mb
 
 from mlp_jax.files import make_directory, write_json
+from mlp_jax.records import compaction, provenance, rows
 from mlp_jax.records import directory as directories
-from mlp_jax.records import provenance, rows
 from mlp_jax.training.config import RECIPES
 from mlp_jax.training.run import make_run
 
@@ -41,7 +42,7 @@ class Args:
     """Rows of each sweep."""
     chunk: tuple[int, ...] = (256,)
     """Rows of a file: one number for all sweeps, or one for each."""
-    limit_mb: float = 2000
+    limit_mb: float = 1000
     """Peak memory that a report may take, in 10^6 bytes."""
     seed: int = 0
     """Seed of the made-up rows."""
@@ -79,19 +80,27 @@ def write_sweep(directory: Path, runs: int, chunk: int, args: Args) -> dict:
         clock = time.perf_counter()
         rows.write_rows(directory, some, metadata)
         seconds += time.perf_counter() - clock
-    clock = time.perf_counter()
-    assert len(rows.finished_runs(directory, metadata)) == runs
-    checked = time.perf_counter() - clock
     sizes = [path.stat().st_size for path in rows.row_files(directory)]
-    return {
-        "runs": runs,
-        "chunk": chunk,
-        "files": len(sizes),
-        "bytes a row": sum(sizes) / runs,
-        "write seconds": seconds,
-        # what `sweep` does before it resumes
-        "check seconds": checked,
-    }
+    written = {"runs": runs, "chunk": chunk, "files": len(sizes), "write seconds": seconds}
+    return written | {"bytes a row": sum(sizes) / runs}
+
+
+def check(directory: Path) -> dict:
+    """What `sweep` does before it resumes: time, and memory of the process by then."""
+    metadata, clock = directories.read_metadata(directory), time.perf_counter()
+    finished = rows.finished_runs(directory, metadata)
+    seconds, usage = time.perf_counter() - clock, resource.getrusage(resource.RUSAGE_SELF)
+    assert len(finished) == sum(map(rows.count_rows, rows.row_files(directory)))
+    return {"check seconds": seconds, "check peak MB": peak_mb(usage)}
+
+
+def merge(directory: Path) -> dict:
+    """What `compact` makes of the files."""
+    clock = time.perf_counter()
+    compaction.compact(directory)
+    seconds, paths = time.perf_counter() - clock, rows.row_files(directory)
+    stored = sum(path.stat().st_size for path in paths)
+    return {"compact seconds": seconds, "compact files": len(paths), "compact bytes": stored}
 
 
 def make_rows(first: int, n: int, labels, taken_for, chances, rng: np.random.Generator) -> list:
@@ -146,7 +155,8 @@ def main(args: Args) -> None:
             directory = Path(place, "sweep")
             make_directory(directory / "runs")
             written = fresh(write_sweep, directory, runs, chunk, args)
-            sweeps.append(written | report(directory, args))
+            sweep = written | fresh(check, directory) | report(directory, args)
+            sweeps.append(sweep | (fresh(merge, directory) if chunk < compaction.SIZE else {}))
         cells = {name: round(value, 2) for name, value in sweeps[-1].items()}
         print(", ".join(f"{name} {value:,}" for name, value in cells.items()), flush=True)
         if args.out:

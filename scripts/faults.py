@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -406,16 +407,18 @@ def one_of_three_killed(job: Job, rng) -> bool:
 
 
 @contextlib.contextmanager
-def ray_cluster():
-    """NODES nodes, and a head that trains nothing."""
+def ray_cluster(nodes: int = NODES):
+    """Nodes on this machine, and a head that trains nothing."""
     from ray.cluster_utils import Cluster
 
     # by default workers yield to all other processes
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    head = NODE | {"num_cpus": 0, "include_dashboard": False}
+    with socket.create_server(("", 0)) as free:  # another cluster may have Ray's usual port
+        port = free.getsockname()[1]
+    head = NODE | {"num_cpus": 0, "include_dashboard": False, "gcs_server_port": port}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        for _ in range(NODES):
+        for _ in range(nodes):
             cluster.add_node(**NODE)
         yield cluster
     finally:

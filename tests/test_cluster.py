@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,12 @@ COMMAND = [
 ]
 
 
+def free_port():
+    """Not Ray's usual one, at which another cluster of this machine may listen."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A head that trains nothing; tests add the nodes."""
@@ -37,7 +44,7 @@ def cluster():
 
     # by default workers yield to all other processes, as these of a busy machine may be
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    head = {"num_cpus": 0, "include_dashboard": False}
+    head = {"num_cpus": 0, "include_dashboard": False, "gcs_server_port": free_port()}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()

@@ -2,9 +2,10 @@
 
 import math
 import statistics
+import sys
 from time import perf_counter as clock
 
-from mlp_jax.bars import progress_bar
+from mlp_jax.bars import SECONDS_A_LINE, progress_bar
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
 from mlp_jax.training.run import Run
 
@@ -52,17 +53,19 @@ def verdict(recipe: str, config: Config, summary: dict) -> str:
 
 
 class Bar:
-    """A progress bar (finished runs, runs per hour, time left), and a line per stored file."""
+    """A progress bar (finished runs, runs per hour, time left), and a line on what is stored."""
 
     def __init__(self, experiment, n_runs: int, n_missing: int, quiet: bool):
         self._experiment, self._n_runs, self._began = experiment, n_runs, clock()
         self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.n_epochs
+        self._written = -math.inf
         shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
         total = n_missing * self._epochs
         self._bar = progress_bar(quiet=quiet, total=total, bar_format=shape)
 
     def update(self, epoch) -> None:
-        self._write_stored()
+        if clock() - self._written >= SECONDS_A_LINE:  # it takes a second for a million runs
+            self._write_stored()
         new = epoch.new * len(epoch.progress.runs)
         seconds = clock() - self._began - self._experiment.compile_seconds
         trained = self._bar.n + new
@@ -74,7 +77,10 @@ class Bar:
         self._bar.update(new)
 
     def _write_stored(self) -> None:
-        if len(self._experiment.finished) > self._stored and not self._bar.disable:
+        if sys.stdout is None or self._bar.disable:  # closed, or not wanted
+            return
+        if len(self._experiment.finished) > self._stored:
+            self._written = clock()
             self._stored, n_test = len(self._experiment.finished), self._experiment.dataset.test
             self._bar.write(accuracy_line(self._experiment.finished, len(n_test.labels)))
 

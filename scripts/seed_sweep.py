@@ -14,7 +14,7 @@
     python scripts/seed_sweep.py epsilon         5 epochs of RMSprop: epsilon outside or in the root
 
 The rows are written to results/NAME/runs/, one chunk after another; the last three compare two
-sweeps in results/questions/NAME, and train seeds of both until the answer is decided.
+sweeps in results/questions/NAME, and train up to 100 seeds of both until that is decided.
 results/keras-sgd-epyc is the first of these on another processor, an AMD EPYC, with --seeds 0:30.
 """
 
@@ -26,7 +26,7 @@ from typing import Literal
 
 import tyro
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
 SWEEPS = {
     "keras-sgd": ["--recipe keras-sgd --seeds 0:100"],
     "short": [
@@ -68,25 +68,26 @@ def main(args: Args) -> None:
         if name in QUESTIONS:
             answer(name)
             continue
-        out = str(RESULTS / name)
+        out = f"results/{name}"
         for flags in SWEEPS[name]:
             run("mlp_jax.sweep", *flags.split(), "--out", out)
         run("mlp_jax.report", out)
 
 
 def answer(name: str) -> None:
-    """Train the same seeds of both sweeps until a confidence sequence decides."""
-    out = str(RESULTS / "questions" / name)
+    """Train the same seeds of both sweeps until a confidence sequence decides, or 100 of each."""
+    out = f"results/questions/{name}"
     flags, a, b = QUESTIONS[name]
     run("mlp_jax.sweep", *flags.split(), "--seeds", "0:30", "--out", out)
-    run("mlp_jax.compare", f"{out}/{a}", f"{out}/{b}", "--until-decided", "--out", out)
+    decide = ["--until-decided", "--max-seeds", "100"]
+    run("mlp_jax.compare", f"{out}/{a}", f"{out}/{b}", *decide, "--out", out)
 
 
 def run(module: str, *flags: str) -> None:
     """Run a command in a new process, in which the sweep can set up JAX's devices."""
     command = [sys.executable, "-m", module, *flags]
     print("+", *command, flush=True)
-    if status := subprocess.run(command).returncode:
+    if status := subprocess.run(command, cwd=ROOT).returncode:
         sys.exit(status)
 
 

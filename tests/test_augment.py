@@ -81,8 +81,8 @@ def test_an_image_is_deformed_alike_in_any_batch_and_otherwise_in_any_epoch():
     key, images = jax.random.key(7), jnp.stack([jnp.ravel(digit())] * 5)
     indices = jnp.array([3, 8, 59_999, 0, 8])
     made = deform_batch(images, indices, key, config=STRONG)
-    np.testing.assert_array_equal(made[1], made[4])
-    assert len({row.tobytes() for row in np.asarray(made)}) == 4
+    np.testing.assert_allclose(made[1], made[4], atol=1e-6)
+    assert min(np.abs(made[i] - made[1]).max() for i in (0, 2, 3)) > 0.2
     turned = deform_batch(images[:3], indices[2::-1], key, config=STRONG)
     np.testing.assert_allclose(turned, made[2::-1], atol=1e-6)
     later = deform_batch(images, indices, jax.random.fold_in(key, 1), config=STRONG)

@@ -116,7 +116,9 @@ def test_a_ranking_says_what_the_records_say(sweep, small, tmp_path, monkeypatch
     mj.sweep(config, other, "g/dropout=0.7", seeds=[0])
     with pytest.raises(mj.UserError, match=r"0.7 was trained on other data named kmnist"):
         mj.report("g")
-    mj.sweep(config, small, "g", seeds=[0])
+    with pytest.raises(mj.UserError, match="g has a grid of sweeps"):
+        mj.sweep(config, small, "g", seeds=[0])
+    shutil.copytree("g/dropout=0.7/runs", "g/runs")
     with pytest.raises(mj.UserError, match="g has runs of its own and a grid"):
         mj.report("g")
 

@@ -40,6 +40,7 @@ ONE_BY_ONE = "mlp_jax.train, one after another"
 RECORDS = sorted(path.parent for path in ROOT.glob("results/*/summary.json"))
 CROSSED = [each for each in RECORDS if each.name.endswith("-crossed")]
 SWEEPS = [each for each in RECORDS if each not in CROSSED]
+QUESTIONS = sorted(ROOT.glob("results/questions/*/comparison.json"))
 FASHION = ROOT / "results" / "keras-rmsprop-fashion"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 OLDER = [ROOT / "results" / name for name in ("keras-rmsprop", "keras-sgd", "short")]
@@ -155,6 +156,23 @@ def decide_lines():
         ]
         both = (" / ".join(two) for two in zip(cells[::2], cells[1::2], strict=True))
         yield row(f"`{recipe}`", f"{mine[0]['sd']:.3f}", *both)
+
+
+def question_lines():
+    """README's table on the questions that were asked until they were decided."""
+    answers = {"better": "A is better", "worse": "B is better"}
+    for path in QUESTIONS:
+        (comparison,) = read(path)["comparisons"]
+        metadata, decision = read_metadata(ROOT / comparison["a"]), comparison["until_decided"]
+        a, b = (Path(comparison[side]).name for side in ("a", "b"))
+        yield row(
+            f"`{metadata.recipe}`, {metadata.config.epochs:g} epochs",
+            f"`{a}`",
+            f"`{b}`",
+            str(decision["pairs"]),
+            points(decision["difference"]),
+            answers.get(decision["verdict"], decision["verdict"]),
+        )
 
 
 def hardware_line():
@@ -345,7 +363,7 @@ def test_a_record_without_a_newer_setting_is_still_that_of_its_recipe(directory)
     stored = json.loads((directory / "summary.json").read_text())["families"][0]
     ids = {name: stored[name] for name in ("vary", "learning_rate")}
     rows = read_runs(directory, ["test_correct"]).to_pylist()
-    correct = np.array([[row["test_correct"]] for row in rows if ids.items() <= row.items()])
+    correct = np.array([row["test_correct"] for row in rows if ids.items() <= row.items()])
     counts = SimpleNamespace(labels=range(10_000))
     family = SimpleNamespace(vary="all", rate=ids["learning_rate"], correct=correct, counts=counts)
     made = to_json(beside_reference(family, metadata.recipe, metadata.config))
@@ -415,6 +433,42 @@ def test_the_readme_quotes_its_headline_and_speed():
     ):
         assert words in README.replace("\n", " ")
     for line in [time_line(), *crossed_lines(), *decide_lines(), *speed_lines()]:
+        assert line in README
+
+
+@pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.parent.name)
+def test_the_answer_to_a_question_follows_from_its_rows(path):
+    """The confidence sequence of Waudby-Smith et al., arXiv 2103.06476, pair by pair."""
+    (comparison,) = read(path)["comparisons"]
+    tables = [read_runs(ROOT / comparison[side], ["test_correct"]) for side in ("a", "b")]
+    columns = ([table[n].to_pylist() for n in ("seed", "test_correct")] for table in tables)
+    a, b = (dict(zip(*each, strict=True)) for each in columns)
+    assert a.keys() == b.keys()
+    d = np.array([a[seed] - b[seed] for seed in sorted(a)]) / 1e4
+    rho = math.sqrt((-scipy.special.lambertw(-(0.05**2) / math.e, -1).real - 1) / 50)
+    for t in range(30, len(d) + 1):
+        mean, spread = d[:t].mean(), d[:t].std(ddof=1)
+        grown = t * rho**2 + 1
+        half = spread * math.sqrt(2 * grown / (t * rho) ** 2 * math.log(math.sqrt(grown) / 0.05))
+        if abs(mean) > half or abs(mean) + half < comparison["margin"]:
+            break
+    else:
+        assert len(d) == 100
+    decision = comparison["until_decided"]
+    ends = {"estimate": mean, "low": mean - half, "high": mean + half}
+    assert decision["pairs"] == t
+    assert decision["difference"] == pytest.approx(ends)
+    verdict = "equivalent" if abs(mean) + half < comparison["margin"] else "undecided"
+    if abs(mean) > half:
+        verdict = "better" if mean > 0 else "worse"
+    assert decision["verdict"] == comparison["verdict"] == verdict
+    paired = scipy.stats.ttest_rel([a[seed] for seed in sorted(a)], [b[seed] for seed in sorted(a)])
+    assert comparison["p_value"] == pytest.approx(paired.pvalue)
+
+
+def test_the_readme_quotes_the_answers():
+    assert {path.parent.name for path in QUESTIONS} == {"dropout", "epsilon", "products"}
+    for line in question_lines():
         assert line in README
 
 

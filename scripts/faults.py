@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -54,6 +54,8 @@ class Args:
     """Trials of kill -9 for each command, and of nodes killed."""
     others: int = 30
     """Trials of each other fault, for each command."""
+    commands: tuple[Literal[*COMMANDS], ...] = tuple(COMMANDS)
+    """Commands to disturb."""
     seed: int = 0
     """Decides the moments, files and bits."""
     data_dir: Path | None = None
@@ -499,6 +501,13 @@ def node_with_other_code(job: Job, rng) -> bool:
     return status == 2  # else it got no task
 
 
+def plain_numbers(job: Job) -> list:
+    """What the same sweep gives without Ray."""
+    plain = dataclasses.replace(job, front="sweep", out=job.out.with_name("plain"), cluster=None)
+    ended_well(plain.start())
+    return plain.results()
+
+
 FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "kill -9 at a random moment": (killed, tuple(COMMANDS)),
     "SIGINT or SIGTERM at a random moment": (asked_to_stop, tuple(COMMANDS)),
@@ -575,11 +584,10 @@ def main(args: Args) -> None:
     done = {(row["fault"], row["command"]): row["tried"] for row in rows}
     flags = f"--kills {args.kills} --others {args.others} --seed {args.seed}"
     about = {"command": f"python scripts/faults.py {flags}", "environment": environment()}
-    numbers: dict[str, list] = {}  # by command
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         copy = Path(scratch, "data")  # its cache will be damaged
         shutil.copytree(data_dir.expanduser() / "mnist", copy / "mnist")
-        for front in COMMANDS:
+        for front in args.commands:
             if "--ray" in front and not find_spec("ray"):
                 print("Ray is not installed: its faults are left out")
                 continue
@@ -590,9 +598,8 @@ def main(args: Args) -> None:
             start = time.perf_counter()
             ended(process)
             alone.seconds = time.perf_counter() - start
-            # on Ray, those of the plain sweep
-            alone.numbers = numbers.setdefault(front.split()[0], alone.results())
-            if alone.results() != alone.numbers:
+            alone.numbers = alone.results()
+            if cluster and alone.numbers != plain_numbers(alone):
                 sys.exit("error: on Ray the numbers are others")
             for fault, (harm, fronts) in faults.items():
                 trials = args.kills if harm in (killed, node_killed) else args.others

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
+from benchmark import fresh
 
 import mlp_jax as mj
 from mlp_jax.data.dataset import CACHE
@@ -583,7 +584,7 @@ def main(args: Args) -> None:
     rows = json.loads(args.out.read_text())["faults"] if args.out and args.out.exists() else []
     done = {(row["fault"], row["command"]): row["tried"] for row in rows}
     flags = f"--kills {args.kills} --others {args.others} --seed {args.seed}"
-    about = {"command": f"python scripts/faults.py {flags}", "environment": environment()}
+    about = {"command": f"python scripts/faults.py {flags}", "environment": fresh(environment)}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         copy = Path(scratch, "data")  # its cache will be damaged
         shutil.copytree(data_dir.expanduser() / "mnist", copy / "mnist")

@@ -24,6 +24,10 @@ DESCRIPTION = (
     "Say whether the runs of one sweep score higher than those of another. DIR:FAMILY@RATE names"
     " one family or learning rate of a sweep, as in runs/why:order or runs/rates@0.1."
 )
+LOOKED = (
+    "The verdict is the sequence's: the number of runs was chosen by looking at them, for which the"
+    " other intervals, p and P make no allowance."
+)
 STEP = 10  # seeds between two looks of --until-decided
 
 
@@ -70,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     for (a, b), comparison in zip(pairs, compared, strict=True):
         print(describe(comparison, *labels(a, b)), format_details(a, b, comparison), sep="\n")
     if decision:
-        print("The verdict is the sequence's; the intervals and p hold for a single look only.")
+        print(LOOKED)
     if args.out:
         write(args.out, pairs, compared, decision)
 
@@ -191,7 +195,8 @@ def write(
     for i, ((a, b), comparison) in enumerate(zip(pairs, compared, strict=True)):
         each = {"a": a.name, "b": b.name, "differences": differences(a, b)}
         each |= comparison._asdict() | {"p_value_holm": adjusted[i]}
-        each |= {"until_decided": decision, "caveats": [*caveats(a), *caveats(b)]}
+        looked = [LOOKED] if decision else []
+        each |= {"until_decided": decision, "caveats": [*looked, *caveats(a), *caveats(b)]}
         record.append(to_json(each | {"says": describe(comparison, *labels(a, b))}))
         scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
         sides = zip((a, b), labels(a, b), strict=True)

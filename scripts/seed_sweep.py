@@ -3,6 +3,7 @@
     python scripts/seed_sweep.py keras-sgd       100 seeds of 50 epochs: hours on two cores
     python scripts/seed_sweep.py short           1,900 runs of one epoch: all, init, order, dropout
     python scripts/seed_sweep.py short-crossed   300 blocks of 8 runs, all streams crossed
+    python scripts/seed_sweep.py keras-rmsprop-crossed      25 such blocks of 5 epochs
     python scripts/seed_sweep.py keras-rmsprop   30 seeds of 20 epochs
     python scripts/seed_sweep.py keras-rmsprop-fashion      5 seeds of it on Fashion-MNIST
     python scripts/seed_sweep.py sprint          200 seeds of half an epoch
@@ -34,6 +35,7 @@ SWEEPS = {
         "--recipe short --seeds 300:1000 --vary all",
     ],
     "short-crossed": ["--recipe short --crossed 300"],
+    "keras-rmsprop-crossed": ["--recipe keras-rmsprop --epochs 5 --crossed 25"],
     "keras-rmsprop": ["--recipe keras-rmsprop --seeds 0:30"],
     "keras-rmsprop-fashion": ["--recipe keras-rmsprop --dataset fashion_mnist --seeds 0:5"],
     # not the seeds that their settings were chosen with

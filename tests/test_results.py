@@ -72,17 +72,20 @@ def points(interval, digits=3):
     return "{} ({} to {})".format(*(f"{100 * end:.{digits}f}" for end in interval.values()))
 
 
+def count_epochs(summary):
+    return "1 epoch" if summary["epochs"] == 1 else f"{summary['epochs']} epochs"
+
+
 def record_line(directory):
     """The row of README's table on a sweep's runs at the recipe's own settings."""
     summary = json.loads((directory / "summary.json").read_text())
     family = summary["families"][0]
-    epochs = "1 epoch" if summary["epochs"] == 1 else f"{summary['epochs']} epochs"
     reference = beside = "-"
     if family["reference"]:
         reference = f"{100 * family['reference']:.2f}"
         beside = "{runs_below} / {runs_equal} / {runs_above}".format(**family)
     return row(
-        f"[`{directory.name}`](results/{directory.name}), {epochs}",
+        f"[`{directory.name}`](results/{directory.name}), {count_epochs(summary)}",
         f"{family['runs']:,}",
         points(family["mean"]),
         f"{100 * family['over_test_sets']:.2f}",
@@ -129,10 +132,11 @@ def crossed_line():
     """README's words on how many runs its table on the streams rests on."""
     said = []
     for directory in CROSSED:
-        (crossed,) = json.loads((directory / "summary.json").read_text())["crossed"]
+        summary = json.loads((directory / "summary.json").read_text())
+        (crossed,) = summary["crossed"]
         sd = points({k: math.sqrt(max(0, v)) for k, v in crossed["test"]["variance"].items()})
         said.append(
-            f"`{directory.name}`: {crossed['test']['blocks']} blocks of"
+            f"`{directory.name}`, {count_epochs(summary)}: {crossed['test']['blocks']} blocks of"
             f" {2 ** len(crossed['streams'])} runs, whose SD is {sd} points"
         )
     return "; ".join(said) + "."
@@ -198,7 +202,7 @@ def beyond_line():
         ends, margin = comparison["over_test_sets"], comparison["margin"]
         if comparison["verdict"] == "equivalent" and max(-ends["low"], ends["high"]) > margin:
             said.append(f"`{path.parent.name}` {points(ends)}")
-    return f"Not for all such images, though, over which A - B may be: {'; '.join(said)}."
+    return f"Over all such images A - B may lie beyond the margin: {'; '.join(said)}."
 
 
 def hardware_line():

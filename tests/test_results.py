@@ -165,6 +165,14 @@ def crossed_words():
     )
 
 
+def test_five_epochs_show_what_the_readme_says():
+    (crossed,) = read("results/keras-rmsprop-crossed/summary.json")["crossed"]
+    own, total = crossed["test"]["indices"], crossed["test"]["total"]
+    assert max(total, key=lambda name: total[name]["estimate"]) == "order"
+    assert [name for name in total if own[name]["low"] > 0] == ["order"]
+    assert min(each["estimate"] for each in total.values()) > 0.5
+
+
 def decide_lines():
     """README's table on the pairs of runs that a decision takes: better by it, or equivalent."""
     rows = read("results/decide.json")["rows"]

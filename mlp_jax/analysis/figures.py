@@ -23,7 +23,7 @@ def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tu
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, height), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 92), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(textwrap.fill(title, 84), x=0.01, ha="left", fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)

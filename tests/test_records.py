@@ -145,7 +145,7 @@ def test_a_merge_that_is_interrupted_anywhere_loses_and_doubles_nothing(tmp_path
         compaction.compact(directory)
         assert rows.read_runs(directory).equals(whole)
         assert sorted(map(rows.count_rows, rows.row_files(directory))) == [3, 4]
-        assert not (directory / "merge.json").exists()
+        assert not (directory / rows.MERGE).exists()
     assert steps > 10
 
 

@@ -34,7 +34,7 @@ class Family(NamedTuple):
 
 
 class Tally:
-    """Counts runs in any order; of each it keeps 30 bytes and 4 an epoch."""
+    """Counts runs in any order; of each it keeps 25 bytes and 4 an epoch."""
 
     def __init__(self, n_runs: int, epochs: int, labels: np.ndarray, n_classes: int):
         self.labels, self.n_classes, self.added = labels.astype(np.int64), n_classes, 0

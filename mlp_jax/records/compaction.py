@@ -1,7 +1,8 @@
 """Merges the small Parquet files of a sweep; every row stays as it is.
 
-A merge is one rename: until then merge.json names a file that does not exist, and from then on the
-files that it replaces are no longer read. Interrupted at any point, the next merge cleans up.
+A merge is one rename. A note beside the rows says which file will replace which: before the rename
+the one does not exist, and after it the others are no longer read. Interrupted at any point, the
+next merge cleans up.
 """
 
 from collections import defaultdict

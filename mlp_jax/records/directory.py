@@ -69,7 +69,7 @@ def check_out_dir(directory: Path) -> bool:
     check_writable(directory)
     if not any(directory.glob("[!.]*")):
         return False
-    if grid_cells(directory):
+    if _has_grid(directory):
         raise UserError(f"{directory} has a grid of sweeps: name one of its directories")
     try:
         _from_config(directory)
@@ -90,7 +90,7 @@ def check_grid_dir(directory: Path) -> None:
     check_writable(directory)
     if stored_metadata(directory):
         raise UserError(f"{directory} has a sweep: name another --out for a grid")
-    ours = any(directory.glob(f"{LOCK}*")) or any(map(stored_metadata, grid_cells(directory)))
+    ours = any(directory.glob(f"{LOCK}*")) or _has_grid(directory)
     if any(directory.glob("[!.]*")) and not ours:
         raise UserError(f"{NOT_OURS.format(directory)}: name another --out")
 
@@ -106,6 +106,10 @@ def stored_metadata(directory: Path) -> Metadata | None:
 def grid_cells(directory: Path) -> list[Path]:
     """The sweeps of a grid, in directories named after their settings."""
     return sorted({path.parent for n in (CONFIG, "runs") for path in directory.glob(f"*=*/{n}")})
+
+
+def _has_grid(directory: Path) -> bool:
+    return any(map(stored_metadata, grid_cells(directory)))
 
 
 def cell_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:

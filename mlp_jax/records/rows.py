@@ -27,7 +27,7 @@ ROW_ID = ("vary", "learning_rate", "seed")
 READ_ROWS = 255
 """Runs whose predictions are in memory at a time: as many as predictions.py counts at once."""
 
-MERGE = "merge.json"
+MERGE = ".mlp_jax-merge.json"
 """Which file a `compact` at work writes, and which it will then remove."""
 
 OUR_NAME = re.compile(r"[a-z]+-lr[0-9.e+-]+-seed\d+-[0-9a-f]{16}\.parquet")

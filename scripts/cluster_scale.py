@@ -49,6 +49,7 @@ def describe() -> dict:
 
 def train(chunks: int, address: str | None) -> tuple[dict, list]:
     """A sweep of `chunks` runs in this process, and its rows."""
+    from mlp_jax.cluster import connect
     from mlp_jax.experiment import open_experiment
     from mlp_jax.records import rows
     from mlp_jax.training.arrays import Split, make_dataset
@@ -60,10 +61,9 @@ def train(chunks: int, address: str | None) -> tuple[dict, list]:
     split = Split(images, rng.integers(0, 10, 64).astype(np.int32))
     dataset, config = make_dataset("made_up", split, split, 10), Config(**SMALL)
     runs = make_runs(range(chunks), ["all"], [config.learning_rate])
-    with tempfile.TemporaryDirectory() as place, connected(address) as cluster:
-        options = {"recipe": "custom", "lanes": 1, "chunk": 1, "cluster": cluster}
-        if not cluster:
-            options |= {"devices": 1}
+    connected = connect(address) if address else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as place, connected as cluster:
+        options = {"recipe": "custom", "devices": 1, "chunk": 1, "cluster": cluster}
         with open_experiment(Path(place), config, dataset, runs, **options) as experiment:
             start = time.perf_counter()
             for _ in experiment.train(runs):
@@ -73,14 +73,6 @@ def train(chunks: int, address: str | None) -> tuple[dict, list]:
     measured = {"chunks": chunks, "seconds": seconds, "ms a chunk": 1000 * seconds / chunks}
     peak = peak_mb(resource.getrusage(resource.RUSAGE_SELF))
     return measured | {"driver peak MB": peak}, table.to_pylist()
-
-
-def connected(address: str | None):
-    if not address:
-        return contextlib.nullcontext()
-    from mlp_jax.cluster import connect
-
-    return connect(address)
 
 
 def main(args: Args) -> None:

@@ -234,7 +234,7 @@ def sample(rng, runs, n, strength, skewed):
 
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize("strength", [0, 0.5])
-@pytest.mark.parametrize("runs", [30, 300])
+@pytest.mark.parametrize("runs", [30, 100, 300])
 def test_distribution_sd_covers_other_runs_and_images(runs, strength, skewed):
     rng, many = np.random.default_rng([runs, int(100 * strength), skewed]), 200
     rate = 0.12 / 3.12

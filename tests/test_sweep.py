@@ -225,6 +225,15 @@ def test_crossed_blocks_have_two_seeds_of_each_used_stream(small_dir, here):
     assert len(rows("s")) == 24
 
 
+def test_crossed_blocks_can_be_added_and_dealt_out(small_dir, here):
+    run(small_dir, "--crossed", "2", "--epochs", "1", "--out", "whole")
+    run(small_dir, "--crossed", "1", "--epochs", "1", "--out", "s")
+    for shard in ("1/2", "0/2"):
+        run(small_dir, "--crossed", "2", "--epochs", "1", "--out", "s", "--shard", shard)
+    assert rows("s") == rows("whole")
+    assert len(rows("s")) == 16
+
+
 def test_streams_are_crossed_where_they_are_used():
     plain = Config(dropout=0)
     assert used_streams(plain) == ("init", "order")

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -573,6 +574,12 @@ def environment() -> dict:
     return describe_environment(jax.devices())
 
 
+def flags(args: Args) -> list[str]:
+    """Those that decide what is tried."""
+    commands = shlex.join(["--commands", *args.commands])
+    return [commands, f"--kills {args.kills}", f"--others {args.others}", f"--seed {args.seed}"]
+
+
 def main(args: Args) -> None:
     mj.load_dataset("mnist", args.data_dir)  # prepares it if it is missing
     data_dir = args.data_dir or Path(os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets")
@@ -581,10 +588,13 @@ def main(args: Args) -> None:
         print("cannot mount disks here: full and read-only disks are left out")
         faults = {name: fault for name, fault in FAULTS.items() if "disk" not in name}
     print(f"{'fault':<38}{'command':<12}{'tried':>6}{'survived':>10}{'lost':>6}", flush=True)
-    rows = json.loads(args.out.read_text())["faults"] if args.out and args.out.exists() else []
+    record = {"commands": [], "environment": fresh(environment), "faults": []}
+    if args.out and args.out.exists():
+        record |= json.loads(args.out.read_text())
+    rows = record["faults"]
     done = {(row["fault"], row["command"]): row["tried"] for row in rows}
-    flags = f"--kills {args.kills} --others {args.others} --seed {args.seed}"
-    about = {"command": f"python scripts/faults.py {flags}", "environment": fresh(environment)}
+    if (command := " ".join(["python scripts/faults.py", *flags(args)])) not in record["commands"]:
+        record["commands"].append(command)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         copy = Path(scratch, "data")  # its cache will be damaged
         shutil.copytree(data_dir.expanduser() / "mnist", copy / "mnist")
@@ -606,10 +616,10 @@ def main(args: Args) -> None:
                 trials = args.kills if harm in (killed, node_killed) else args.others
                 if front in fronts and trials > done.get((fault, front), 0):
                     new = count(fault, alone, trials, args.seed)
-                    rows = [r for r in rows if (r["fault"], r["command"]) != (fault, front)]
+                    rows[:] = [r for r in rows if (r["fault"], r["command"]) != (fault, front)]
                     rows.append(new)
                     if args.out:
-                        write_json(args.out, about | {"faults": rows})
+                        write_json(args.out, record)
     if lost := sum(row["lost"] for row in rows):
         sys.exit(f"error: {lost} trials lost something")
 

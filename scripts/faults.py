@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -53,9 +54,9 @@ TIMEOUT = 600
 @dataclasses.dataclass(frozen=True)
 class Args:
     kills: int = 100
-    """Trials of kill -9 for each command, and of nodes killed."""
+    """Trials of kill -9, and of Ray nodes killed; shared among the commands."""
     others: int = 30
-    """Trials of each other fault, for each command."""
+    """Trials of each other fault; shared among the commands that it can disturb."""
     commands: tuple[Literal[*COMMANDS], ...] = tuple(COMMANDS)
     """Commands to disturb."""
     seed: int = 0
@@ -614,6 +615,7 @@ def main(args: Args) -> None:
                 sys.exit("error: on Ray the numbers are others")
             for fault, (harm, fronts) in faults.items():
                 trials = args.kills if harm in (killed, node_killed) else args.others
+                trials = math.ceil(trials / len({*fronts} & {*args.commands} or {front}))
                 if front in fronts and trials > done.get((fault, front), 0):
                     new = count(fault, alone, trials, args.seed)
                     rows[:] = [r for r in rows if (r["fault"], r["command"]) != (fault, front)]

@@ -39,6 +39,8 @@ class TrainingArgs:
     """Directory with four IDX files: published ones, or your own under a new --dataset name."""
     split: Literal["test", "validation"] = "test"
     """Images scored: the test set, or the last sixth of the training set, held out."""
+    teacher: Path | None = None
+    """Directory of finished runs with weights; their mean prediction replaces the labels."""
     checkpoint_every: int = 10
     """Epochs between checkpoints; 0: save only when stopped."""
     allow_mixed: bool = False
@@ -49,8 +51,8 @@ class TrainingArgs:
     """Print only the result and errors."""
 
     def data_options(self) -> dict:
-        """The arguments of `load_dataset` other than the name."""
-        names = ("data_dir", "manual_dir", "split", "quiet")
+        """The arguments of `load_data` other than the name."""
+        names = ("data_dir", "manual_dir", "split", "quiet", "teacher")
         return {name: getattr(self, name) for name in names}
 
     def options(self, *more: str) -> dict:
@@ -93,7 +95,12 @@ def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
     words = list(_words(argv))
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
     groups = [words[i:j] for i, j in itertools.pairwise([0, *starts, len(words)])]
-    several = {f.name for f in dataclasses.fields(Config)} - {"hidden", "split", "n_classes"}
+    several = {f.name for f in dataclasses.fields(Config)} - {
+        "hidden",
+        "split",
+        "n_classes",
+        "teacher",
+    }
     choices = []
     for group in filter(None, groups):
         flag, values = group[0], group[1:]

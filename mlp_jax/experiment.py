@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 
 from mlp_jax import files
+from mlp_jax.data import dataset as datasets
 from mlp_jax.errors import UserError
 from mlp_jax.machine import Epoch, Machine, prepare, split, with_program
 from mlp_jax.records import directory as directories
@@ -23,11 +24,12 @@ from mlp_jax.records import rows
 from mlp_jax.records.checkpoint import (
     has_weights,
     load_checkpoint,
+    load_committee,
     save_checkpoint,
     save_weights,
 )
 from mlp_jax.records.provenance import Metadata
-from mlp_jax.training.arrays import Dataset, for_dataset
+from mlp_jax.training.arrays import Dataset, for_dataset, with_teacher
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.parallel import n_cores, use_cores
 from mlp_jax.training.run import Run, crossed_seeds, make_runs
@@ -137,6 +139,15 @@ class Experiment:
         """The checkpoint of exactly these runs; grouped differently next time, they start over."""
         digest = hashlib.sha256(repr(tuple(runs)).encode()).hexdigest()[:16]
         return self.directory / "checkpoints" / f"{digest}.npz"
+
+
+def load_data(name: str, *, teacher: Path | None = None, **options: Any) -> Dataset:
+    """`datasets.load_dataset(name, **options)`, with the committee in `teacher` as its teacher."""
+    dataset = datasets.load_dataset(name, **options)
+    if not teacher:
+        return dataset
+    committee = load_committee(teacher)
+    return with_teacher(dataset, committee.config, committee.params)
 
 
 @contextlib.contextmanager

@@ -41,9 +41,9 @@ class Machine(NamedTuple):
 
     def compiled(self) -> "Machine":
         """Compile the programs; the metadata gain the fingerprint of their code."""
-        (metadata, dataset, placement), sizes = self, _sizes(self.dataset)
+        metadata, dataset, placement = self
         with ThreadPoolExecutor(max_workers=1) as beside:
-            compiling = beside.submit(compile_programs, metadata.config, placement, *sizes)
+            compiling = beside.submit(compile_programs, metadata.config, placement, dataset.arrays)
             metadata = with_program(metadata, dataset)  # while XLA compiles
             compiling.result()
         with contextlib.suppress(AttributeError):  # another C library
@@ -64,8 +64,9 @@ def prepare(metadata: Metadata, dataset: Dataset, n_runs: int, **options) -> Mac
     """Put `dataset` on the devices that `parallel.place` gives, and these into `metadata`."""
     placement = place(n_runs, run_bytes(metadata.config), **options)
     environment = describe_environment(placement.devices) | {"lanes": placement.lanes}
-    train, test = jax.device_put((dataset.train, dataset.test), placement.replicated)
-    dataset = dataset._replace(train=train, test=test)
+    train, test, params = jax.device_put(dataset.arrays, placement.replicated)
+    teacher = dataset.teacher and dataset.teacher._replace(params=params)
+    dataset = dataset._replace(train=train, test=test, teacher=teacher)
     return Machine(metadata._replace(environment=environment), dataset, placement)
 
 
@@ -73,12 +74,8 @@ def with_program(metadata: Metadata, dataset: Dataset) -> Metadata:
     """`metadata` with the fingerprint of the training code."""
     if metadata.program:
         return metadata
-    text = program_text(metadata.config, *_sizes(dataset))
+    text = program_text(metadata.config, dataset.arrays)
     return metadata._replace(program=hashlib.sha256(text.encode()).hexdigest())
-
-
-def _sizes(dataset: Dataset) -> tuple[int, int]:
-    return len(dataset.train.labels), len(dataset.test.labels)
 
 
 def split(runs: Sequence[Run], size: int) -> Iterator[Sequence[Run]]:

@@ -110,16 +110,15 @@ def train_cell(
 ) -> int:
     """Train what is missing of `cell`; returns how many runs are still missing after a stop.
 
-    `data` goes to `load_dataset` and `options` to `open_experiment`.
+    `data` goes to `load_data` and `options` to `open_experiment`.
     """
     # slow to import, so after bad flags are answered
-    from mlp_jax.data.dataset import load_dataset
-    from mlp_jax.experiment import open_experiment
+    from mlp_jax.experiment import load_data, open_experiment
     from mlp_jax.tensorboard import check_installed, log_sweep
 
     if tensorboard:
         check_installed()
-    dataset = load_dataset(cell.config.dataset, **data)
+    dataset = load_data(cell.config.dataset, **data)
     opened = open_experiment(cell.directory, cell.config, dataset, cell.runs, **options)
     del dataset  # the devices have their own
     with opened as experiment:
@@ -147,7 +146,8 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
         directories.check_out_dir(cell.directory)
         if stored := directories.stored_metadata(cell.directory):
             # known only from the data
-            config = dataclasses.replace(cell.config, n_classes=stored.config.n_classes)
+            known = {name: getattr(stored.config, name) for name in ("n_classes", "teacher")}
+            config = dataclasses.replace(cell.config, **known)
             asked = Metadata(args.recipe, config, stored.fingerprint, {})
             check_settings(cell.directory, stored, asked)
     if len(cells) > 1:

@@ -40,13 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     run = make_run(args.seed, args.config.learning_rate)
 
     # slow to import, so after bad flags are answered
-    from mlp_jax.data.dataset import load_dataset
-    from mlp_jax.experiment import open_experiment
+    from mlp_jax.experiment import load_data, open_experiment
     from mlp_jax.tensorboard import check_installed, log_run
 
     if args.tensorboard:
         check_installed()
-    dataset = load_dataset(args.config.dataset, **args.data_options())
+    dataset = load_data(args.config.dataset, **args.data_options())
     config = for_dataset(args.config, dataset)
     out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
     options = args.options("overwrite") | {"seed": args.seed, "devices": 1, "lanes": 1}

@@ -8,6 +8,7 @@ import numpy as np
 import tyro
 
 from mlp_jax import cli
+from mlp_jax.errors import UserError
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import FORMER_NUMERICS, describe_environment
@@ -28,6 +29,8 @@ class Args:
     """Directory of a run or a sweep."""
     rows: int = 3
     """How many stored runs to retrain, spread evenly over all of them."""
+    teacher: Path | None = None
+    """The --teacher of the runs, if they had one."""
     data_dir: Path | None = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
@@ -42,13 +45,18 @@ def main(argv: list[str] | None = None) -> None:
     # --help does without
     import jax
 
-    from mlp_jax.data.dataset import check_dataset, load_dataset
+    from mlp_jax.data.dataset import check_dataset
+    from mlp_jax.experiment import load_data
+    from mlp_jax.training.arrays import for_dataset
     from mlp_jax.training.fit import fit
     from mlp_jax.training.parallel import Placement
 
     config = metadata.config
-    dataset = load_dataset(config.dataset, args.data_dir, quiet=False, split=config.split)
+    options = {"data_dir": args.data_dir, "quiet": False, "split": config.split}
+    dataset = load_data(config.dataset, teacher=args.teacher, **options)
     check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
+    if for_dataset(config, dataset) != config:
+        raise UserError(f"{args.directory} learned from another teacher than {args.teacher}")
     placement = Placement(tuple(jax.local_devices()[:1]), lanes=1)
     environment = describe_environment(placement.devices)
     ids = rows.run_ids(rows.read_table(paths, []))

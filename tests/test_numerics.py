@@ -131,13 +131,13 @@ def test_too_many_classes_are_refused(small):
         make_dataset("many", small.train, small.test, 257)
 
 
-def test_the_program_depends_on_what_changes_numbers_alone():
+def test_the_program_depends_on_what_changes_numbers_alone(small):
     base = Config(hidden=(8,), batch_size=32)
-    text = program_text(base, 300, 130)
+    text = program_text(base, small.arrays)
     same = [{"epochs": 3}, {"learning_rate": 0.5}, {"dataset": "kmnist"}]
     other = [{"dropout": 0.3}, {"schedule": "cosine"}, {"optimizer": "adam"}, {"batch_size": 64}]
     for changes in (*same, *other):
-        changed = program_text(Config(**vars(base) | changes), 300, 130)
+        changed = program_text(Config(**vars(base) | changes), small.arrays)
         assert (changed == text) == (changes in same), changes
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,13 @@ class Split(NamedTuple):
     labels: np.ndarray  # int32 [n]
 
 
+class Teacher(NamedTuple):
+    """A committee whose mean prediction is learned in place of the labels."""
+
+    params: dict  # [members, ...] by layer and name
+    digest: str  # the first half of their SHA-256, in hex
+
+
 class Dataset(NamedTuple):
     name: str
     train: Split
@@ -27,6 +34,12 @@ class Dataset(NamedTuple):
     image_fingerprint: str = ""  # of the training images alone, as in older records
     # what `test` holds: the test set, or validation images held out of `train`
     split: Literal["test", "validation"] = "test"
+    teacher: Teacher | None = None
+
+    @property
+    def arrays(self) -> tuple[Split, Split, Any]:
+        """What is put on the devices: both splits, and the teacher's weights or ()."""
+        return self.train, self.test, self.teacher.params if self.teacher else ()
 
 
 def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Dataset:
@@ -55,8 +68,27 @@ def hold_out(dataset: Dataset) -> Dataset:
     return made._replace(split="validation")
 
 
+def with_teacher(dataset: Dataset, config: Config, params: dict) -> Dataset:
+    """`dataset` with a teacher of that Config; UserError if it learned from other data."""
+    own = config.dataset, config.split, config.n_classes
+    # else a teacher that has seen the validation images would give them away
+    if own != (dataset.name, dataset.split, dataset.n_classes):
+        raise UserError(
+            f"the teacher was trained with --dataset {config.dataset} --split {config.split}, and"
+            f" this is --dataset {dataset.name} --split {dataset.split}"
+        )
+    digest = hashlib.sha256()
+    for layer in sorted(params):
+        for name in sorted(params[layer]):
+            digest.update(np.ascontiguousarray(params[layer][name]))
+    return dataset._replace(teacher=Teacher(params, digest.hexdigest()[:32]))
+
+
 def for_dataset(config: Config, dataset: Dataset) -> Config:
-    """`config` with the data set's name, split and classes; UserError if they do not fit."""
+    """`config` with what the data set decides: name, split, classes, teacher.
+
+    UserError if they do not fit.
+    """
     n_train = len(dataset.train.labels)
     if config.batch_size > n_train:
         raise UserError(
@@ -65,8 +97,16 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
         )
     if (n_steps := count_steps(config, n_train)) >= 2**31:
         raise UserError(f"{config.epochs} epochs are {n_steps} steps; the limit is {2**31 - 1}")
+    if config.teacher and not dataset.teacher:
+        raise UserError(
+            f"these runs learn from committee {config.teacher[:12]}...: add --teacher DIR"
+        )
     return dataclasses.replace(
-        config, dataset=dataset.name, split=dataset.split, n_classes=dataset.n_classes
+        config,
+        dataset=dataset.name,
+        split=dataset.split,
+        n_classes=dataset.n_classes,
+        teacher=dataset.teacher.digest if dataset.teacher else "",
     )
 
 

@@ -95,6 +95,8 @@ class Config:
     # What is scored; set from the data set, like `n_classes`.
     n_classes: Annotated[int, tyro.conf.Suppress] = 10
     # Set from the data set, not by hand; a setting because it shapes the output layer.
+    teacher: Annotated[str, tyro.conf.Suppress] = ""
+    # Digest of the weights whose predictions are learned in place of the labels; set from them.
 
     def __post_init__(self):
         if not 0 < self.epochs < math.inf:

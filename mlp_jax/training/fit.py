@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mlp_jax.training.arrays import N_PIXELS, Dataset, Split, count_steps, for_dataset
+from mlp_jax.training.arrays import N_PIXELS, Dataset, count_steps, for_dataset
 from mlp_jax.training.config import Config
 from mlp_jax.training.parallel import Placement, RunBytes, from_groups, map_runs, place, to_groups
 from mlp_jax.training.run import STREAMS, Run, make_run
@@ -93,9 +93,8 @@ def _epochs(
     placement: Placement,
     start: Snapshot | None,
 ) -> Iterator[Progress]:
-    splits = (dataset.train, dataset.test)
-    programs = compile_programs(config, placement, *(len(split.labels) for split in splits))
-    data = jax.device_put(splits, placement.replicated)
+    programs = compile_programs(config, placement, dataset.arrays)
+    data = jax.device_put(dataset.arrays, placement.replicated)
     seeds = np.array([run.seeds for run in runs], np.uint32)
     rates = np.array([run.learning_rate for run in runs], np.float32)
     groups = to_groups((seeds, rates), placement)
@@ -129,9 +128,13 @@ class Programs(NamedTuple):
     epoch: Callable
 
 
-def compile_programs(config: Config, placement: Placement, n_train: int, n_test: int) -> Programs:
-    """Compile ahead of time; Configs that differ only in traced values share a program."""
-    return _compile(program_config(config), placement, n_train, n_test)
+def compile_programs(config: Config, placement: Placement, data: tuple) -> Programs:
+    """Compile ahead of time for `Dataset.arrays`, of which only shapes and types matter.
+
+    Configs that differ only in traced values share a program.
+    """
+    leaves, tree = jax.tree.flatten(_shapes(data, placement.replicated))
+    return _compile(program_config(config), placement, tuple(leaves), tree)
 
 
 def _init(config: Config, _, run, shared):
@@ -141,48 +144,51 @@ def _init(config: Config, _, run, shared):
 
 
 def _epoch(config: Config, state: TrainState, run, shared):
-    (seeds, learning_rate), (train, test, epoch, n_steps) = run, shared
-    keys = run_keys(seeds)
-    state, trained = train_epoch(state, train, keys, learning_rate, epoch, n_steps, config=config)
+    (seeds, learning_rate), (train, test, teacher, epoch, n_steps) = run, shared
+    args = (train, run_keys(seeds), learning_rate, epoch, n_steps)
+    state, trained = train_epoch(state, *args, config=config, teacher=teacher)
     tested, predictions = evaluate(eval_params(state), test, config=config)
     metrics = {f"train_{name}": value for name, value in trained.items()}
     metrics |= {f"test_{name}": value for name, value in tested.items()}
     return state, (metrics, predictions)
 
 
-def program_text(config: Config, n_train: int, n_test: int) -> str:
+def program_text(config: Config, data: tuple) -> str:
     """The jaxpr of one run of `config` with its constants, independent of the devices.
+
+    `data` is `Dataset.arrays`, or its shapes.
 
     It changes with anything in this code that can change a number, but not with comments, names or
     files, nor with rate, epochs or seeds. How JAX compiles it depends on JAX's recorded version.
     """
     array, config = jax.ShapeDtypeStruct, program_config(config)
     run = (array((len(STREAMS),), np.uint32), array((), np.float32))
-    shared = _shared_shapes(n_train, n_test)
+    shared = (*_shapes(data), array((), np.int32), array((), np.int32))
     init = jax.jit(functools.partial(_init, config)).trace((), run, ())
     epoch = jax.jit(functools.partial(_epoch, config)).trace(init.out_info[0], run, shared)
     constants = [np.asarray(each).tobytes() for part in (init, epoch) for each in part.jaxpr.consts]
     return f"{init.jaxpr}\n{epoch.jaxpr}\n{constants}"
 
 
-def _shared_shapes(n_train: int, n_test: int, sharding=None) -> tuple:
-    """Of both splits, the epoch and the number of steps."""
-    array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    train, test = (
-        Split(array((n, N_PIXELS), np.uint8), array((n,), np.int32)) for n in (n_train, n_test)
-    )
-    return train, test, array((), np.int32), array((), np.int32)
+def _shapes(tree: Any, sharding=None) -> Any:
+    def shape(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, tree)
 
 
 def program_config(config: Config) -> Config:
     """`config` with a fixed value for each setting that the compiled programs do not depend on."""
-    return dataclasses.replace(config, learning_rate=1.0, epochs=1, dataset="", split="test")
+    fixed: dict[str, Any] = {"learning_rate": 1.0, "epochs": 1}
+    return dataclasses.replace(config, **fixed, dataset="", split="test", teacher="")
 
 
 @functools.lru_cache(maxsize=8)
-def _compile(config: Config, placement: Placement, n_train: int, n_test: int) -> Programs:
-    array = functools.partial(jax.ShapeDtypeStruct, sharding=placement.one_run_a_place)
-    width, shared = placement.width, _shared_shapes(n_train, n_test, placement.replicated)
+def _compile(config: Config, placement: Placement, leaves: tuple, tree: Any) -> Programs:
+    """`leaves` and `tree` are the shapes of the data, flattened so that they can be hashed."""
+    array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=placement.one_run_a_place)
+    scalar = jax.ShapeDtypeStruct((), np.int32, sharding=placement.replicated)
+    width, shared = placement.width, (*jax.tree.unflatten(tree, leaves), scalar, scalar)
     runs = (array((width, len(STREAMS)), np.uint32), array((width,), np.float32))
     init_fn, epoch_fn = (
         jax.jit(map_runs(functools.partial(fn, config), placement), donate_argnums=0)

@@ -16,7 +16,7 @@ class Batch(NamedTuple):
     """Examples of a step; `mask` is 0 for the padding of a smaller last batch, else 1."""
 
     pixels: jax.Array  # float32 [batch, 784], in [0, 1]
-    labels: jax.Array  # int32 [batch]
+    labels: jax.Array  # int32 [batch], or a teacher's probabilities [batch, classes]
     mask: jax.Array  # float32 [batch]
 
 
@@ -72,7 +72,7 @@ def mix(
     share = jax.random.beta(share_key, config.mixup, config.mixup)
     partners = jax.random.permutation(order_key, len(labels))
     shares = jnp.where(mask[partners] > 0, share, 1.0)[:, None]
-    targets = jax.nn.one_hot(labels, config.n_classes)
+    targets = labels if labels.ndim > 1 else jax.nn.one_hot(labels, config.n_classes)
     mixed = [shares * each + (1 - shares) * each[partners] for each in (pixels, targets)]
     return mixed[0], mixed[1]
 

@@ -4,7 +4,9 @@ A layer's name decides its initial weights (Linen hashes the path into the key),
 layer would change every recorded number.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -100,6 +102,22 @@ def predict(params: dict, images: jax.Array, *, config: Config) -> jax.Array:
 
     is_committee = params["output"]["bias"].ndim > 1
     return jax.vmap(logits)(params) if is_committee else logits(params)
+
+
+def committee_probabilities(params: dict, pixels: jax.Array, *, config: Config) -> jax.Array:
+    """Mean probabilities [n, classes] of a committee, for float32 pixels [n, 784].
+
+    Its params are [members, ...]; its widths may be other than those of `config`.
+    """
+    hidden = tuple(params[f"hidden_{i}"]["bias"].shape[-1] for i in range(len(params) - 1))
+    network = MLP(dataclasses.replace(config, hidden=hidden))
+
+    def probabilities(member: dict) -> jax.Array:
+        logits: Any = network.apply({"params": member}, pixels, train=False)
+        return jax.nn.softmax(logits)
+
+    # one after another: XLA's CPU backend is slow at products with a batch dimension
+    return jnp.mean(lax.map(probabilities, params), axis=0)
 
 
 def parameter_table(config: Config, params: dict) -> str:

@@ -16,7 +16,7 @@ from mlp_jax.training.arrays import N_PIXELS, Split
 from mlp_jax.training.augment import deform_batch
 from mlp_jax.training.config import Config
 from mlp_jax.training.losses import Batch, example_losses, loss_fn
-from mlp_jax.training.model import MLP, to_float
+from mlp_jax.training.model import MLP, committee_probabilities, to_float
 from mlp_jax.training.optim import clip_norms, make_optimizer, schedule
 from mlp_jax.training.run import STREAMS, Streams
 
@@ -89,10 +89,12 @@ def train_epoch(
     n_steps: jax.Array,
     *,
     config: Config,
+    teacher: Any = (),
 ) -> tuple[TrainState, Metrics]:
     """Every example once, in an order drawn from (keys.order, epoch); a last epoch may be partial.
 
-    `n_steps` are those of the whole training: where it ends, and the schedule's length.
+    `n_steps` are those of the whole training: where it ends, and the schedule's length. The weights
+    of a `teacher`, [members, ...], label the images as they are after deformation.
     """
     examples = training_examples(keys.data, split.labels.shape[0], config=config)
     order, mask = epoch_order(keys.order, epoch, len(examples), config.batch_size)
@@ -105,7 +107,10 @@ def train_epoch(
             pixels = deform_batch(pixels, rows, augment_key, config=config)
         else:
             pixels = to_float(pixels)
-        batch = Batch(pixels, split.labels[rows], mask)
+        labels = split.labels[rows]
+        if teacher:
+            labels = committee_probabilities(teacher, pixels, config=config)
+        batch = Batch(pixels, labels, mask)
         return train_step(state, batch, keys, learning_rate, n_steps, config=config)
 
     def body(i: jax.Array, carry: tuple[TrainState, Metrics]):

@@ -1,0 +1,95 @@
+"""Distillation: a committee's mean prediction in place of the labels."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+import mlp_jax as mj
+from mlp_jax.errors import UserError
+from mlp_jax.experiment import load_data
+from mlp_jax.sweep import main as sweep_main
+from mlp_jax.training.arrays import for_dataset, hold_out, with_teacher
+from mlp_jax.training.fit import fit
+from mlp_jax.training.model import committee_probabilities, predict
+from mlp_jax.training.parallel import Placement
+from mlp_jax.verify import main as verify_main
+
+
+@pytest.fixture(scope="module")
+def committee(small):
+    """The params of two nets that are wider than the student's."""
+    config = mj.Config(hidden=(24,), batch_size=32, epochs=3, learning_rate=0.1, dropout=0.0)
+    config = for_dataset(config, small)
+    *_, progress = fit(config, small, seeds=(0, 1))
+    return config, progress.params
+
+
+@pytest.fixture
+def taught(small, committee):
+    return with_teacher(small, *committee)
+
+
+def test_the_mean_probabilities_of_a_wider_committee(config, small, committee):
+    own, params = committee
+    expected = softmax(np.asarray(predict(params, small.test.images, config=own)), -1).mean(0)
+    pixels = small.test.images.astype(np.float32) / 255
+    found = committee_probabilities(params, pixels, config=config)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_student_learns_the_teacher_and_not_the_labels(config, small, taught):
+    config = dataclasses.replace(config, epochs=5)
+    wrong = taught.train._replace(labels=(taught.train.labels + 1) % 4)
+    *_, student = fit(config, taught._replace(train=wrong), seeds=(7,))
+    *_, alone = fit(config, small._replace(train=wrong), seeds=(7,))
+    assert student.test_accuracy[0] > 0.8 > 0.4 > alone.test_accuracy[0]
+
+
+def test_rows_of_a_taught_sweep_are_the_single_runs(config, taught):
+    config = dataclasses.replace(config, rotation=10.0, mixup=0.4)
+    *_, many = fit(config, taught, seeds=(1, 2, 3))
+    one = Placement((jax.devices()[0],), lanes=1)
+    for i, seed in enumerate((1, 2, 3)):
+        *_, single = fit(config, taught, seeds=(seed,), placement=one)
+        np.testing.assert_array_equal(many.predictions[i], single.predictions[0])
+        np.testing.assert_array_equal(
+            many.history["train_loss"][i], single.history["train_loss"][0]
+        )
+
+
+def test_a_teacher_is_part_of_the_settings(config, small, taught):
+    settings = for_dataset(config, taught)
+    assert len(settings.teacher) == 32
+    assert for_dataset(config, small).teacher == ""
+    with pytest.raises(UserError, match=r"learn from committee .*: add --teacher DIR"):
+        for_dataset(settings, small)
+
+
+def test_a_teacher_that_has_seen_the_validation_images_is_refused(small, committee):
+    with pytest.raises(UserError, match=r"--split test, and this is .* --split validation"):
+        with_teacher(hold_out(small), *committee)
+
+
+def test_the_commands_from_teacher_to_proof(small_dir, tmp_path, capsys):
+    flags = ["--dataset", "kmnist", "--data-dir", str(small_dir), "--quiet", "--batch-size", "32"]
+    flags += ["--epochs", "2", "--seeds", "0:2", "--learning-rate", "0.1"]
+    teacher, student = str(tmp_path / "teacher"), str(tmp_path / "student")
+    sweep_main([*flags, "--hidden", "24", "--keep-weights", "--out", teacher])
+    taught = [*flags, "--hidden", "8", "--out", student]
+    sweep_main([*taught, "--teacher", teacher])
+    assert load_data("kmnist", teacher=tmp_path / "teacher", data_dir=small_dir).teacher
+    for again in (taught, [*taught, "--teacher", student]):
+        with pytest.raises(UserError, match=r"teacher|no weights"):
+            sweep_main(again)
+    data = ["--data-dir", str(small_dir)]
+    capsys.readouterr()
+    verify_main([student, "--teacher", teacher, *data])
+    assert capsys.readouterr().out.count("equal bit for bit") == 2
+    with pytest.raises(UserError, match="add --teacher DIR"):
+        verify_main([student, *data])
+    sweep_main([*flags, "--hidden", "16", "--keep-weights", "--out", f"{teacher}2"])
+    with pytest.raises(UserError, match="another teacher"):
+        verify_main([student, "--teacher", f"{teacher}2", *data])

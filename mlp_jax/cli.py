@@ -15,12 +15,12 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
 from mlp_jax.errors import UserError
-from mlp_jax.training.config import DEFAULT_RECIPE, Config, RecipeName
+from mlp_jax.training.config import DEFAULT_RECIPE, FROM_DATA, Config, RecipeName
 
 Args = TypeVar("Args")
 OFF = (tyro.conf.FlagCreatePairsOff,)  # --quiet, but no --no-quiet
@@ -32,15 +32,13 @@ class TrainingArgs:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: RecipeName
-    """Named settings; flags override them one by one."""
+    """Named settings; individual flags override them."""
     data_dir: Path | None = None
-    """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """TFDS's data directory; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     manual_dir: Path | None = None
     """Directory with four IDX files: published ones, or your own under a new --dataset name."""
-    split: Literal["test", "validation"] = "test"
-    """Images scored: the test set, or the last sixth of the training set, held out."""
     teacher: Path | None = None
-    """Directory of finished runs with weights; their mean prediction replaces the labels."""
+    """Distillation: a directory of runs with weights, whose mean prediction replaces the labels."""
     checkpoint_every: int = 10
     """Epochs between checkpoints; 0: save only when stopped."""
     allow_mixed: bool = False
@@ -52,8 +50,8 @@ class TrainingArgs:
 
     def data_options(self) -> dict:
         """The arguments of `load_data` other than the name."""
-        names = ("data_dir", "manual_dir", "split", "quiet", "teacher")
-        return {name: getattr(self, name) for name in names}
+        names = ("data_dir", "manual_dir", "quiet", "teacher")
+        return {name: getattr(self, name) for name in names} | {"split": self.config.split}
 
     def options(self, *more: str) -> dict:
         """Arguments of `open_experiment`, and the fields that the command adds."""
@@ -80,8 +78,7 @@ def parse_args(default: Args, argv: Sequence[str] | None, **texts: str) -> Args:
     """
     with _one_line_errors():
         args = tyro.cli(type(default), args=argv, default=default, config=OFF, **texts)
-    words = _words(argv)
-    for flag, value in itertools.pairwise([*words, "-"]):
+    for flag, value in itertools.pairwise(["the first argument", *_words(argv), "-"]):
         if value == "" or (flag.startswith("--") and flag.endswith("=")):
             raise UserError(f"{flag.rstrip('=')} has an empty value")
     return args
@@ -95,12 +92,7 @@ def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
     words = list(_words(argv))
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
     groups = [words[i:j] for i, j in itertools.pairwise([0, *starts, len(words)])]
-    several = {f.name for f in dataclasses.fields(Config)} - {
-        "hidden",
-        "split",
-        "n_classes",
-        "teacher",
-    }
+    several = {f.name for f in dataclasses.fields(Config)} - {"hidden", "split", *FROM_DATA}
     choices = []
     for group in filter(None, groups):
         flag, values = group[0], group[1:]
@@ -195,7 +187,7 @@ class StopSignals:
             os._exit(128 + number)
         self.requested = number
         name = signal.Signals(number).name
-        line = f"\n{name}: stopping after this epoch; repeat it to exit now\n"
+        line = f"\n{name}: finishing this epoch; send it again to exit at once\n"
         with contextlib.suppress(OSError):  # closed; and print is unsafe in a handler
             os.write(2, line.encode())
 

@@ -216,6 +216,8 @@ def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> 
 
     if args.max_seeds < FIRST_LOOK:
         raise UserError(f"--max-seeds must be at least {FIRST_LOOK}, not {args.max_seeds}")
+    for name in (target.name for target in targets if target.metadata.config.teacher):
+        raise UserError(f"{name} has a teacher: add seeds with sweep --teacher, and then compare")
     use_cores()
     seeds = sorted(set().union(*(target.read_scores() for target in targets)))
     wanted = max(FIRST_LOOK, len(seeds))

@@ -58,7 +58,8 @@ class Bar:
     def __init__(self, experiment, n_runs: int, n_missing: int, quiet: bool):
         self._experiment, self._n_runs, self._began = experiment, n_runs, clock()
         self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.n_epochs
-        self._written = -math.inf
+        self._written, self._last = -math.inf, ((), 0)  # the runs yielded last, and their epoch
+        self._trained = 0  # epochs of runs, here
         shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
         total = n_missing * self._epochs
         self._bar = progress_bar(quiet=quiet, total=total, bar_format=shape)
@@ -66,11 +67,13 @@ class Bar:
     def update(self, epoch) -> None:
         if clock() - self._written >= SECONDS_A_LINE:  # it takes a second for a million runs
             self._write_stored()
-        new = epoch.new * len(epoch.progress.runs)
+        runs, done = epoch.progress.runs, epoch.progress.epoch
+        new = len(runs) * (done - (self._last[1] if self._last[0] == runs else 0))
+        self._last = (runs, done)
+        self._trained += epoch.new * len(runs)  # less than `new` where a checkpoint was resumed
         seconds = clock() - self._began - self._experiment.compile_seconds
-        trained = self._bar.n + new
-        finished = self._n_runs - (self._bar.total - trained) // self._epochs
-        rate = trained / self._epochs / seconds * 3600
+        finished = self._n_runs - (self._bar.total - self._bar.n - new) // self._epochs
+        rate = self._trained / self._epochs / seconds * 3600
         text = f"{finished} of {self._n_runs} runs, {rate:.0f} runs an hour"
         text += f" on {epoch.nodes} nodes" if epoch.nodes > 1 else ""
         self._bar.set_description_str(text, refresh=False)

@@ -44,17 +44,11 @@ class Experiment:
     dataset: Dataset
     trainer: Any  # a Machine or a Cluster
     stored: dict[Run, dict]  # rows.last_values of the runs that have a row
+    finished: dict[Run, dict]  # of these, the ones that do not lack wanted weights
     chunk: int  # runs that share a file
     checkpoint_every: int
     keep_weights: bool
     compile_seconds: float = 0.0
-
-    def __post_init__(self):
-        def complete(run: Run) -> bool:
-            return not self.keep_weights or has_weights(self.directory, run)
-
-        # stored runs, except those that lack wanted weights
-        self.finished = {run: row for run, row in self.stored.items() if complete(run)}
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         return [run for run in dict.fromkeys(runs) if run not in self.finished]
@@ -195,8 +189,13 @@ def open_experiment(
         size = chunk_size(chunk, config.epochs, width)
         saving = {"chunk": size, "checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
         stored = rows.finished_runs(directory, metadata)
+        finished = {
+            run: row
+            for run, row in stored.items()
+            if not keep_weights or has_weights(directory, run)
+        }
         trainer = cluster or machine._replace(metadata=metadata)
-        yield Experiment(directory, metadata, dataset, trainer, stored, **saving)
+        yield Experiment(directory, metadata, dataset, trainer, stored, finished, **saving)
         if shard[1] == 1:  # else another shard may be about to write there
             files.remove_if_empty(directory / "checkpoints")
 

@@ -145,14 +145,16 @@ def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:
     per_run = ("seed", "learning_rate", "program")  # the settings determine the program
     shared = [settings(each) | numerics(each) for each in stored]
     shared = [{k: v for k, v in each.items() if k not in per_run} for each in shared]
-    seen: dict = {}
+    cell_of: dict[str, Path] = {}
+    data_of: dict[tuple[str, str], str] = {}
     names = [name or cell.name for name, cell in zip(cell_names(shared), cells, strict=True)]
     for cell, metadata, name in zip(cells, stored, names, strict=True):
-        if (other := seen.setdefault(name, cell)) != cell:
+        if (other := cell_of.setdefault(name, cell)) != cell:
             raise UserError(f"{other} and {cell} have the same settings: move one of them away")
-        of, data = (metadata.config.dataset, metadata.config.split), metadata.fingerprint
-        if seen.setdefault(of, data) != data:
-            raise UserError(f"{cell} was trained on other data named {of[0]} than the other sweeps")
+        config, data = metadata.config, metadata.fingerprint
+        if data_of.setdefault((config.dataset, config.split), data) != data:
+            line = f"{cell} was trained on other data named {config.dataset} than the other sweeps"
+            raise UserError(line)
     return names
 
 

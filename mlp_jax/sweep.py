@@ -17,7 +17,7 @@ from mlp_jax import cli, console, files
 from mlp_jax.errors import UserError
 from mlp_jax.records import directory as directories
 from mlp_jax.records.provenance import Metadata, check_settings
-from mlp_jax.training.config import RECIPES, Config
+from mlp_jax.training.config import FROM_DATA, RECIPES, Config
 from mlp_jax.training.run import Run, crossed_seeds, make_run, make_runs, used_streams
 
 PROG = "python -m mlp_jax.sweep"
@@ -94,12 +94,12 @@ def main(argv: list[str] | None = None) -> None:
             if i and stop.requested:  # in the last epoch of the sweep before
                 stop.exit(f"{i} of {len(cells)} sweeps finished; resume with: {again}")
             # interleaved, so that all families grow together; there may be more shards than runs
-            if runs := cell.runs[index::count]:
-                if args.out != cell.directory and not args.quiet:
-                    print(cell.directory, flush=True)
-                cell, data = cell._replace(runs=runs), args.data_options()
-                missing = train_cell(cell, data, options, stop, args.tensorboard)
-            if runs and missing:
+            if not (runs := cell.runs[index::count]):
+                continue
+            if args.out != cell.directory and not args.quiet:
+                print(cell.directory, flush=True)
+            cell, data = cell._replace(runs=runs), args.data_options()
+            if missing := train_cell(cell, data, options, stop, args.tensorboard):
                 counts = f"{len(runs) - missing} of {len(runs)} runs finished"
                 saved = "" if args.ray else ", the epochs of the others saved"
                 stop.exit(f"{counts}{saved}; resume with: {again}")
@@ -145,8 +145,7 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
     for cell in cells:  # all of a grid, before the first is trained
         directories.check_out_dir(cell.directory)
         if stored := directories.stored_metadata(cell.directory):
-            # known only from the data
-            known = {name: getattr(stored.config, name) for name in ("n_classes", "teacher")}
+            known = {name: getattr(stored.config, name) for name in FROM_DATA}
             config = dataclasses.replace(cell.config, **known)
             asked = Metadata(args.recipe, config, stored.fingerprint, {})
             check_settings(cell.directory, stored, asked)
@@ -158,7 +157,7 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
 def wanted_runs(args: Args, config: Config, rates: Sequence[float]) -> list[Run]:
     """The runs of one Config that the flags name; UserError if they name none, or one twice."""
     if len({make_run(0, rate) for rate in rates}) < len(rates):
-        raise UserError("a setting has equal values (learning rates are compared in float32)")
+        raise UserError("a setting is given one value twice (learning rates are equal in float32)")
     if not args.vary:
         raise UserError("--vary needs at least one value")
     if args.crossed and (args.vary, args.seeds) != (("all",), Args.seeds):
@@ -176,15 +175,12 @@ def parse_seeds(text: str) -> Sequence[int]:
     """The seeds of `first:end` or of a comma-separated list; UserError for anything else."""
     if span := re.fullmatch(r"(\d{1,10}):(\d{1,10})", text):
         seeds = range(int(span[1]), int(span[2]))
-        largest = seeds.stop - 1  # max() would count up to it
     elif re.fullmatch(r"\d{1,10}(,\d{1,10})*", text):
         seeds = list(dict.fromkeys(int(seed) for seed in text.split(",")))
-        largest = max(seeds)
     else:
         raise UserError(f"--seeds takes first:end or a list such as 3,5,8, not {text!r}")
     if not seeds:
         raise UserError(f"--seeds {text} names no seed")
-    make_run(largest, 1.0)
     return seeds
 
 

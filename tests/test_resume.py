@@ -282,7 +282,7 @@ def test_the_second_signal_ends_the_process():
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         printed = process.stderr.readline() + process.stderr.readline()
-        assert "stopping after this epoch; repeat it to exit now" in printed
+        assert "finishing this epoch; send it again to exit at once" in printed
         assert process.poll() is None
         process.send_signal(number)
         process.communicate(timeout=10)

@@ -1,6 +1,7 @@
 """Sweeps: rows that are the single runs, go-on after any stop, refusals, grids and families."""
 
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from mlp_jax import experiment, machine
-from mlp_jax.console import accuracy_line
+from mlp_jax.console import Bar, accuracy_line
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store
 from mlp_jax.sweep import main as sweep_main
@@ -152,15 +154,15 @@ def test_another_config_is_refused(flags, message, small_dir, here):
     [
         ("--seeds 5:5 --out s", "--seeds 5:5 names no seed"),
         ("--seeds 5-7 --out s", "--seeds takes first:end or a list"),
-        ("--seeds 0:4294967297 --out s", "seeds must be in 0"),
+        ("--seeds 4294967295:4294967297 --out s", "seeds must be in 0"),
         ("--seeds 0:4294967296 --out s", "at most 10,000,000 runs, not 4,294,967,296"),
         ("--vary al --out s", "invalid choice 'al'"),
         ("--learning-rate 0.1 -1 --out s", "learning rate must be positive"),
         (
             "--learning-rate 0.1 0.1000000001 --out s",
-            "equal values .learning rates",
+            "one value twice .learning rates",
         ),
-        ("--dropout 0.2 0.2 --out s", "a setting has equal values"),
+        ("--dropout 0.2 0.2 --out s", "a setting is given one value twice"),
         ("--dropout 0 1 --out s", r"dropout must be in \[0, 1\), not 1"),
         ("--crossed 2 --vary init --out s", "--crossed decides all seeds"),
         ("--crossed -1 --out s", "--crossed must be at least 0"),
@@ -353,6 +355,30 @@ def test_seconds_are_those_that_passed(small_dir, here):
     seconds = store.read_runs(Path("s"))["seconds"].to_pylist()
     assert len(set(seconds)) == 6
     assert 0 < sum(seconds) < passed
+
+
+def test_a_sweep_on_validation_images_goes_on(small_dir, here):
+    run(small_dir, "--split", "validation", "--seeds", "0:2", "--out", "s")
+    with pytest.raises(UserError, match="s has split=validation; you asked for split=test"):
+        run(small_dir, "--seeds", "0:3", "--out", "s")
+    run(small_dir, "--split", "validation", "--seeds", "0:3", "--out", "s")
+    assert len(rows("s")) == 3
+
+
+def test_the_bar_counts_the_epochs_before_a_resume(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    config = Config(epochs=50)
+    metadata = SimpleNamespace(config=config)
+    opened = SimpleNamespace(finished={}, metadata=metadata, compile_seconds=0.0)
+    bar = Bar(opened, n_runs=2, n_missing=2, quiet=False)
+    for runs in (("a",), ("b",)):
+        for epoch in range(41, 51):
+            progress = SimpleNamespace(runs=runs, epoch=epoch)
+            bar.update(SimpleNamespace(progress=progress, new=1, nodes=1))
+        finished = 1 if runs == ("a",) else 2
+        assert bar._bar.n == 50 * finished
+        assert f"{finished} of 2 runs" in bar._bar.desc
+    assert bar._trained == 20
 
 
 def test_progress_line():

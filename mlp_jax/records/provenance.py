@@ -151,7 +151,8 @@ def numerics(metadata: Metadata) -> dict[str, Any]:
     environment = FORMER_NUMERICS | metadata.environment
     names = ("backend", "device_kind", "prng", "matmul_precision", *FORMER_NUMERICS)
     if environment["backend"] != "cpu":
-        names = names[:-1]  # rows of any number of lanes above one agree in distribution
+        # rows of any number of lanes above one agree in distribution
+        names = tuple(name for name in names if name != "lanes")
     versions = environment["versions"]
     here = {name: versions[name] for name in ("jax", "jaxlib", "flax", "optax")}
     return here | {name: environment[name] for name in names} | {"program": metadata.program}

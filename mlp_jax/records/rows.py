@@ -221,13 +221,13 @@ def run_ids(table) -> list[tuple[str, float, int]]:
 
 
 def find_row(paths: Sequence[Path], run_id: tuple[str, float, int]) -> tuple[Path, dict]:
-    """The file and the row of a run; StopIteration if no file has it."""
+    """The file and the row of a run; KeyError if no file has it."""
     import pyarrow.parquet as pq
 
     for path in paths:
         if run_id in (ids := run_ids(pq.read_table(path, columns=list(ROW_ID)))):
             return path, pq.read_table(path).slice(ids.index(run_id), 1).to_pylist()[0]
-    raise StopIteration
+    raise KeyError(run_id)
 
 
 def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[list[tuple], np.ndarray]]:

@@ -43,13 +43,13 @@ class Config:
     optimizer: OptimizerName = "sgd"
     """Update rule, as defined in training/optim.py."""
     learning_rate: float = 0.01
-    """Step size at the peak of the schedule."""
+    """Learning rate at the peak of the schedule."""
     schedule: ScheduleName = "constant"
-    """How the step size falls over the training: not at all, or to 0 at the last step."""
+    """How the learning rate decays: not at all, or to 0 at the last step."""
     warmup: float = 0.0
-    """Fraction of the steps over which the step size first rises from 0, in [0, 1)."""
+    """Fraction of the steps spent in linear warm-up, in [0, 1)."""
     cycles: int = 1
-    """How many times the schedule runs, from beginning to end."""
+    """How many times the schedule runs from beginning to end (restarts)."""
     batch_size: int = 128
     """Examples per step; a smaller last batch is averaged over the examples it has."""
     epochs: int | float = 50
@@ -64,11 +64,11 @@ class Config:
     label_smoothing: float = 0.0
     """Fraction of the target spread evenly over all classes, in [0, 1)."""
     weight_decay: float = 0.0
-    """Fraction of the weights, not the biases, decayed per unit of step size (as in AdamW)."""
+    """Decoupled weight decay as in AdamW, but not of the biases."""
     max_norm: float = 0.0
     """Largest norm of the weights into a hidden unit (Srivastava et al. 2014); 0: none."""
     ema: float = 0.0
-    """Decay per step of a running mean of the weights, which is then scored; 0: none."""
+    """Decay per step of an exponential moving average of the weights, then evaluated; 0: none."""
     input_dropout: float = 0.0
     """Fraction of pixels dropped in training, in [0, 1)."""
     input_noise: float = 0.0
@@ -91,8 +91,8 @@ class Config:
     """Length scale of these shifts, in pixels."""
     examples: Literal["all", "bootstrap", "half"] = "all"
     """Training examples used: all, as many drawn with replacement, or a random half."""
-    split: Annotated[Literal["test", "validation"], tyro.conf.Suppress] = "test"
-    # What is scored; set from the data set, like `n_classes`.
+    split: Literal["test", "validation"] = "test"
+    """Images to evaluate on: the test set, or the last sixth of the training set, held out."""
     n_classes: Annotated[int, tyro.conf.Suppress] = 10
     # Set from the data set, not by hand; a setting because it shapes the output layer.
     teacher: Annotated[str, tyro.conf.Suppress] = ""
@@ -135,6 +135,9 @@ class Config:
         lists = {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}
         return cls(**settings | lists)
 
+
+FROM_DATA = ("n_classes", "teacher")
+"""The settings that are known once the data are loaded."""
 
 NOT_NEGATIVE = ("weight_decay", "max_norm", "input_noise", "mixup", "vat")
 NOT_NEGATIVE += ("rotation", "shear", "scale", "shift", "elastic")

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
@@ -71,13 +71,15 @@ def parse_recipe(argv: Sequence[str] | None) -> RecipeName:
     return named.recipe
 
 
-def parse_args(default: Args, argv: Sequence[str] | None, **texts: str) -> Args:
-    """A command line over the dataclass `default`, whose tyro.MISSING fields are required.
+def parse_args(
+    kind: type[Args], argv: Sequence[str] | None, prog: str, default: Any = None
+) -> Args:
+    """A command line as the dataclass `kind`, whose docstring is the help's first paragraph.
 
-    `texts` are tyro's prog and description. Raises UserError if it cannot be parsed.
+    UserError if it cannot be parsed.
     """
     with _one_line_errors():
-        args = tyro.cli(type(default), args=argv, default=default, config=OFF, **texts)
+        args = tyro.cli(kind, args=argv, default=default, config=OFF, prog=prog)
     for flag, value in itertools.pairwise(["the first argument", *_words(argv), "-"]):
         if value == "" or (flag.startswith("--") and flag.endswith("=")):
             raise UserError(f"{flag.rstrip('=')} has an empty value")

@@ -10,19 +10,18 @@ from mlp_jax.records import rows
 from mlp_jax.records.compaction import compact
 from mlp_jax.records.directory import grid_cells, read_metadata
 
-DESCRIPTION = "Merge the many small files of a sweep into few; every row stays as it is."
-
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """Merge the many small files of a sweep into few; every row stays as it is."""
+
     directory: tyro.conf.Positional[Path]
     """Directory of the sweep, or of a grid."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Merge the files of a sweep; raises UserError."""
-    default = Args(directory=tyro.MISSING)
-    args = cli.parse_args(default, argv, prog="python -m mlp_jax.compact", description=DESCRIPTION)
+    args = cli.parse_args(Args, argv, "python -m mlp_jax.compact")
     for directory in grid_cells(args.directory) or [args.directory]:
         read_metadata(directory)  # nothing is created where there are no results
         files.check_writable(directory)

@@ -20,10 +20,6 @@ if TYPE_CHECKING:  # --help does without
     from mlp_jax.results import Target
 
 PROG = "python -m mlp_jax.compare"
-DESCRIPTION = (
-    "Say whether the runs of one sweep score higher than those of another. DIR:FAMILY@RATE names"
-    " one family or learning rate of a sweep, as in runs/why:order or runs/rates@0.1."
-)
 LOOKED = (
     "The verdict is the sequence's: the number of runs was chosen by looking at them, for which the"
     " other intervals, p and P make no allowance."
@@ -33,6 +29,10 @@ STEP = 10  # seeds between two looks of --until-decided
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """Say whether the runs of one sweep score higher than those of another. DIR:FAMILY@RATE names
+    one family or learning rate of a sweep, as in runs/why:order or runs/rates@0.1.
+    """
+
     sweeps: tyro.conf.Positional[tuple[str, ...]]
     """Two or more sweeps."""
     margin: float = 0.05
@@ -49,8 +49,7 @@ class Args:
 
 def main(argv: list[str] | None = None) -> None:
     """Print a verdict on each pair of sweeps; raises UserError."""
-    default = Args(sweeps=tyro.MISSING)
-    args = cli.parse_args(default, argv, prog=PROG, description=DESCRIPTION)
+    args = cli.parse_args(Args, argv, PROG)
     if not 0 < args.margin < 100:
         raise UserError(f"--margin must be between 0 and 100 points, not {args.margin}")
     if len(args.sweeps) < 2 or (args.until_decided and len(args.sweeps) > 2):
@@ -179,10 +178,7 @@ def title(target: "Target", *, with_rate: bool) -> str:
 
 
 def write(
-    out: Path,
-    pairs: Sequence[tuple],
-    compared: Sequence["Comparison"],
-    decision: "Decision | None",
+    out: Path, pairs: Sequence[tuple], compared: Sequence["Comparison"], decision: "Decision | None"
 ) -> None:
     """comparison.json, with p values adjusted for the number of pairs, too; a figure for each."""
     from mlp_jax.analysis.compare import describe, holm

@@ -11,13 +11,13 @@ import tyro
 
 from mlp_jax import cli, files
 
-PROG = "python -m mlp_jax.demo"
-DESCRIPTION = "Write a page to draw digits on, with trained networks in it that say what they see."
 TEMPLATE = Path(__file__).with_name("demo.html")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
+    """Write a page to draw digits on, with trained networks in it that say what they see."""
+
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """HTML file to write."""
     run: Path | None = None
@@ -29,7 +29,7 @@ class Args:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the page; raises UserError."""
-    args = cli.parse_args(Args(out=tyro.MISSING), argv, prog=PROG, description=DESCRIPTION)
+    args = cli.parse_args(Args, argv, "python -m mlp_jax.demo")
     cli.check_at_least(args, {"members": 1})
     files.check_file(args.out)
 

@@ -12,14 +12,14 @@ import tyro
 from mlp_jax import cli, files
 from mlp_jax.errors import UserError
 
-PROG = "python -m mlp_jax.predict"
-DESCRIPTION = "Say which digit is in each image: photos, scans and drawings of any size and colour."
 MENTIONED = 0.01
 """Probability from which another digit is named too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """Say which digit is in each image: photos, scans and drawings of any size and colour."""
+
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, each of one digit."""
     run: Path | None = None
@@ -33,8 +33,7 @@ class Args:
 
 def main(argv: list[str] | None = None) -> None:
     """Answer for each readable image; exit with status 1 if any was not. Raises UserError."""
-    default = Args(images=tyro.MISSING)
-    args = cli.parse_args(default, argv, prog=PROG, description=DESCRIPTION)
+    args = cli.parse_args(Args, argv, "python -m mlp_jax.predict")
     if not args.images:
         raise UserError("name at least one image")
     if args.sheet:

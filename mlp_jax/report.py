@@ -12,23 +12,17 @@ import tyro
 
 from mlp_jax import cli, files
 from mlp_jax.errors import UserError
-from mlp_jax.records.directory import (
-    cell_names,
-    grid_cells,
-    read_metadata,
-    stored_metadata,
-)
+from mlp_jax.records.directory import cell_names, grid_cells, read_metadata, stored_metadata
 from mlp_jax.records.provenance import Metadata, numerics, settings
 from mlp_jax.training.run import used_streams
-
-DESCRIPTION = (
-    "Say how much the test accuracy of a sweep varies and why, in a table and figures; of a grid,"
-    " rank its sweeps."
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """Say how much the test accuracy of a sweep varies and why, in a table and figures; of a grid,
+    rank its sweeps.
+    """
+
     directory: tyro.conf.Positional[Path]
     """Directory of the sweep, or of a grid."""
     data_dir: Path | None = None
@@ -56,8 +50,7 @@ class Report(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     """Report on a sweep or a grid; raises UserError."""
-    default = Args(directory=tyro.MISSING)
-    args = cli.parse_args(default, argv, prog="python -m mlp_jax.report", description=DESCRIPTION)
+    args = cli.parse_args(Args, argv, "python -m mlp_jax.report")
     out = args.out or args.directory
     files.check_writable(out)
     made = report(args.directory, args.data_dir)

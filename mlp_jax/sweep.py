@@ -22,15 +22,15 @@ from mlp_jax.training.run import Run, crossed_seeds, make_run, make_runs, used_s
 
 PROG = "python -m mlp_jax.sweep"
 MAX_RUNS = 10_000_000  # their list takes gigabytes
-DESCRIPTION = (
-    "Train many seeds of a recipe; run it again to continue where it stopped. Any setting takes"
-    " several values, as in --dropout 0 0.2 --hidden 512x512 1024: each combination is a sweep in"
-    " its own directory under --out (learning rates share one)."
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(cli.TrainingArgs):
+    """Train many seeds of a recipe; run it again to continue where it stopped. Any setting takes
+    several values, as in --dropout 0 0.2 --hidden 512x512 1024: each combination is a sweep in
+    its own directory under --out (learning rates share one).
+    """
+
     out: Path
     """Directory of the sweep: new, or one to resume or extend."""
     seeds: str = "0:100"
@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train what is missing from --out; raises UserError."""
     recipe = cli.parse_recipe(argv)
     default = Args(config=RECIPES[recipe], recipe=recipe, out=tyro.MISSING)
-    texts = {"prog": PROG, "description": DESCRIPTION}
-    grid = [cli.parse_args(default, words, **texts) for words in cli.expand_grid(argv)]
+    grid = [cli.parse_args(Args, words, PROG, default) for words in cli.expand_grid(argv)]
     args = grid[0]
     at_least_1 = dict.fromkeys(("devices", "lanes", "chunk"), 1)
     cli.check_at_least(args, at_least_1 | {"checkpoint_every": 0, "crossed": 0})

@@ -16,11 +16,12 @@ from mlp_jax.training.config import RECIPES
 from mlp_jax.training.run import make_run
 
 PROG = "python -m mlp_jax.train"
-DESCRIPTION = "Train an MLP on MNIST, or on another TFDS data set of 28x28x1 images."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(cli.TrainingArgs):
+    """Train an MLP on MNIST, or on another TFDS data set of 28x28x1 images."""
+
     seed: int = 0
     """Decides the initial weights, the order of the examples and the dropout."""
     out: Path | None = None
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train one run; raises UserError, or Diverged if a loss is not finite."""
     recipe = cli.parse_recipe(argv)
     default = Args(config=RECIPES[recipe], recipe=recipe)
-    args = cli.parse_args(default, argv, prog=PROG, description=DESCRIPTION)
+    args = cli.parse_args(Args, argv, PROG, default)
     check_args(args)
     run = make_run(args.seed, args.config.learning_rate)
 

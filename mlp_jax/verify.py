@@ -11,10 +11,9 @@ from mlp_jax import cli
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.provenance import FORMER_NUMERICS, describe_environment
+from mlp_jax.records.provenance import FORMER_NUMERICS
 from mlp_jax.training.run import make_run
 
-DESCRIPTION = "Retrain some runs of a directory and compare every stored number."
 TOLERANCE = 0.01
 """Relative difference of the first epoch's training loss allowed for other hardware or versions.
 
@@ -25,6 +24,8 @@ keras-rmsprop and 1e-3 in short. Later losses drift apart as far as those of two
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """Retrain some runs of a directory and compare every stored number."""
+
     directory: tyro.conf.Positional[Path]
     """Directory of a run or a sweep."""
     rows: int = 3
@@ -37,38 +38,31 @@ class Args:
 
 def main(argv: list[str] | None = None) -> None:
     """Exit with status 1 if a run differs; raises UserError."""
-    default = Args(directory=tyro.MISSING)
-    args = cli.parse_args(default, argv, prog="python -m mlp_jax.verify", description=DESCRIPTION)
+    args = cli.parse_args(Args, argv, "python -m mlp_jax.verify")
     cli.check_at_least(args, {"rows": 1})
     metadata, paths = read_metadata(args.directory), rows.checked_files(args.directory)
 
     # --help does without
-    import jax
-
     from mlp_jax.data.dataset import check_dataset
     from mlp_jax.experiment import load_data
+    from mlp_jax.machine import prepare
     from mlp_jax.training.arrays import for_dataset
-    from mlp_jax.training.fit import fit
-    from mlp_jax.training.parallel import Placement
 
-    config = metadata.config
-    options = {"data_dir": args.data_dir, "quiet": False, "split": config.split}
-    dataset = load_data(config.dataset, teacher=args.teacher, **options)
+    options = {"data_dir": args.data_dir, "quiet": False, "split": metadata.config.split}
+    dataset = load_data(metadata.config.dataset, teacher=args.teacher, **options)
     check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
-    if for_dataset(config, dataset) != config:
-        raise UserError(f"{args.directory} learned from another teacher than {args.teacher}")
-    placement = Placement(tuple(jax.local_devices()[:1]), lanes=1)
-    environment = describe_environment(placement.devices)
+    if for_dataset(metadata.config, dataset) != metadata.config:
+        raise UserError(f"{args.directory} was trained with another teacher than {args.teacher}")
+    machine = prepare(metadata, dataset, 1, devices=1, lanes=1)
     ids = rows.run_ids(rows.read_table(paths, []))
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(args.rows, len(ids))).round().astype(int))
     all_equal = True
     for vary, rate, seed in (ids[i] for i in chosen):
         path, stored = rows.find_row(paths, (vary, rate, seed))
-        *_, progress = fit(
-            metadata.config, dataset, [make_run(seed, rate, vary)], placement=placement
-        )
+        *_, last = machine.train([make_run(seed, rate, vary)])
         trained_there = rows.read_metadata(path).environment
-        result = compare(stored, progress, exact=same_machine(trained_there, environment))
+        exact = same_machine(trained_there, machine.metadata.environment)
+        result = compare(stored, last.progress, exact=exact)
         all_equal &= result.startswith("equal")
         print(f"{vary}, learning rate {rate:g}, seed {seed}: {result}", flush=True)
     if not all_equal:
@@ -78,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 def same_machine(there: dict, here: dict) -> bool:
     """Whether equal bits are promised: the same processor, versions and numerics."""
     there, here = FORMER_NUMERICS | there, FORMER_NUMERICS | here
-    names = ("processor", "backend", "device_kind", "prng", "matmul_precision", *FORMER_NUMERICS)
+    names = ("processor", "device_kind", "prng", "matmul_precision", *FORMER_NUMERICS)
     versions = ("jax", "jaxlib", "flax", "optax")
     return all(there[name] == here[name] for name in names) and all(
         there["versions"][name] == here["versions"][name] for name in versions

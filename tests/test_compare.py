@@ -115,10 +115,7 @@ def test_equal_runs_are_equivalent():
     assert (
         compare(same, other, margin=0.0001).verdict,
         compare(same, other, margin=0).p_value,
-    ) == (
-        "better",
-        0,
-    )
+    ) == ("better", 0)
     assert decide(np.zeros(40), margin=0.0001).verdict == "equivalent"
     with pytest.raises(ValueError, match="needs two runs"):
         compare(same, {0: 1.0}, margin=0)

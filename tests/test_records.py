@@ -167,8 +167,7 @@ def test_rows_come_back_in_order_whatever_the_files(tmp_path):
         else:
             assert value == wanted[name]
     np.testing.assert_array_equal(
-        rows.predictions(table["predictions"])[1],
-        np.frombuffer(wanted["predictions"], np.uint8),
+        rows.predictions(table["predictions"])[1], np.frombuffer(wanted["predictions"], np.uint8)
     )
 
 

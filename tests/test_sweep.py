@@ -158,10 +158,7 @@ def test_another_config_is_refused(flags, message, small_dir, here):
         ("--seeds 0:4294967296 --out s", "at most 10,000,000 runs, not 4,294,967,296"),
         ("--vary al --out s", "invalid choice 'al'"),
         ("--learning-rate 0.1 -1 --out s", "learning rate must be positive"),
-        (
-            "--learning-rate 0.1 0.1000000001 --out s",
-            "one value twice .learning rates",
-        ),
+        ("--learning-rate 0.1 0.1000000001 --out s", "one value twice .learning rates"),
         ("--dropout 0.2 0.2 --out s", "a setting is given one value twice"),
         ("--dropout 0 1 --out s", r"dropout must be in \[0, 1\), not 1"),
         ("--crossed 2 --vary init --out s", "--crossed decides all seeds"),
@@ -395,13 +392,7 @@ def test_progress_line():
 
 @pytest.mark.parametrize(
     ("wanted", "epochs", "width", "size"),
-    [
-        ("auto", 50, 2, 2),
-        ("auto", 20, 2, 6),
-        ("auto", 1, 2, 100),
-        (3, 1, 2, 4),
-        (1, 50, 256, 256),
-    ],
+    [("auto", 50, 2, 2), ("auto", 20, 2, 6), ("auto", 1, 2, 100), (3, 1, 2, 4), (1, 50, 256, 256)],
 )
 def test_chunk_size(wanted, epochs, width, size):
     assert experiment.chunk_size(wanted, epochs, width) == size

@@ -77,8 +77,7 @@ def figures(
         return
     both = list(zip(families, summary["families"], strict=True))
     family, statistics = max(
-        both,
-        key=lambda two: (two[0].vary == "all", recipe and two[0].rate == recipe.learning_rate),
+        both, key=lambda two: (two[0].vary == "all", recipe and two[0].rate == recipe.learning_rate)
     )
     name = f"{title}, {len(family.seeds)} runs on {where}"
     if len(families) > 1 or family.vary != "all":

@@ -181,8 +181,14 @@ class StopSignals:
         self.requested = 0
         # signals that the parent had ignored, as nohup does, stay ignored
         numbers = [n for n in self.NUMBERS if signal.getsignal(n) != signal.SIG_IGN]
-        self._handlers = {number: signal.signal(number, self._handle) for number in numbers}
+        self._handlers = {number: signal.getsignal(number) for number in numbers}
+        self.listen()
         return self
+
+    def listen(self) -> None:
+        """Handle the signals; call it again once a library may have replaced the handlers."""
+        for number in self._handlers:
+            signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame) -> None:
         if self.requested:

@@ -81,11 +81,12 @@ def main(argv: list[str] | None = None) -> None:
 
     use_cores()
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(cli.StopSignals())  # until Ray has left, which takes a second
         if args.ray:
             from mlp_jax.cluster import connect
 
             options["cluster"] = stack.enter_context(connect(args.ray, args.devices))
-        stop = stack.enter_context(cli.StopSignals())  # after Ray, which handles SIGTERM, too
+            stop.listen()  # Ray has a handler of its own
         if len(cells) > 1:
             stack.enter_context(files.locked(args.out, index, count))
         again = cli.command_line(PROG, argv)

@@ -1,5 +1,6 @@
 """A sweep on three Ray nodes of this machine, which die, join and differ."""
 
+import contextlib
 import os
 import re
 import signal
@@ -128,6 +129,21 @@ def test_nodes_die_and_join_and_the_command_is_stopped(cluster, small_dir, tmp_p
     assert weights == plain[1]
     # no finished run was trained again
     assert sum(map(store.count_rows, store.row_files(out))) == 36
+
+
+def test_a_signal_while_ray_shuts_down_ends_nothing(small_dir, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def connect(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as ray.init puts its own there
+        yield None  # and this machine trains
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("mlp_jax.cluster.connect", connect)
+    before, out = signal.getsignal(signal.SIGTERM), tmp_path / "out"
+    flags = ["--data-dir", str(small_dir), "--out", str(out), "--ray", "--epochs", "1"]
+    sweep_main([*COMMAND[3:], *flags])
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(store.read_runs(out)) == 36
 
 
 def test_without_ray_one_line_says_what_to_install(small_dir, here, monkeypatch):

@@ -148,11 +148,11 @@ def wait_for(process: subprocess.Popen, happened: Callable[[], object]) -> None:
 
 
 def stop(job: Job, rng, number: signal.Signals, after: Callable[[], object] | None = None) -> bool:
-    """Send a signal at a random moment after `after()`, by default the start of the work."""
+    """Send a signal at a random moment of the work, or of the quarter of its time after `after()`."""
     process = job.start()
     wait_for(process, after or job.begun)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(rng.uniform(0, job.seconds))
+        process.wait(rng.uniform(0, job.seconds / (4 if after else 1)))
     harmed = process.poll() is None
     process.send_signal(number)
     status, said = ended(process)
@@ -591,7 +591,7 @@ def main(args: Args) -> None:
     print(f"{'fault':<38}{'command':<12}{'tried':>6}{'survived':>10}{'lost':>6}", flush=True)
     record = {"commands": [], "environment": fresh(environment), "faults": []}
     if args.out and args.out.exists():
-        record |= json.loads(args.out.read_text())
+        record |= json.loads(args.out.read_text()) | {"environment": record["environment"]}
     rows = record["faults"]
     done = {(row["fault"], row["command"]): row["tried"] for row in rows}
     if (command := " ".join(["python scripts/faults.py", *flags(args)])) not in record["commands"]:
@@ -618,6 +618,7 @@ def main(args: Args) -> None:
                 trials = math.ceil(trials / len({*fronts} & {*args.commands} or {front}))
                 if front in fronts and trials > done.get((fault, front), 0):
                     new = count(fault, alone, trials, args.seed)
+                    new["commit"] = record["environment"]["git"]["commit"]
                     rows[:] = [r for r in rows if (r["fault"], r["command"]) != (fault, front)]
                     rows.append(new)
                     if args.out:

@@ -148,7 +148,7 @@ def wait_for(process: subprocess.Popen, happened: Callable[[], object]) -> None:
 
 
 def stop(job: Job, rng, number: signal.Signals, after: Callable[[], object] | None = None) -> bool:
-    """Send a signal at a random moment of the work, or of the quarter of its time after `after()`."""
+    """Send a signal at a random moment of the work, or in a quarter of its time after `after()`."""
     process = job.start()
     wait_for(process, after or job.begun)
     with contextlib.suppress(subprocess.TimeoutExpired):

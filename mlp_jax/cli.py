@@ -113,14 +113,17 @@ def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
 def _one_line_errors():
     """Reduce the box that tyro draws around an error to its first message."""
     printed = io.StringIO()
+    closed = contextlib.redirect_stdout(io.StringIO()) if sys.stdout is None else None
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), closed or contextlib.nullcontext():
             yield
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip("│ ") for line in printed.getvalue().splitlines() if line[:1] == "│"]
-        message = " ".join(itertools.takewhile(lambda line: line and line[0] != "─", lines))
+        said = printed.getvalue().splitlines()
+        lines = [line.strip("│ ") for line in said if line[:1] == "│"]
+        lines = lines or [line.strip() for line in said[2:]]  # no box where there is no UTF-8
+        message = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
         if "Perhaps you meant:" in lines:
             close = lines[lines.index("Perhaps you meant:") + 1].split()[0]
             message += f"; did you mean {close}?"
@@ -225,6 +228,9 @@ def _words(argv: Sequence[str] | None) -> Sequence[str]:
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command's `main` as a process: an error becomes one line and an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not closed
+            stream.reconfigure(errors="backslashreplace")  # as of a path on an ASCII terminal
     try:
         main()
     except UserError as error:

@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> None:
         read_metadata(directory)  # nothing is created where there are no results
         files.check_writable(directory)
         with files.locked(directory):
-            before = len(rows.row_files(directory))
+            if not (before := len(rows.row_files(directory))):
+                continue  # of a grid that has just begun
             compact(directory)
             after = len(rows.row_files(directory))
         print(f"{directory}: {before:,} files are now {after:,}")

@@ -58,7 +58,6 @@ def main(argv: list[str] | None = None) -> None:
         files.check_writable(args.out)
 
     # slow to import, so after bad flags are answered
-    from mlp_jax.analysis.compare import describe
     from mlp_jax.results import parse_target
 
     targets = [parse_target(sweep) for sweep in args.sweeps]
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     if decision:  # a verdict of one look would be wrong too often after many
         compared = [compared[0]._replace(verdict=decision.verdict)]
     for (a, b), comparison in zip(pairs, compared, strict=True):
-        print(describe(comparison, *labels(a, b)), format_details(a, b, comparison), sep="\n")
+        print(say(a, b, comparison), format_details(a, b, comparison), sep="\n")
     if decision:
         print(LOOKED)
     if args.out:
@@ -123,6 +122,13 @@ def compare_targets(
     return compare_scores(ours, theirs, margin=margin, sd_over_test_sets=spread)
 
 
+def say(a: "Target", b: "Target", comparison: "Comparison") -> str:
+    """The verdict in one sentence."""
+    from mlp_jax.analysis.compare import describe
+
+    return describe(comparison, *labels(a, b), scored=a.metadata.config.split)
+
+
 def labels(a: "Target", b: "Target") -> tuple[str, str]:
     """The last parts of the names, if these tell the targets apart."""
     short = (Path(a.name).name, Path(b.name).name)
@@ -137,6 +143,8 @@ def differences(a: "Target", b: "Target") -> dict[str, tuple]:
         | {"family": each.vary, "learning_rate": each.rate}
         for each in (a, b)
     )
+    if None in (ours["program"], theirs["program"]):  # an older record's is not known
+        ours["program"] = theirs["program"] = None
     return {name: (ours[name], theirs.get(name)) for name in ours if ours[name] != theirs.get(name)}
 
 
@@ -173,7 +181,7 @@ def caveats(target: "Target") -> list[str]:
 def title(target: "Target", *, with_rate: bool) -> str:
     metadata, changed = target.metadata, target.metadata.changed()
     if with_rate:
-        changed["learning_rate"] = f"{target.rate:g}"
+        changed["learning_rate"] = f"{target.rate:.9g}"
     return f"{metadata.title(changed)} on {metadata.device_kind}"
 
 
@@ -181,7 +189,7 @@ def write(
     out: Path, pairs: Sequence[tuple], compared: Sequence["Comparison"], decision: "Decision | None"
 ) -> None:
     """comparison.json, with p values adjusted for the number of pairs, too; a figure for each."""
-    from mlp_jax.analysis.compare import describe, holm
+    from mlp_jax.analysis.compare import holm
     from mlp_jax.analysis.figures import draw_comparison
     from mlp_jax.analysis.summary import to_json
 
@@ -193,7 +201,7 @@ def write(
         each |= comparison._asdict() | {"p_value_holm": adjusted[i]}
         looked = [LOOKED] if decision else []
         each |= {"until_decided": decision, "caveats": [*looked, *caveats(a), *caveats(b)]}
-        record.append(to_json(each | {"says": describe(comparison, *labels(a, b))}))
+        record.append(to_json(each | {"says": say(a, b, comparison)}))
         scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
         sides = zip((a, b), labels(a, b), strict=True)
         names = (f"{label}, {title(side, with_rate=a.rate != b.rate)}" for side, label in sides)

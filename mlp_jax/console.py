@@ -99,9 +99,9 @@ def accuracy_line(finished: dict[Run, dict], n_test: int) -> str:
         families.setdefault((run.vary, run.learning_rate), []).append(row)
     texts = []
     for (vary, rate), rows in families.items():
-        kept = [row for row in rows if math.isfinite(row["train_loss"] + row["test_loss"])]
+        kept = [row for row in rows if row["finite"]]
         scores = [100 * row["test_correct"] / n_test for row in kept]
-        text = f"{vary} at {rate:g}: {len(rows)} runs"
+        text = f"{vary} at {rate:.9g}: {len(rows)} runs"
         text += f", mean {statistics.mean(scores):.3f} %" if scores else ""
         text += f", SD {statistics.stdev(scores):.3f} points" if len(scores) > 1 else ""
         text += f", {len(rows) - len(kept)} diverged" if len(kept) < len(rows) else ""

@@ -61,18 +61,21 @@ def make_page(committee, members: int) -> str:
         "dtype": weights.dtype.name,
         "weights": base64.b64encode(weights.astype(weights.dtype.newbyteorder("<"))).decode(),
     }
-    return TEMPLATE.read_text().replace("{{NET}}", json.dumps(net))
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{NET}}", json.dumps(net))
 
 
 def describe(committee, members: int) -> str:
     """The text under the page's title."""
     correct = sorted(metrics["test_correct"] for metrics in committee.metrics[:members])
     counts = " to ".join(f"{n:,}" for n in dict.fromkeys((correct[0], correct[-1])))
-    found = f"{counts} of the test images of {committee.config.dataset.replace('mnist', 'MNIST')}"
+    name = committee.config.dataset.replace("mnist", "MNIST")
+    found = f"{counts} of the {committee.config.split} images of {name}"
     if len(correct) == 1:
         return f"The network in this page recognizes {found}."
+    alike = len({(run.vary, run.learning_rate) for run in committee.runs[:members]}) == 1
+    what = "seed" if alike else "seeds and learning rates"
     return (
-        f"The {len(correct)} networks in this page differ in nothing but their seed. Each"
+        f"The {len(correct)} networks in this page differ in nothing but their {what}. Each"
         f" recognizes {found}; on a doubtful digit they disagree."
     )
 

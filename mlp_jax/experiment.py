@@ -28,7 +28,7 @@ from mlp_jax.records.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from mlp_jax.records.provenance import Metadata
+from mlp_jax.records.provenance import Metadata, check_same
 from mlp_jax.training.arrays import Dataset, for_dataset, with_teacher
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.parallel import n_cores, use_cores
@@ -72,6 +72,7 @@ class Experiment:
         start = clock()
         self.trainer = self.trainer.compiled()
         self.metadata = self.trainer.metadata
+        directories.claim(self.directory, self.metadata)  # now that its code is known
         self.compile_seconds = clock() - start
         for chunk in chunks:
             yield from self._train_chunk(chunk, stop)
@@ -95,7 +96,7 @@ class Experiment:
     def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from their checkpoint if there is one."""
         path, epochs = self._checkpoint(runs), self.metadata.config.n_epochs
-        for epoch in self.trainer.train(runs, load_checkpoint(path, self.metadata)):
+        for epoch in self.trainer.train(runs, load_checkpoint(path, runs, self.metadata)):
             yield epoch
             progress = epoch.progress
             due = self.checkpoint_every and progress.epoch % self.checkpoint_every == 0
@@ -122,6 +123,9 @@ class Experiment:
             share = sum(seconds) / len(progress.runs)
             made = rows.make_rows(metadata.recipe, progress, share)
             new |= zip(progress.runs, made, strict=True)
+        # another shard, with other code, may have begun at the same time
+        if stored := directories.stored_metadata(self.directory):
+            check_same(self.directory, stored, metadata)
         # a run retrained for its weights already has its row
         if wanted := [row for run, row in new.items() if run not in self.stored]:
             rows.write_rows(self.directory, wanted, metadata)
@@ -205,7 +209,11 @@ def chunk_size(chunk: Literal["auto"] | int, epochs: float, width: int) -> int:
 
     Short chunks lose less to a kill, and cost more files.
     """
-    return math.ceil(50 / epochs if chunk == "auto" else chunk / width) * width
+    if chunk == "auto":
+        return math.ceil(min(50 / epochs, 1e6)) * width
+    if chunk < 1:
+        raise UserError(f"a chunk has at least one run, not {chunk}")
+    return -(-chunk // width) * width
 
 
 def sweep(

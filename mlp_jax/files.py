@@ -25,6 +25,8 @@ T = TypeVar("T")
 log = logging.getLogger("mlp_jax")
 
 LOCK = ".mlp_jax-lock-"
+OUR_DIRECTORIES = ("", "runs", "checkpoints", "weights")
+"""Where only the holder of the lock writes; `report` needs none, and writes figures."""
 
 
 class Damaged(UserError):
@@ -51,7 +53,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -185,8 +187,9 @@ def locked(directory: Path, shard: int = 0, shards: int = 1) -> Iterator[None]:
                 with _flock(path, fcntl.LOCK_SH):  # as others that start at once may do
                     pass
         if shards == 1:  # else they may belong to another shard at work
-            for path in directory.rglob(f".*.{'[0-9a-f]' * 16}.tmp"):
-                path.unlink(missing_ok=True)
+            for name in OUR_DIRECTORIES:
+                for path in (directory / name).glob(f".*.{'[0-9a-f]' * 16}.tmp"):
+                    path.unlink(missing_ok=True)
         yield
 
 

@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("name at least one image")
     if args.sheet:
         files.check_file(args.sheet)
+        if args.sheet.exists():  # perhaps a photo
+            raise UserError(f"--sheet {args.sheet} exists: name a new file, or remove it")
 
     # slow to import, so after bad flags are answered
     from mlp_jax.data.photo import read_digit

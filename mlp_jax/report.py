@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(Args, argv, "python -m mlp_jax.report")
     out = args.out or args.directory
     files.check_writable(out)
+    if out.resolve() != args.directory.resolve() and stored_metadata(out):
+        raise UserError(f"{out} has results of its own: name another --out")
     made = report(args.directory, args.data_dir)
     files.make_directory(out / "figures")
     files.write_json(out / "summary.json", made.summary)
@@ -109,6 +111,8 @@ def report_grid(cells: Sequence[Path]) -> Report:
     from mlp_jax.results import count_processors
 
     stored = [read_metadata(cell) for cell in cells]
+    if len({(each.config.dataset, each.config.split) for each in stored}) > 1:
+        raise UserError(f"{cells[0].parent} has sweeps on different images: report on each of them")
     scores: dict[str, dict] = {}
     for cell, metadata, name in zip(cells, stored, name_cells(cells, stored), strict=True):
         paths = rows.row_files(cell)  # none of a sweep that has just begun

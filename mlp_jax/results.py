@@ -47,6 +47,8 @@ def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int
     for path in paths:
         stored = rows.read_metadata(path)
         check_same(path, stored, metadata)
+        if stored.program and not stored.mixed:  # older rows, and config.json, may lack it
+            metadata = metadata._replace(program=stored.program)
         name = "{processor}, {cores} cores, {device_kind}".format(**stored.environment)
         counts[name + " (--allow-mixed)" * stored.mixed] += rows.count_rows(path)
     return dict(counts)
@@ -60,12 +62,13 @@ def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> 
         by_epoch = (batch[name].flatten().to_numpy().reshape(len(batch), -1) for name in names)
         correct, *losses = by_epoch
         tally = tally or Tally(n_runs, correct.shape[1], labels, n_classes)
-        finite = np.isfinite(losses).all(axis=(0, 2))
+        finite = rows.finite(*losses)
         columns = {"finite": finite, "seconds": batch["seconds"], "correct": correct}
         tally.add(rows.run_ids(batch), rows.predictions(batch["predictions"]), **columns)
     try:
         return tally.families() if tally else []
     except UserError as error:
+        rows.check_unique(paths)  # it names the files
         raise UserError(f"{paths[0].parents[1]}: {error}") from None
 
 
@@ -130,8 +133,10 @@ def parse_target(text: str) -> Target:
     if metadata.seed is not None:
         raise UserError(f"{directory} has a single run: compare sweeps")
     rates = sorted({run[1] for run in rows.read_scores(directory) if run[0] == vary})
-    chosen = [each for each in rates if rate is None or f"{each:g}" == f"{float(rate):g}"]
+    chosen = [each for each in rates if rate is None or np.float32(each) == np.float32(rate)]
     if len(chosen) != 1:
-        found = ", ".join(f"{each:g}" for each in rates) or "none"
+        found = ", ".join(f"{each:.9g}" for each in rates) or "none"
         raise UserError(f"{text}: the learning rates of family {vary!r} are {found}: name one")
+    programs = {rows.read_metadata(path).program for path in rows.row_files(directory)} - {None}
+    metadata = metadata._replace(program=next(iter(programs), None))
     return Target(text, directory, metadata, vary, chosen[0])

@@ -74,6 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     cli.check_at_least(args, at_least_1 | {"checkpoint_every": 0, "crossed": 0})
     index, count = cli.parse_shard(args.shard or ("0/1" if args.ray else None))
     cells = make_cells(args, [each.config for each in grid])
+    if count > 1 and not args.quiet:
+        print(f"shard {index} of {count}", flush=True)
+    if not any(cell.runs[index::count] for cell in cells):
+        print(f"shard {index} of {count} has no runs: there are fewer than shards", flush=True)
     options = args.options("devices", "lanes", "chunk", "keep_weights")
     options |= {"shard": (index, count)}
 
@@ -160,6 +164,9 @@ def wanted_runs(args: Args, config: Config, rates: Sequence[float]) -> list[Run]
         raise UserError("a setting is given one value twice (learning rates are equal in float32)")
     if not args.vary:
         raise UserError("--vary needs at least one value")
+    for name in args.vary:
+        if name not in ("all", *used_streams(config)):
+            raise UserError(f"--vary {name}: with these settings nothing is random there")
     if args.crossed and (args.vary, args.seeds) != (("all",), Args.seeds):
         raise UserError("--crossed decides all seeds: leave out --seeds and --vary")
     seeds = range(args.crossed * 2 ** len(used_streams(config)))

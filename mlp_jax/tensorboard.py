@@ -69,7 +69,7 @@ def write_families(experiment: Any) -> None:
     for vary, rate in dict.fromkeys(families):
         kept = finite & np.array([family == (vary, rate) for family in families])
         curves = with_accuracy({name: v[kept] for name, v in history.items()}, experiment)
-        with open_writer(experiment.directory / DIRECTORY / f"{vary}-lr{rate:g}") as writer:
+        with open_writer(experiment.directory / DIRECTORY / f"{vary}-lr{rate:.9g}") as writer:
             if kept.any():
                 write(writer, {f"{name}_mean": v.mean(axis=0) for name, v in curves.items()})
             if kept.sum() > 1:

@@ -120,7 +120,7 @@ def check_finite(line: dict, out: Path) -> None:
 def save_curve(out: Path, metadata: Metadata) -> None:
     from mlp_jax.analysis.figures import draw_run
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     name = f"{metadata.title()} on {metadata.device_kind}, seed {metadata.seed}"
     figure = draw_run(lines, name)
     files.save_figure(out / CURVE, figure)

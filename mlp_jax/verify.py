@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         exact = same_machine(trained_there, machine.metadata.environment)
         result = compare(stored, last.progress, exact=exact)
         all_equal &= result.startswith("equal")
-        print(f"{vary}, learning rate {rate:g}, seed {seed}: {result}", flush=True)
+        print(f"{vary}, learning rate {rate:.9g}, seed {seed}: {result}", flush=True)
     if not all_equal:
         sys.exit(1)
 
@@ -82,11 +83,9 @@ def same_machine(there: dict, here: dict) -> bool:
 def compare(stored: dict, progress, *, exact: bool) -> str:
     """How a stored row and its retrained run compare, in one line."""
     correct = progress.history["test_correct"][0]
-    same = np.array_equal(correct, stored["test_correct_by_epoch"])
-    same &= progress.predictions[0].tobytes() == stored["predictions"]
-    for name in ("train_loss", "test_loss"):
-        then, now = np.float32(stored[f"{name}_by_epoch"]), progress.history[name][0]
-        same &= np.array_equal(then, now, equal_nan=True)
+    (row,) = rows.make_rows(stored["recipe"], progress, stored["seconds"])
+    # older rows have fewer columns; float32 numbers were stored as they were
+    same = all(equal(stored[name], row[name]) for name in stored)
     if same:
         return f"equal bit for bit, {correct[-1]} correct"
     first = stored["train_loss_by_epoch"][0]
@@ -96,6 +95,13 @@ def compare(stored: dict, progress, *, exact: bool) -> str:
     if not exact and drift <= TOLERANCE:
         return f"equal as far as other hardware or versions allow ({numbers})"
     return f"DIFFERENT ({numbers})"
+
+
+def equal(stored: Any, now: Any) -> bool:
+    """Whether two values of a row are equal, NaN included."""
+    if isinstance(stored, str | bytes):
+        return stored == now
+    return np.array_equal(stored, now, equal_nan=True)
 
 
 if __name__ == "__main__":

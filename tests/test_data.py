@@ -55,7 +55,7 @@ def kmnist(tmp_path, monkeypatch):
 
 
 def test_arrays_as_promised(kmnist):
-    name, train, test, n_classes, fingerprint, image_fingerprint, scored = kmnist.dataset
+    name, train, test, n_classes, fingerprint, image_fingerprint, scored, _ = kmnist.dataset
     assert (train.images.shape, train.labels.shape) == ((N_TRAIN, 784), (N_TRAIN,))
     assert (test.images.shape, test.labels.shape) == ((N_TEST, 784), (N_TEST,))
     for split in (train, test):

@@ -35,7 +35,7 @@ def train(config, dataset, seeds, *, placement=None, rates=None, start=None):
 
 def rows(snapshot):
     """What a run leaves, as bytes, one tuple a run."""
-    leaves = jax.tree.leaves(snapshot[1:])
+    leaves = jax.tree.leaves((snapshot.state, snapshot.history, snapshot.predictions))
     return [tuple(leaf[i].tobytes() for leaf in leaves) for i in range(len(leaves[0]))]
 
 

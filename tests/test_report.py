@@ -386,7 +386,7 @@ def test_older_records_have_the_fingerprint_of_the_training_images_alone(
 def test_rows_that_cannot_be_true_are_refused(tmp_path, dataset):
     rows = random_rows(dataset, 4)
     twice = write_sweep(tmp_path / "a", [*rows, rows[0] | {"seed": 9}, rows[1]])
-    assert "a run is stored twice" in one_line([twice])
+    assert "have the same run" in one_line([twice])
     wrong = rows[0] | {"test_correct_by_epoch": rows[0]["test_correct_by_epoch"] - 1}
     assert "do not give" in one_line([write_sweep(tmp_path / "b", [wrong, *rows[1:]])])
     # an image that is wrong either way: the accuracy stays, and its class does not exist
@@ -401,7 +401,7 @@ def test_rows_that_cannot_be_true_are_refused(tmp_path, dataset):
 def test_each_file_is_checked_once_and_a_damaged_one_named(tmp_path, dataset, monkeypatch):
     sweep = write_sweep(tmp_path / "s", random_rows(dataset, 9))
     check, checked = records.check_content, []
-    monkeypatch.setattr(records, "check_content", lambda path: check(path) or checked.append(path))
+    monkeypatch.setattr(records, "check_content", lambda path: checked.append(path) or check(path))
     report_main([str(sweep)])
     paths = records.row_files(sweep)
     assert len(paths) == 3
@@ -523,7 +523,7 @@ def test_a_run_that_is_stored_twice_is_no_score(tmp_path, dataset):
     rows = random_rows(dataset, 4)
     sweep = write_sweep(tmp_path / "s", rows)
     records.write_rows(sweep, rows[:1], directories.read_metadata(sweep))
-    with pytest.raises(UserError, match="s: a run is stored twice"):
+    with pytest.raises(UserError, match="have the same run: remove one of them"):
         records.read_scores(sweep)
 
 

@@ -164,8 +164,8 @@ def decide(differences: ArrayLike, *, margin: float, alpha: float = ALPHA) -> De
     return Decision(verdict, at + 1, difference, float(e_value))
 
 
-def describe(comparison: Comparison, a: str, b: str) -> str:
-    """The verdict in one sentence, in percentage points."""
+def describe(comparison: Comparison, a: str, b: str, *, scored: str = "test") -> str:
+    """The verdict in one sentence, in percentage points; `scored` says on which images."""
 
     def points(interval: Interval) -> str:
         return "{:+.3f} points ({:+.3f} to {:+.3f})".format(*(100 * end for end in interval))
@@ -183,8 +183,8 @@ def describe(comparison: Comparison, a: str, b: str) -> str:
         said += f", but by less than {margin}"
     chance = "{:.2f} ({:.2f} to {:.2f})".format(*comparison.probability)
     said = (
-        f"On this test set {said}: the difference is {points(comparison.difference)} over {seeds},"
-        f" and P({a} > {b}) is {chance}"
+        f"On this {scored} set {said}: the difference is {points(comparison.difference)} over"
+        f" {seeds}, and P({a} > {b}) is {chance}"
     )
     if not math.isnan(comparison.over_test_sets.low):
         said += f"; on all images of which these are a sample, {points(comparison.over_test_sets)}"

@@ -69,7 +69,7 @@ def figures(
     where = backends(summary)
     for rate, indices in crossed.items():
         if indices:
-            name = "crossed.png" if len(crossed) == 1 else f"crossed-lr{rate:g}.png"
+            name = "crossed.png" if len(crossed) == 1 else f"crossed-lr{rate:.9g}.png"
             yield name, draw_indices(indices, f"{title} on {where}")
     recipe = RECIPES.get(summary["recipe"])
     families = [family for family in families if family.vary != "crossed"]
@@ -81,7 +81,7 @@ def figures(
     )
     name = f"{title}, {len(family.seeds)} runs on {where}"
     if len(families) > 1 or family.vary != "all":
-        name += f" (vary {family.vary}, learning rate {family.rate:g})"
+        name += f" (vary {family.vary}, learning rate {family.rate:.9g})"
     if statistics["sd"]:
         yield "accuracy.png", draw_accuracy(family, statistics, name)
         if summary["epochs"] > 1:
@@ -183,7 +183,7 @@ def draw_sources(spreads: list[dict], name: str) -> Any:
         y = np.arange(len(spreads)) + shift
         draw_intervals(ax, intervals, y, color, fmt=marker, label=label)
     many = len({each["learning_rate"] for each in spreads}) > 1
-    name = "{vary}" + ", rate {learning_rate:g}" * many + "\n{runs} runs"
+    name = "{vary}" + ", rate {learning_rate:.9g}" * many + "\n{runs} runs"
     ax.set_yticks(range(len(spreads)), [name.format(**each) for each in spreads])
     ax.set(ylim=(len(spreads) - 0.5, -0.5), xlabel="SD (percentage points), 95 % intervals")
     ax.axvline(0, color=GRAY, lw=0.8)

@@ -30,18 +30,18 @@ def make_page(text: str, summary: dict, figures: Iterable[tuple[str, Any]], sett
     parts = [f"<h1>{escape(title)}</h1>"]
     parts.append("<p>Accuracies and errors in per cent, SDs in percentage points.</p>")
     for family in summary.get("families", []):
-        name = "vary {vary}, learning rate {learning_rate:g}: {runs:,} runs".format(**family)
+        name = "vary {vary}, learning rate {learning_rate:.9g}: {runs:,} runs".format(**family)
         rows = statistic_rows(family, summary["recipe"])
         heads = ("", "estimate", "95 % interval", "unit", "")
         parts += [f"<h2>{escape(name)}</h2>", table(heads, rows)]
     for crossed in summary.get("crossed", []):
-        name = "crossed streams, learning rate {learning_rate:g}: {runs:,} runs".format(**crossed)
+        name = "crossed streams, learning rate {learning_rate:.9g}: {runs:,} runs".format(**crossed)
         parts += [f"<h2>{escape(name)}</h2>", crossed_table(crossed)]
     if cells := summary.get("cells"):
         rows = []
         for cell in cells:
             mean = format_value(cell["mean"], "%")
-            rows.append((cell["settings"], f"{cell['learning_rate']:g}", cell["runs"], *mean))
+            rows.append((cell["settings"], f"{cell['learning_rate']:.9g}", cell["runs"], *mean))
         parts.append(table(("settings", "learning rate", "runs", "mean, %", "interval"), rows))
     for name, figure in figures:
         alt = figure.get_suptitle() or name

@@ -52,7 +52,7 @@ def format_ranking(summary: dict) -> str:
     for cell in summary["cells"]:
         mean, interval = format_value(cell["mean"], "%")
         runs = f"{cell['runs']} runs" + f", {cell['diverged']} diverged" * bool(cell["diverged"])
-        settings = f"{cell['settings']}, learning rate {cell['learning_rate']:g}"
+        settings = f"{cell['settings']}, learning rate {cell['learning_rate']:.9g}"
         lines.append(f"{mean:>8}  {interval:<19}  {settings}: {runs}")
     if left_out := summary["not_ranked"]:
         lines.append(f"not ranked, without finished runs that vary all: {'; '.join(left_out)}")
@@ -66,7 +66,7 @@ def draw_ranking(summary: dict, name: str) -> Any:
     figure, ax = new_figure(title, 1.2 + 0.4 * len(cells))
     means = [list(cell["mean"].values()) for cell in cells]
     draw_intervals(ax, means, range(len(cells)), BLUE)
-    names = ["{settings}, rate {learning_rate:g}, n = {runs}".format(**cell) for cell in cells]
+    names = ["{settings}, rate {learning_rate:.9g}, n = {runs}".format(**cell) for cell in cells]
     ax.set_yticks(range(len(cells)), names)
     ax.set(ylim=(len(cells) - 0.5, -0.5), xlabel="accuracy (%)")
     return figure

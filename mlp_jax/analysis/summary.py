@@ -32,6 +32,7 @@ def summarize(
     summary = {
         "recipe": recipe,
         "dataset": config.dataset,
+        "split": config.split,
         "epochs": config.epochs,
         "processors": processors,
         "n_test": len((families or blocks)[0].counts.labels),

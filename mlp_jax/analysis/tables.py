@@ -68,14 +68,15 @@ def statistic_rows(family: dict, recipe: str) -> list[tuple[str, str, str, str, 
 
 def format_table(summary: dict) -> str:
     lines = [
-        "{recipe} on {dataset}: epochs {epochs}, test images {n_test:,}".format(**summary),
+        "{recipe} on {dataset}: epochs {epochs}, {split} images {n_test:,}".format(**summary),
         "accuracies and errors in per cent, SDs in percentage points, intervals at 95 %",
     ]
     if marked := [name for name in summary["processors"] if "--allow-mixed" in name]:
         n_mixed = sum(summary["processors"][name] for name in marked)
         lines.append(f"{n_mixed} runs were pooled with others by --allow-mixed: see their files")
     for family in summary["families"]:
-        lines.append("\nvary {vary}, learning rate {learning_rate:g}: {runs} runs".format(**family))
+        name = "vary {vary}, learning rate {learning_rate:.9g}: {runs} runs"
+        lines.append("\n" + name.format(**family))
         if left_out := family["diverged"]:
             lines.append(f"  and {len(left_out)} that diverged, in no statistic: seeds {left_out}")
         for name, value, interval, _, meaning in statistic_rows(family, summary["recipe"]):
@@ -85,7 +86,7 @@ def format_table(summary: dict) -> str:
     for pair in summary["learning_rates"]:
         p, interval = format_value(pair["probability"], "")
         lines.append(
-            "\nvary {vary}, P(learning rate {a:g} beats {b:g})".format(**pair)
+            "\nvary {vary}, P(learning rate {a:.9g} beats {b:.9g})".format(**pair)
             + f" = {p} ({interval}), {pair['pairs']} seeds, Holm's p {pair['p_holm']:.2g};"
             f" significant: {pair['significant']}, meaningful: {pair['meaningful']}"
         )
@@ -94,7 +95,7 @@ def format_table(summary: dict) -> str:
 
 def format_crossed(crossed: dict) -> list[str]:
     """Lines on a crossed family: the SD, and each stream's share of the variance."""
-    lines = ["\ncrossed streams, learning rate {learning_rate:g}: {runs} runs".format(**crossed)]
+    lines = ["\ncrossed streams, learning rate {learning_rate:.9g}: {runs} runs".format(**crossed)]
     if left := crossed["runs_in_broken_blocks"] + len(crossed["diverged"]):
         lines[0] += f"; {left} more are in blocks that are not finished, or diverged"
     if (of := crossed.get("test")) and of["variance"]["low"] is None:

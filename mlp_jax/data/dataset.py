@@ -37,6 +37,8 @@ def load_dataset(
     `split` "validation" is `arrays.hold_out`; `data_dir` defaults to TFDS's own. UserError if the
     data are unavailable or not what was published.
     """
+    if split not in ("test", "validation"):
+        raise UserError(f"split must be test or validation, not {split!r}")
     try:
         data_dir = data_dir or os.getenv("TFDS_DATA_DIR") or "~/tensorflow_datasets"
         data_dir = Path(data_dir).expanduser()

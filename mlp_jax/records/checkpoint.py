@@ -4,6 +4,8 @@ Both are .npz files of named arrays. A checkpoint resumes only where the numbers
 weights may be used on any device and version of JAX.
 """
 
+import operator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +14,9 @@ import numpy as np
 from flax import traverse_util
 
 from mlp_jax.errors import UserError
-from mlp_jax.files import load_arrays, read_or_quarantine, save_arrays
+from mlp_jax.files import Damaged, load_arrays, read_or_quarantine, save_arrays
 from mlp_jax.records.provenance import Metadata, check_same
+from mlp_jax.training.arrays import N_PIXELS
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import Snapshot, state_shapes
 from mlp_jax.training.model import predict as predict_logits
@@ -33,10 +36,12 @@ def save_checkpoint(path: Path, snapshot: Snapshot, seconds: list[float], metada
     save_arrays(path, arrays, {"epoch": snapshot.epoch, "run": metadata.to_json()})
 
 
-def load_checkpoint(path: Path, metadata: Metadata) -> tuple[Snapshot, list[float]] | None:
-    """What `save_checkpoint` saved; None if missing or damaged, which is then quarantined.
+def load_checkpoint(
+    path: Path, runs: Sequence[Run], metadata: Metadata
+) -> tuple[Snapshot, list[float]] | None:
+    """What `save_checkpoint` saved of these runs; None if missing or damaged.
 
-    UserError if its numbers may not be pooled with those of `metadata`.
+    A damaged file is quarantined. UserError if its numbers may not be pooled with `metadata`.
     """
     if not (content := read_or_quarantine(load_arrays, path)):
         return None
@@ -52,8 +57,8 @@ def load_checkpoint(path: Path, metadata: Metadata) -> tuple[Snapshot, list[floa
     state = jax.tree.map(arrays.__getitem__, names)
     prefix = "history/"
     history = {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
-    snapshot = Snapshot(about["epoch"], state, history, arrays["predictions"])
-    return snapshot, arrays["seconds"].tolist()
+    kept = (about["epoch"], state, history, arrays["predictions"])
+    return Snapshot(stored.config, tuple(runs), *kept), arrays["seconds"].tolist()
 
 
 class TrainedRun(NamedTuple):
@@ -80,7 +85,7 @@ def save_weights(directory: Path, run: Run, params: dict, metrics: dict, metadat
 
 def has_weights(directory: Path, run: Run) -> bool:
     """Whether the weights of a run are there and intact."""
-    return read_or_quarantine(load_arrays, weights_path(directory, run)) is not None
+    return read_or_quarantine(_read_weights, weights_path(directory, run)) is not None
 
 
 def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:
@@ -88,14 +93,18 @@ def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:
 
     Works on any device and version of JAX. UserError if there is none, or several; Damaged.
     """
-    paths = _find_weights(directory, "*.npz" if seed is None else f"*-seed{seed}.npz")
-    if len(paths) > 1:
+    paths = _find_weights(directory)
+    if seed is None and len(paths) > 1:
         raise UserError(f"{directory} has weights of {len(paths)} runs: choose one by its seed")
+    if seed is not None:
+        paths = [path for path in paths if path.stem.endswith(f"-seed{operator.index(seed)}")]
+    if len(paths) != 1:
+        raise UserError(f"{directory} has weights of {len(paths)} runs of seed {seed}")
     return _read_weights(paths[0])
 
 
-def _find_weights(directory: str | Path, pattern: str = "*.npz") -> list[Path]:
-    paths = sorted((Path(directory) / "weights").glob(pattern))
+def _find_weights(directory: str | Path) -> list[Path]:
+    paths = sorted((Path(directory) / "weights").glob("*.npz"))
     if not paths:
         raise UserError(
             f"{directory} has no weights of a finished run; a sweep needs --keep-weights"
@@ -105,9 +114,12 @@ def _find_weights(directory: str | Path, pattern: str = "*.npz") -> list[Path]:
 
 def _read_weights(path: Path) -> TrainedRun:
     arrays, about = load_arrays(path)
+    run = make_run(about["seed"], about["learning_rate"], about["vary"])
+    if path.name != weights_path(Path(), run).name:
+        raise Damaged(path, f"it holds the weights of seed {run.seed}, family {run.vary}")
     return TrainedRun(
         Metadata.from_json(about["run"]).config,
-        make_run(about["seed"], about["learning_rate"], about["vary"]),
+        run,
         traverse_util.unflatten_dict(arrays, sep="/"),
         about["metrics"],
     )
@@ -146,4 +158,8 @@ def predict(run: TrainedRun | Committee, images: np.ndarray) -> np.ndarray:
 
     A committee gives [runs, n, classes].
     """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.shape[1:] not in ((N_PIXELS,), (28, 28)):
+        given = f"{images.dtype} {list(images.shape)}"
+        raise UserError(f"images must be uint8 [n, 784] or [n, 28, 28], not {given}")
     return np.asarray(predict_logits(run.params, images, config=run.config))

@@ -24,6 +24,7 @@ def compact(directory: Path) -> None:
     import pyarrow.parquet as pq
 
     _remove_merged(directory)
+    rows.check_unique(rows.row_files(directory))
     for paths in list(_groups(directory)):
         table = pa.concat_tables([pq.read_table(path) for path in paths])
         table = table.sort_by([(name, "ascending") for name in rows.ROW_ID])
@@ -54,6 +55,11 @@ def _groups(directory: Path) -> Iterator[list[Path]]:
 
 
 def _remove_merged(directory: Path) -> None:
-    for name in rows.merged_files(directory):
-        (directory / "runs" / name).unlink(missing_ok=True)
+    merge = rows.read_merge(directory)
+    into = directory / "runs" / merge.get("into", "")
+    if merge:
+        # if it is damaged, the files that it merged are still wanted
+        intact = files.read_or_quarantine(rows.check_content, into)
+        for name in merge["merged"] if intact else ():
+            (directory / "runs" / name).unlink(missing_ok=True)
     (directory / rows.MERGE).unlink(missing_ok=True)

@@ -125,13 +125,16 @@ def cell_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 def claim(directory: Path, metadata: Metadata) -> None:
     """Write config.json if it is missing or damaged, from the rows if there are any.
 
-    UserError, before any write, if what is there may not be pooled with `metadata`.
+    It gains the fingerprint of the code that will train the first rows. UserError, before any
+    write, if what is there may not be pooled with `metadata`.
     """
     if stored := stored_metadata(directory):
         check_same(directory, stored, metadata)
-    path = directory / CONFIG
-    if not read_or_quarantine(read_signed_json, path):
-        write_signed_json(path, (stored or metadata)._replace(mixed=False).to_json())
+    path, kept = directory / CONFIG, stored or metadata
+    if is_new := not (kept.program or rows.row_files(directory)):
+        kept = metadata
+    if not read_or_quarantine(read_signed_json, path) or (is_new and metadata.program):
+        write_signed_json(path, kept._replace(mixed=False).to_json())
 
 
 def clear(directory: Path) -> None:

@@ -21,6 +21,8 @@ from mlp_jax.training.run import STREAMS, Run, make_run
 if TYPE_CHECKING:  # reading does without jax
     from mlp_jax.training.fit import Progress
 
+LOSSES = ("test_loss", "train_loss")
+
 ROW_ID = ("vary", "learning_rate", "seed")
 """The columns that identify a row of a sweep."""
 
@@ -51,9 +53,15 @@ def make_rows(recipe: str, progress: "Progress", seconds: float) -> list[dict]:
 
 
 def last_values(row: dict) -> dict[str, float]:
-    """The metrics after the last epoch, and the seconds, of a row of `make_rows`."""
+    """The metrics after the last epoch, the seconds, and whether all losses of a row are finite."""
     names = [name for name in row if f"{name}_by_epoch" in row]
-    return {name: row[name].item() for name in names} | {"seconds": row["seconds"]}
+    values = {name: row[name].item() for name in names} | {"seconds": row["seconds"]}
+    return values | {"finite": bool(finite(*(row[f"{name}_by_epoch"][None] for name in LOSSES))[0])}
+
+
+def finite(*losses: np.ndarray) -> np.ndarray:
+    """Which runs did not diverge: bool [runs], of losses [runs, epochs] that are all finite."""
+    return np.all(np.isfinite(losses), axis=(0, 2))
 
 
 def _schema(row: dict, metadata: Metadata):
@@ -110,27 +118,33 @@ def _name_digest(content) -> str:
 
 def row_files(directory: Path) -> list[Path]:
     """The Parquet files that mlp_jax wrote and has not merged; warns of others."""
-    files = sorted((directory / "runs").glob("[!_]*.parquet"))  # _ marks those in quarantine
+    while True:  # until no `compact` changed anything while the directory was listed
+        merge = read_merge(directory)
+        files = sorted((directory / "runs").glob("[!_]*.parquet"))  # _ marks those in quarantine
+        ended = merge and (directory / "runs" / merge["into"]).exists()
+        names = {path.name for path in files}
+        if merge == read_merge(directory) and (not ended or merge["into"] in names):
+            break
     for path in files:
         if not OUR_NAME.fullmatch(path.name):
             log.warning("%s is ignored: not a name that mlp_jax gives", path)
-    merged = merged_files(directory)
+    merged = merge["merged"] if ended else []
     return [path for path in files if OUR_NAME.fullmatch(path.name) and path.name not in merged]
 
 
-def merged_files(directory: Path) -> list[str]:
-    """Files that an interrupted `compact` has merged into another, and not yet removed."""
+def read_merge(directory: Path) -> dict:
+    """What `compact` is about: the file `into` which others, `merged`, go; empty if it is not."""
     try:
-        merge = read_signed_json(directory / MERGE)
+        return read_signed_json(directory / MERGE)
     except (FileNotFoundError, Damaged):
-        return []
-    return merge["merged"] if (directory / "runs" / merge["into"]).exists() else []
+        return {}
 
 
-def check_content(path: Path) -> None:
-    """Raises Damaged if a Parquet file does not match the SHA-256 in its name."""
+def check_content(path: Path) -> bool:
+    """True; raises Damaged if a Parquet file does not match the SHA-256 in its name."""
     if _name_digest(path.read_bytes()) != path.stem[-16:]:
         raise Damaged(path, "its SHA-256 differs")
+    return True
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -208,10 +222,11 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
         except FileNotFoundError:  # another shard quarantined it
             continue
         check_same(path, read_metadata(path), metadata)
-        columns = ["test_correct", "test_loss", "train_loss", "seconds"]
+        columns = ["test_correct", *LOSSES, "seconds", *(f"{name}_by_epoch" for name in LOSSES)]
         for row in read_table([path], columns).to_pylist():
             run = make_run(row.pop("seed"), row.pop("learning_rate"), row.pop("vary"))
-            finished[run] = row
+            losses = (np.array([row.pop(f"{name}_by_epoch")]) for name in LOSSES)
+            finished[run] = row | {"finite": bool(finite(*losses)[0])}
     return finished
 
 
@@ -239,14 +254,25 @@ def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[list[tuple], np.nd
 def read_scores(directory: Path) -> dict[tuple[str, float, int], float]:
     """Accuracy of each run by ROW_ID, nan where it diverged; UserError if there are none."""
     paths = checked_files(directory)
-    names = ("test_correct", "train_loss", "test_loss")
-    table = read_table(paths, names)
-    if len(set(ids := run_ids(table))) < len(ids):
-        raise UserError(f"{directory}: a run is stored twice: remove one of its files")
-    correct, *losses = (table[name].to_numpy() for name in names)
+    check_unique(paths)
+    table = read_table(paths, ["test_correct", *(f"{name}_by_epoch" for name in LOSSES)])
+    losses = (np.array(table[f"{name}_by_epoch"].to_pylist()) for name in LOSSES)
     _, first = next(read_predictions(paths))
-    scores = np.where(np.isfinite(sum(losses)), correct / first.shape[1], np.nan)
-    return dict(zip(ids, scores.tolist(), strict=True))
+    shares = table["test_correct"].to_numpy() / first.shape[1]
+    scores = np.where(finite(*losses), shares, np.nan)
+    return dict(zip(run_ids(table), scores.tolist(), strict=True))
+
+
+def check_unique(paths: Sequence[Path]) -> None:
+    """UserError, naming the files, if a run is stored twice."""
+    seen: dict[tuple, Path] = {}
+    for path in paths:
+        for run in run_ids(read_table([path], [])):
+            if run in seen and seen[run] != path:
+                raise UserError(f"{seen[run]} and {path} have the same run: remove one of them")
+            if run in seen:
+                raise UserError(f"{path} has a run twice")
+            seen[run] = path
 
 
 def predictions(column) -> np.ndarray:

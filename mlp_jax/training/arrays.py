@@ -43,9 +43,12 @@ class Dataset(NamedTuple):
 
 
 def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Dataset:
-    """A Dataset with its fingerprints; UserError for more classes than fit in a uint8."""
+    """A Dataset with its fingerprints; UserError for fewer than two images, or over 256 classes."""
     if n_classes > 256:
         raise UserError(f"{name} has {n_classes} classes; at most 256 are supported")
+    for split, (images, _) in (("training", train), ("test", test)):
+        if len(images) < 2:
+            raise UserError(f"{name} has {len(images)} {split} images; two are the least")
     digest = hashlib.sha256(train.images)
     images = digest.hexdigest()
     for array in (train.labels, *test):

@@ -7,8 +7,9 @@ what the code did before the field existed.
 import dataclasses
 import math
 import struct
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
+import numpy as np
 import tyro
 
 from mlp_jax.errors import UserError
@@ -99,6 +100,13 @@ class Config:
     # Digest of the weights whose predictions are learned in place of the labels; set from them.
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
+            if get_origin(field.type) is Literal and value not in get_args(field.type):
+                choices = ", ".join(get_args(field.type))
+                raise UserError(f"{_in_words(field.name)} must be one of {choices}; not {value!r}")
         if not 0 < self.epochs < math.inf:
             raise UserError(f"epochs must be positive and finite, not {self.epochs}")
         if self.epochs == int(self.epochs):  # 50.0 is written, and compared, as 50
@@ -109,6 +117,8 @@ class Config:
         for name, least in LEAST.items():
             if not least <= (value := getattr(self, name)) < math.inf:
                 raise UserError(f"{_in_words(name)} must be at least {least}, not {value}")
+        if self.cycles > MAX_CYCLES:
+            raise UserError(f"cycles must be at most {MAX_CYCLES:,}, not {self.cycles:,}")
         check_learning_rate(self.learning_rate)
         if any(width < 1 for width in self.hidden):
             raise UserError(f"hidden widths must be at least 1, not {self.hidden}")
@@ -135,6 +145,9 @@ class Config:
         lists = {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}
         return cls(**settings | lists)
 
+
+MAX_CYCLES = 2**24
+"""The largest number up to which float32 holds all integers."""
 
 FROM_DATA = ("n_classes", "teacher")
 """The settings that are known once the data are loaded."""

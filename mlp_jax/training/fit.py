@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mlp_jax.errors import UserError
 from mlp_jax.training.arrays import N_PIXELS, Dataset, count_steps, for_dataset
 from mlp_jax.training.config import Config
 from mlp_jax.training.parallel import Placement, RunBytes, from_groups, map_runs, place, to_groups
@@ -31,6 +32,8 @@ from mlp_jax.training.step import (
 class Snapshot(NamedTuple):
     """All that training needs to resume, as NumPy arrays, whatever devices it ran on."""
 
+    config: Config
+    runs: tuple[Run, ...]
     epoch: int
     state: TrainState  # leaves [runs, ...]
     history: dict[str, np.ndarray]  # by metric, [runs, epoch]
@@ -43,6 +46,7 @@ class Progress(NamedTuple):
     The states are donated to the next epoch, so they are gone once the generator advances.
     """
 
+    config: Config
     runs: tuple[Run, ...]
     epoch: int
     history: dict[str, np.ndarray]  # by metric (train_loss, test_correct, ...), [runs, epoch]
@@ -61,7 +65,8 @@ class Progress(NamedTuple):
 
     def snapshot(self) -> Snapshot:
         state = from_groups(self.states, len(self.runs))
-        return Snapshot(self.epoch, state, self.history, self.predictions)
+        kept = (self.epoch, state, self.history, self.predictions)
+        return Snapshot(self.config, self.runs, *kept)
 
 
 def fit(
@@ -77,11 +82,16 @@ def fit(
 
     The whole test set is scored after each epoch. To stop, leave the loop; to resume, pass the
     `Progress.snapshot()` of the same runs as `start`. `placement` defaults to all local devices.
-    The learning rates are those of `runs`. UserError if the Config does not fit the data set.
+    The learning rates are those of `runs`. UserError if the Config does not fit the data set, or
+    `start` is of other runs or settings.
     """
     config = for_dataset(config, dataset)
     if runs is None:
         runs = [make_run(seed, config.learning_rate) for seed in seeds]
+    if start and start.runs != tuple(runs):
+        raise UserError("the snapshot to start from is of other runs")
+    if start and program_config(start.config) != program_config(config):
+        raise UserError("the snapshot to start from was trained with other settings")
     placement = placement or place(len(runs), run_bytes(config))
     return _epochs(config, dataset, tuple(runs), placement, start)
 
@@ -118,7 +128,7 @@ def _epochs(
             name: np.concatenate([history[name], new], axis=1) if history else new
             for name, new in columns.items()
         }
-        yield Progress(runs, epoch + 1, history, predictions, list(states))
+        yield Progress(config, runs, epoch + 1, history, predictions, list(states))
 
 
 class Programs(NamedTuple):

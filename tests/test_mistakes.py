@@ -1,0 +1,422 @@
+"""Mistakes of users, and commands that meet: one line, no wrong number, no file lost."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import mlp_jax as mj
+from mlp_jax import experiment
+from mlp_jax.compact import main as compact_main
+from mlp_jax.compare import main as compare_main
+from mlp_jax.demo import main as demo_main
+from mlp_jax.errors import UserError
+from mlp_jax.files import Damaged, write_signed_json
+from mlp_jax.predict import main as predict_main
+from mlp_jax.records import compaction, directory, rows
+from mlp_jax.records.checkpoint import has_weights
+from mlp_jax.report import main as report_main
+from mlp_jax.results import count_processors
+from mlp_jax.sweep import main as sweep_main
+from mlp_jax.train import main as train_main
+from mlp_jax.training.arrays import Split, make_dataset
+from mlp_jax.training.config import Config
+from mlp_jax.training.fit import fit
+from mlp_jax.training.run import make_run
+from mlp_jax.verify import main as verify_main
+
+TINY = [
+    *("--dataset", "kmnist", "--hidden", "16", "8", "--batch-size", "32", "--quiet"),
+    *("--epochs", "2", "--learning-rate", "0.1"),
+]
+
+
+@pytest.fixture
+def swept(small_dir, here):
+    def sweep(*flags):
+        sweep_main([*TINY, "--data-dir", str(small_dir), *flags])
+
+    return sweep
+
+
+@pytest.fixture
+def data(small_dir):
+    return ["--data-dir", str(small_dir)]
+
+
+def write(where, table):
+    path, content = rows.encode(Path(where), table)
+    path.write_bytes(content)
+
+
+def other_code(path):
+    """A file of the same rows, as of other training code."""
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"about"]) | {"program": "0" * 64}
+    return table.replace_schema_metadata({"about": json.dumps(about)})
+
+
+# rows of different code ---------------------------------------------------------------------------
+
+
+def test_shards_with_different_code_are_not_pooled(swept, monkeypatch):
+    """The second began before the first had compiled, so that neither saw the other's code."""
+    monkeypatch.setattr(directory, "claim", lambda *_: None)
+    swept("--seeds", "0:4", "--out", "s", "--shard", "0/2")
+    metadata = directory.stored_metadata(Path("s"))
+    write_signed_json(Path("s/config.json"), metadata._replace(program="0" * 64).to_json())
+    with pytest.raises(UserError, match="s was trained with other training code"):
+        swept("--seeds", "0:4", "--out", "s", "--shard", "1/2")
+    assert len(mj.read_runs("s")) == 2
+
+
+def test_config_json_names_the_code_before_the_first_row(swept):
+    swept("--seeds", "0:1", "--out", "s")
+    program = json.loads(Path("s/config.json").read_text())["program"]
+    (path,) = rows.row_files(Path("s"))
+    assert rows.read_metadata(path).program == program
+
+
+def test_files_of_different_code_side_by_side_are_refused(swept, data):
+    swept("--seeds", "0:1", "--out", "s")
+    swept("--seeds", "1:2", "--out", "t")
+    (path,) = rows.row_files(Path("t"))
+    write("s", other_code(path))
+    older = directory.stored_metadata(Path("s"))._replace(program=None)
+    with pytest.raises(UserError, match="other training code"):
+        count_processors(rows.row_files(Path("s")), older)
+    with pytest.raises(UserError, match="other training code"):
+        report_main(["s", *data])
+
+
+def test_compare_names_other_code_and_not_a_missing_fingerprint(swept, data, capsys):
+    for out in ("s", "t", "u"):
+        swept("--seeds", "0:3", "--out", out)
+    config = directory.stored_metadata(Path("t"))._replace(program=None)
+    write_signed_json(Path("t/config.json"), config.to_json())
+    (path,) = rows.row_files(Path("u"))
+    write("u", other_code(path))
+    path.unlink()
+    config = directory.stored_metadata(Path("u"))._replace(program="0" * 64)
+    write_signed_json(Path("u/config.json"), config.to_json())
+    compare_main(["s", "t", *data])
+    assert "They differ in no setting" in capsys.readouterr().out
+    compare_main(["s", "u", *data])
+    assert "They differ in training code" in capsys.readouterr().out
+
+
+# compaction ---------------------------------------------------------------------------------------
+
+
+def test_a_reader_beside_compact_sees_each_row_once(swept, monkeypatch):
+    swept("--seeds", "0:6", "--chunk", "1", "--devices", "1", "--out", "s")
+    place = Path("s")
+    seen, read_merge = [], rows.read_merge
+    steps = iter(compaction_steps(place))
+
+    def reading(where):  # between a look at the note and the listing, compact makes a step
+        merge = read_merge(where)
+        next(steps, None)
+        return merge
+
+    monkeypatch.setattr(rows, "read_merge", reading)
+    while len(seen) < 8:
+        seen.append(sorted(seed for *_, seed in rows.run_ids(rows.read_table(listed(place), []))))
+    assert seen == [list(range(6))] * 8
+
+
+def listed(place):
+    """The files that are read, as they were when listed."""
+    kept = Path("kept")
+    shutil.rmtree(kept, ignore_errors=True)
+    paths = rows.row_files(place)
+    kept.mkdir()
+    for path in paths:
+        if path.exists():
+            shutil.copy(path, kept)
+    return sorted(kept.iterdir())
+
+
+def compaction_steps(place):
+    """What `compact` does, one change of the directory after another."""
+    paths = sorted(place.glob("runs/*.parquet"))
+    merged, content = rows.encode(place, pa.concat_tables(map(pq.read_table, paths)))
+    note = {"into": merged.name, "merged": [path.name for path in paths]}
+    write_signed_json(place / rows.MERGE, note)
+    yield
+    merged.write_bytes(content)
+    yield
+
+
+def test_compact_keeps_what_a_damaged_merge_merged(swept, caplog):
+    swept("--seeds", "0:4", "--chunk", "1", "--devices", "1", "--out", "s")
+    for _ in compaction_steps(Path("s")):
+        pass
+    merged = Path("s/runs", rows.read_merge(Path("s"))["into"])
+    merged.write_bytes(merged.read_bytes()[:-1] + b"x")
+    compaction.compact(Path("s"))
+    assert len(mj.read_runs("s")) == 4
+    assert "renamed to" in caplog.text
+
+
+def test_compact_refuses_a_run_in_two_files_and_names_them(swept):
+    swept("--seeds", "0:2", "--chunk", "1", "--devices", "1", "--out", "s")
+    table = pq.read_table(rows.row_files(Path("s"))[0])
+    write("s", table.set_column(table.column_names.index("seconds"), "seconds", [[9.0]]))
+    with pytest.raises(UserError, match=r"s/runs/.* and s/runs/.* have the same run: remove one"):
+        compact_main(["s"])
+    assert len(rows.row_files(Path("s"))) == 3
+
+
+def test_compact_passes_over_sweeps_of_a_grid_without_rows(swept, capsys):
+    swept("--seeds", "0:2", "--chunk", "1", "--devices", "1", "--dropout", "0", "0.5", "--out", "g")
+    for path in rows.row_files(Path("g/dropout=0.0")):
+        path.unlink()
+    compact_main(["g"])
+    assert capsys.readouterr().out == "g/dropout=0.5: 2 files are now 1\n"
+
+
+# numbers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["test_correct", "test_loss", "dropout_seed"])
+def test_verify_sees_each_altered_number(name, swept, data, capsys):
+    swept("--seeds", "0:1", "--out", "s")
+    (path,) = rows.row_files(Path("s"))
+    table = pq.read_table(path)
+    altered = pa.array([table[name][0].as_py() + 1], table.schema.field(name).type)
+    write("s", table.set_column(table.column_names.index(name), name, altered))
+    path.unlink()
+    with pytest.raises(SystemExit):
+        verify_main(["s", *data])
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_a_run_whose_loss_was_once_infinite_diverged_for_all(swept, data, capsys):
+    swept("--seeds", "0:3", "--out", "g/a=1")
+    swept("--seeds", "0:3", "--dropout", "0", "--out", "g/a=2")
+    (path,) = rows.row_files(Path("g/a=1"))
+    table = pq.read_table(path)
+    losses = table["train_loss_by_epoch"].to_pylist()
+    losses[1][0] = math.inf
+    column = pa.array(losses, table.schema.field("train_loss_by_epoch").type)
+    i = table.column_names.index("train_loss_by_epoch")
+    path.unlink()
+    write("g/a=1", table.set_column(i, "train_loss_by_epoch", column))
+    (diverged,) = (run for run, score in rows.read_scores(Path("g/a=1")).items() if score != score)
+    report_main(["g/a=1", *data])
+    assert f"1 that diverged, in no statistic: seeds [{diverged[2]}]" in capsys.readouterr().out
+    finished = rows.finished_runs(Path("g/a=1"), directory.read_metadata(Path("g/a=1")))
+    assert sum(not row["finite"] for row in finished.values()) == 1
+
+
+def test_validation_images_are_called_so(swept, data, capsys):
+    swept("--split", "validation", "--seeds", "0:3", "--keep-weights", "--out", "s")
+    report_main(["s", *data])
+    assert "validation images 50" in capsys.readouterr().out
+    compare_main(["s", "s", *data])
+    assert "On this validation set" in capsys.readouterr().out
+    demo_main(["-o", "page.html", "--run", "s"])
+    assert "of the validation images" in Path("page.html").read_text("utf-8")
+
+
+def test_a_page_says_in_what_its_networks_differ(swept):
+    flags = ("--seeds", "0:2", "--keep-weights", "--out", "s")
+    swept(*flags, "--learning-rate", "0.1", "0.05")
+    demo_main(["-o", "page.html", "--run", "s"])
+    assert "nothing but their seeds and learning rates" in Path("page.html").read_text("utf-8")
+
+
+def test_rates_that_are_close_have_names_of_their_own(swept, data, capsys):
+    swept("--seeds", "0:3", "--learning-rate", "0.1234567", "0.1234568", "--out", "s")
+    compare_main(["s@0.1234567", "s@0.1234568", *data])
+    report_main(["s", *data])
+    assert "P(learning rate 0.1234567 beats 0.1234568)" in capsys.readouterr().out.replace(
+        "0.1234568 beats 0.1234567", "0.1234567 beats 0.1234568"
+    )
+
+
+# the API ------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_split_is_not_the_test_set():
+    with pytest.raises(UserError, match="split must be test or validation, not 'val'"):
+        mj.load_dataset("mnist", split="val")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "mse"}, "loss must be one of softmax, squared-hinge; not 'mse'"),
+        ({"examples": "Half"}, "examples must be one of"),
+        ({"optimizer": "Adam"}, "optimizer must be one of"),
+        ({"cycles": 10**41}, "cycles must be at most"),
+    ],
+)
+def test_settings_that_are_misspelt_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Config(**settings)
+
+
+def test_numbers_of_numpy_are_settings():
+    config = Config(batch_size=np.int64(32), learning_rate=np.float32(0.5))
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["batch_size"] == 32
+
+
+def test_a_snapshot_starts_its_own_runs_alone(config, small):
+    snapshot = next(fit(config, small, seeds=(7, 8))).snapshot()
+    with pytest.raises(UserError, match="is of other runs"):
+        fit(config, small, seeds=(3, 4), start=snapshot)
+    other = dataclasses.replace(config, dropout=0.5)
+    with pytest.raises(UserError, match="with other settings"):
+        fit(other, small, seeds=(7, 8), start=snapshot)
+    longer = dataclasses.replace(config, epochs=5)
+    assert [each.epoch for each in fit(longer, small, seeds=(7, 8), start=snapshot)] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 784)), np.zeros((2, 784), bool), np.zeros((2, 32, 32), np.uint8)]
+)
+def test_predict_takes_images_as_mnist_has_them(images, swept):
+    swept("--seeds", "0:1", "--keep-weights", "--out", "s")
+    with pytest.raises(UserError, match=r"images must be uint8 \[n, 784\] or \[n, 28, 28\], not"):
+        mj.predict(mj.load_run("s"), images)
+
+
+def test_weights_under_another_runs_name_are_damaged(swept):
+    swept("--seeds", "0:2", "--keep-weights", "--out", "s")
+    shutil.copy("s/weights/all-lr0.1-seed0.npz", "s/weights/all-lr0.1-seed1.npz")
+    with pytest.raises(Damaged, match="it holds the weights of seed 0"):
+        mj.load_run("s", 1)
+    assert not has_weights(Path("s"), make_run(1, 0.1))
+    swept("--seeds", "0:2", "--keep-weights", "--out", "s")
+    assert mj.load_run("s", 1).run.seed == 1
+
+
+def test_the_run_to_load_is_named(swept):
+    swept("--seeds", "0:2", "--keep-weights", "--out", "s", "--learning-rate", "0.1", "0.05")
+    for seed, message in (
+        (None, "of 4 runs: choose"),
+        (1, "of 2 runs of seed 1"),
+        (7, "of 0 runs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mj.load_run("s", seed)
+    with pytest.raises(TypeError):
+        mj.load_run("s", "*")
+
+
+def test_a_chunk_has_at_least_one_run(config, small, here):
+    with pytest.raises(UserError, match="a chunk has at least one run, not -3"):
+        mj.sweep(config, small, "s", seeds=range(2), chunk=-3)
+    assert experiment.chunk_size("auto", 1e-310, 2) == 2_000_000
+    assert experiment.chunk_size(10**400, 1, 2) == 10**400
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_data_set_has_two_images_of_each_kind_at_least(n, small):
+    few = Split(small.test.images[:n], small.test.labels[:n])
+    with pytest.raises(UserError, match=f"few has {n} test images"):
+        make_dataset("few", small.train, few, 4)
+    with pytest.raises(UserError, match=f"few has {n} training images"):
+        make_dataset("few", few, small.test, 4)
+
+
+# files --------------------------------------------------------------------------------------------
+
+
+def test_a_photo_is_no_sheet(here):
+    Path("photo.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"--sheet photo.png exists: name a new file"):
+        predict_main(["--sheet", "photo.png", "other.png"])
+    assert Path("photo.png").read_bytes() == b"mine"
+
+
+def test_a_report_does_not_replace_a_run(swept, data):
+    train_main([*TINY, *data, "--out", "run"])
+    swept("--seeds", "0:2", "--out", "s")
+    before = Path("run/summary.json").read_bytes()
+    with pytest.raises(UserError, match="run has results of its own: name another --out"):
+        report_main(["s", *data, "--out", "run"])
+    assert Path("run/summary.json").read_bytes() == before
+
+
+def test_a_sweep_leaves_the_figures_that_a_report_writes(swept):
+    swept("--seeds", "0:2", "--out", "s")
+    for name in ("figures", "runs"):
+        Path("s", name).mkdir(exist_ok=True)
+        Path("s", name, f".a.png.{'0' * 16}.tmp").write_bytes(b"")
+    swept("--seeds", "0:2", "--out", "s")
+    assert [path.parent.name for path in Path("s").rglob("*.tmp")] == ["figures"]
+
+
+def test_sweeps_on_other_images_are_not_ranked(swept, data):
+    swept("--seeds", "0:2", "--out", "g/split=test")
+    swept("--seeds", "0:2", "--split", "validation", "--out", "g/split=validation")
+    with pytest.raises(UserError, match="g has sweeps on different images"):
+        report_main(["g", *data])
+
+
+# the command line ---------------------------------------------------------------------------------
+
+
+def test_a_shard_without_runs_says_so(swept, capsys, monkeypatch):
+    for name, value in {"ID": "5", "COUNT": "10", "MIN": "0", "STEP": "1"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    swept("--seeds", "5:6", "--out", "s")
+    assert capsys.readouterr().out == "shard 5 of 10 has no runs: there are fewer than shards\n"
+
+
+def test_a_stream_that_is_not_random_is_not_varied(swept):
+    with pytest.raises(UserError, match="--vary dropout: with these settings nothing is random"):
+        swept("--vary", "dropout", "--dropout", "0", "--out", "s")
+
+
+def test_an_empty_directory_name_is_refused():
+    with pytest.raises(UserError, match="the first argument has an empty value"):
+        report_main([""])
+
+
+def as_process(code, **env):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_mistyped_flag_is_named_on_any_terminal(encoding):
+    code = "from mlp_jax import cli, train; cli.run_cli(lambda: train.main(['--sed', '1']))"
+    done = as_process(code, PYTHONIOENCODING=encoding)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Unrecognized options: --sed")
+    assert "did you mean --seed?" in done.stderr
+
+
+def test_a_mistyped_flag_without_a_stdout():
+    code = "import sys; sys.stdout = None\n"
+    code += "from mlp_jax import cli, train; cli.run_cli(lambda: train.main(['--sed', '1']))"
+    assert as_process(code).stderr.startswith("error: Unrecognized options: --sed")
+
+
+@pytest.mark.parametrize(
+    ("name", "printed", "env"),
+    [
+        ("x.html", "x.html", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+        ("\xfc.html", "\\xfc.html", {"PYTHONIOENCODING": "ascii"}),
+    ],
+)
+def test_text_is_written_and_said_in_any_locale(name, printed, env, tmp_path):
+    code = "from mlp_jax import cli, demo\n"
+    code += f"cli.run_cli(lambda: demo.main(['-o', {str(tmp_path / name)!a}]))"
+    done = as_process(code, **env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(printed)
+    assert "<html" in (tmp_path / name).read_text("utf-8")

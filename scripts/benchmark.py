@@ -32,7 +32,7 @@ from statistics import mean, median
 from typing import Literal
 
 import tyro
-from _keras_peer import FOREVER, missing, train_keras
+from _peers import FOREVER, missing, train_keras_at_best
 
 import mlp_jax as mj
 from mlp_jax.files import write_json
@@ -162,10 +162,10 @@ def train_products(turn: Callable, seed: int, batch_size: int, hidden: tuple[int
 
 
 def add_keras(peers: list[Peer], name: str, backend: str, args: Args, cores=None) -> None:
-    if package := missing(backend):
+    if package := missing(("keras", backend)):
         print(f'without {name}: {package} is not installed (pip install -e ".[bench]")')
     else:
-        peers.append(Peer(name, train_keras, args.data_dir, backend, cores=cores))
+        peers.append(Peer(name, train_keras_at_best, args.data_dir, backend, cores=cores))
 
 
 def interleave(peers: list[Peer], rounds: int) -> list[dict]:

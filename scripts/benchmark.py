@@ -8,6 +8,7 @@
     python scripts/benchmark.py scaling     time per seed, and memory, by the number of seeds
     python scripts/benchmark.py process     whole processes, from start to end
     python scripts/benchmark.py users epoch sweep whole scaling process --out benchmark.json
+    python scripts/benchmark.py --draw benchmark.json       benchmark.png, of the first three
 
 A peer *as its users write it* is the script of its README or tutorial, with nothing tuned. One *at
 its best* has the settings that were found to be its fastest, in each of two layouts.
@@ -47,7 +48,7 @@ from _peers import (
 )
 
 import mlp_jax as mj
-from mlp_jax.files import write_json
+from mlp_jax.files import save_figure, write_json
 from mlp_jax.records.provenance import describe_environment
 
 RECIPE = "keras-sgd"
@@ -65,12 +66,19 @@ MAX_TIMES_ERRORS = 1.5
 PRODUCTS = "the matrix products alone"
 SHAPES = mj.RECIPES[RECIPE].batch_size, mj.RECIPES[RECIPE].hidden
 USERS, BEST = "as its users write it", "at its best"
+HEADINGS = {
+    "users": f"one run, each {USERS}",
+    "epoch": f"one run, each {BEST}",
+    "sweep": f"as many seeds as cores, each {BEST}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    parts: tyro.conf.Positional[tuple[Part, ...]]
+    parts: tyro.conf.Positional[tuple[Part, ...]] = ()
     """What to measure."""
+    draw: Path | None = None
+    """Measure nothing, but draw these results, beside them."""
     data_dir: Path | None = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     rounds: int | None = None
@@ -376,6 +384,39 @@ def train_size(data_dir: Path | None, size: int) -> dict:
     }
 
 
+def draw(record: dict):
+    """Seconds of an epoch relative to mlp_jax's, with their range over the rounds, by part."""
+    from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, new_figure
+
+    parts = {part: record[part] for part in HEADINGS if part in record}
+    n = sorted({row["after epochs"] // EPOCHS_A_TURN for part in parts.values() for row in part})
+    machine = "{cores} cores of {processor}".format(**record["environment"])
+    title = f"An epoch and its validation: {machine}, {' or '.join(map(str, n))} rounds"
+    figure, ax = new_figure(title, 1.2 + 0.24 * sum(len(part) + 1 for part in parts.values()))
+    names: list[str] = []
+    for part, rows in parts.items():
+        inset = {"textcoords": "offset points", "va": "center", "size": 9}
+        ax.annotate(HEADINGS[part], (0, len(names)), (3, 0), fontweight="bold", **inset)
+        names.append("")
+        top = len(names)
+        for row in rows:
+            ratio, ends = row["ratio"], [row["ratio min"], row["ratio max"]]
+            if row["what"] == PRODUCTS:
+                between = [top - 0.5, len(names) - 0.5]
+                ax.plot([ratio] * 2, between, "--", color=ORANGE)
+                continue
+            y, ours = len(names), row["what"].startswith("mlp_jax")
+            ax.barh(y, ratio, 0.7, color="#A9CDE5" if ours else "#D9D9D9")
+            ax.plot(ends, [y, y], color=BLUE if ours else GRAY)
+            ax.annotate(f"{ratio:.2f} ({row['seconds']:.2f} s)", (ends[1], y), (4, 0), **inset)
+            names.append(row["what"])
+    ax.set_yticks([y for y, name in enumerate(names) if name], [*filter(None, names)])
+    label = "seconds a seed, relative to the first bar of each block\n"
+    label += f"solid lines: range over the rounds; dashed: {PRODUCTS}, in XLA"
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlabel=label)
+    return figure
+
+
 def show(title: str, rows: list[dict]) -> None:
     lines = [list(rows[0])]
     lines += [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
@@ -402,6 +443,10 @@ def describe() -> dict:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if args.draw:
+        figure = draw(json.loads(args.draw.read_text()))
+        save_figure(args.draw.with_suffix(".png"), figure, dpi=125)
+        sys.exit()
     # not here: a process starts with the peak memory of its parent, which must stay small
     record = {"environment": fresh(describe)}
     for part in args.parts:

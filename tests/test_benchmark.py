@@ -1,6 +1,7 @@
 """scripts/benchmark.py: what needs neither Keras nor PyTorch."""
 
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -75,3 +76,24 @@ def test_accuracies_of_another_training_fail(what, accuracy, is_same):
     rows = [a_row("mlp_jax, one run", 1, 0.95), a_row(what, 2, accuracy)]
     assert benchmark.are_same_training(rows) is is_same
     assert not benchmark.are_same_training([a_row("mlp_jax, one run", 1, 0.7)])
+
+
+def test_the_figure_shows_every_row(tmp_path):
+    floor = a_row(benchmark.PRODUCTS, 0.7, None)
+    users = [a_row("mlp_jax, one run", 1), a_row("PyTorch", 2.5), floor]
+    sweep = [a_row("mlp_jax, a sweep", 1), a_row("Keras on TF, one a core", 1.5), floor]
+    environment = {"processor": "a processor", "cores": 2}
+    record = {"environment": environment, "users": users, "sweep": sweep, "scaling": []}
+    figure = benchmark.draw(json.loads(json.dumps(record)))
+    (ax,) = figure.axes
+    assert "2 cores of a processor, 3 rounds" in figure.get_suptitle()
+    bars = [row for row in users + sweep if row is not floor]
+    assert [bar.get_width() for bar in ax.patches] == [row["ratio"] for row in bars]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == [row["what"] for row in bars]
+    texts = [text.get_text() for text in ax.texts]
+    assert {benchmark.HEADINGS[part] for part in ("users", "sweep")} < set(texts)
+    assert "2.50 (2.75 s)" in texts
+    floors = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert [line.get_xdata()[0] for line in floors] == [0.7, 0.7]
+    assert [line.get_ydata()[1] - line.get_ydata()[0] for line in floors] == [2, 2]
+    figure.savefig(tmp_path / "speed.png")

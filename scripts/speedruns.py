@@ -11,7 +11,7 @@ timed. They take turns, A B C A B C ..., so other load on the machine affects al
 many epochs is spread over all turns; a short one is made twice in each, and the second is timed,
 since the first warms the process up again. Seconds are medians over the turns, of a whole training
 and the scoring of the test set after each epoch. CPU seconds are those of all threads, and suffer
-less from other load. Keras trains as its users write it, a step an execution.
+less from other load. Keras trains a step an execution, as it does by default.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from statistics import mean, median, stdev
 
 import numpy as np
 import tyro
+from _peers import train_keras_at_best
 from benchmark import Peer, describe, fresh
 
 import mlp_jax as mj
@@ -105,16 +106,10 @@ def train_recipe(turn: Callable, seed: int, data_dir: Path | None, recipe: str) 
             turn(list(progress.test_accuracy))
 
 
-def train_keras(turn: Callable, seed: int, data_dir: Path | None) -> None:
-    import _keras_peer
-
-    _keras_peer.SETTINGS.clear()
-    _keras_peer.train_keras(turn, seed, data_dir, "tensorflow")
-
-
 def measure(args: Args) -> dict:
     record = {"environment": fresh(describe), "rounds": args.rounds}
-    contenders = [Contender(KERAS, KERAS_EPOCHS, args.rounds, train_keras, args.data_dir)]
+    keras = train_keras_at_best, args.data_dir, "tensorflow", 1
+    contenders = [Contender(KERAS, KERAS_EPOCHS, args.rounds, *keras)]
     contenders += [
         Contender(name, mj.RECIPES[name].epochs, args.rounds, train_recipe, args.data_dir, name)
         for name in args.recipes

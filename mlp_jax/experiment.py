@@ -192,13 +192,10 @@ def open_experiment(
         files.make_directory(directory / "runs")
         size = chunk_size(chunk, config.epochs, width)
         saving = {"chunk": size, "checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
-        stored = rows.finished_runs(directory, metadata)
-        finished = {
-            run: row
-            for run, row in stored.items()
-            if not keep_weights or has_weights(directory, run)
-        }
         trainer = cluster or machine._replace(metadata=metadata)
+        stored = rows.finished_runs(directory, metadata)
+        lacking = {run for run in stored if keep_weights and not has_weights(directory, run)}
+        finished = {run: row for run, row in stored.items() if run not in lacking}
         yield Experiment(directory, metadata, dataset, trainer, stored, finished, **saving)
         if shard[1] == 1:  # else another shard may be about to write there
             files.remove_if_empty(directory / "checkpoints")

@@ -137,15 +137,20 @@ def labels(a: "Target", b: "Target") -> tuple[str, str]:
 
 def differences(a: "Target", b: "Target") -> dict[str, tuple]:
     """What may have made the difference: settings, and what else can change a number."""
+    from mlp_jax.training.fit import program_config
+
     ours, theirs = (
         settings(each.metadata)
         | numerics(each.metadata)
         | {"family": each.vary, "learning_rate": each.rate}
         for each in (a, b)
     )
-    if None in (ours["program"], theirs["program"]):  # an older record's is not known
-        ours["program"] = theirs["program"] = None
-    return {name: (ours[name], theirs.get(name)) for name in ours if ours[name] != theirs.get(name)}
+    found = {n: (ours[n], theirs.get(n)) for n in ours if ours[n] != theirs.get(n)}
+    # an older record's is not known; and other settings make another program of the same code
+    programs = [program_config(each.metadata.config) for each in (a, b)]
+    if None in found.get("program", ()) or programs[0] != programs[1]:
+        found.pop("program", None)
+    return found
 
 
 def format_details(a: "Target", b: "Target", comparison: "Comparison") -> str:

@@ -567,7 +567,9 @@ def test_a_recipe_on_another_data_set_has_no_reference():
     assert metadata.config == dataclasses.replace(RECIPES["keras-rmsprop"], dataset="fashion_mnist")
     (family,) = json.loads((FASHION / "summary.json").read_text())["families"]
     assert family["reference"] is None
-    assert f"{points(family['mean'], 2)} % of Fashion-MNIST" in README.replace("\n", " ")
+    assert f"{points(family['mean'], 2)} % test accuracy on Fashion-MNIST" in README.replace(
+        "\n", " "
+    )
 
 
 @pytest.mark.parametrize("recipe", GOALS)

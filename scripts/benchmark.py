@@ -4,7 +4,8 @@
     python scripts/benchmark.py users       an epoch of one run, beside peers as users write them
     python scripts/benchmark.py epoch       an epoch of one run, beside Keras on JAX at its best
     python scripts/benchmark.py sweep       seeds an hour, beside single runs and Keras at its best
-    python scripts/benchmark.py whole       the same beside single runs, as whole processes
+    python scripts/benchmark.py whole       the same beside single runs, as whole processes, of
+                                            long runs and of short ones
     python scripts/benchmark.py scaling     time per seed, and memory, by the number of seeds
     python scripts/benchmark.py process     whole processes, from start to end
     python scripts/benchmark.py users epoch sweep whole scaling process --out benchmark.json
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 from typing import Literal
@@ -55,7 +57,7 @@ RECIPE = "keras-sgd"
 Part = Literal["users", "epoch", "sweep", "whole", "scaling", "process"]
 EPOCHS_A_TURN = 2
 ROUNDS = {"users": 8, "epoch": 25, "sweep": 8, "process": 5}  # a few minutes a part on two cores
-WHOLE_ROUNDS, WHOLE_SEEDS = 2, 4  # a quarter of an hour
+WHOLE_ROUNDS, WHOLE_SEEDS = 3, {"keras-sgd": 4, "short": 40}  # twenty minutes
 SIZES = (2, 4, 8, 16, 32, 64)
 SEED_EPOCHS = 16  # timed for each size at least, so small sizes are timed as long as larger ones
 # Test accuracies after equally many epochs; the first epoch reaches about 0.87.
@@ -289,33 +291,55 @@ def measure_sweep(args: Args) -> dict:
 
 
 def measure_whole(args: Args) -> dict:
-    """`mlp_jax.sweep`, then `mlp_jax.train` for each of its seeds; exits if a result differs."""
-    sweeps, singles = [], []
-    for _ in range(WHOLE_ROUNDS):
-        with tempfile.TemporaryDirectory() as out:
-            seeds = ["--seeds", f"0:{WHOLE_SEEDS}"]
-            sweeps.append(run("sweep", args, *seeds, "--out", f"{out}/sweep")[0])
-            alone = [
-                run("train", args, "--seed", str(seed), "--out", f"{out}/{seed}")[0]
-                for seed in range(WHOLE_SEEDS)
-            ]
-            singles.append(sum(alone))
-            table = mj.read_runs(Path(out, "sweep"), ["test_correct"]).to_pydict()
-            for seed, correct in zip(table["seed"], table["test_correct"], strict=True):
-                summary = json.loads(Path(out, str(seed), "summary.json").read_text())
+    """A sweep, then each of its seeds in a process of its own: one after another, and one a core.
+
+    Exits if a result differs.
+    """
+    record = {}
+    for recipe, n_seeds in WHOLE_SEEDS.items():
+        seconds: dict[str, list[float]] = {}
+        for _ in range(WHOLE_ROUNDS):
+            for name, took in time_whole(args, recipe, n_seeds).items():
+                seconds.setdefault(name, []).append(took / n_seeds)
+        rows, epochs = timed(seconds), mj.RECIPES[recipe].epochs
+        show(f"whole processes, {n_seeds} seeds of {recipe}, {epochs} epochs: seconds a seed", rows)
+        record[f"whole {recipe}"] = rows
+    return record
+
+
+def time_whole(args: Args, recipe: str, n_seeds: int) -> dict[str, float]:
+    """Seconds of each way to train the same seeds."""
+    cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def train(way: str, seeds: Iterable[int], core: int | None = None) -> float:
+            start = time.perf_counter()
+            for seed in seeds:
+                flags = ["--seed", str(seed), "--out", f"{scratch}/{way}/{seed}"]
+                run("train", args, "--recipe", recipe, *flags, core=core)
+            return time.perf_counter() - start
+
+        flags = ["--recipe", recipe, "--seeds", f"0:{n_seeds}", "--out", f"{scratch}/sweep"]
+        seconds = {"mlp_jax.sweep": run("sweep", args, *flags)[0]}
+        seconds["mlp_jax.train, one after another"] = train("alone", range(n_seeds))
+        shares = [range(n_seeds)[i :: len(cores)] for i in range(len(cores))]
+        with ThreadPoolExecutor(len(cores)) as pool:
+            ended = pool.map(train, itertools.repeat("pinned"), shares, cores)
+            seconds["mlp_jax.train, one a core"] = max(ended)
+        table = mj.read_runs(Path(scratch, "sweep"), ["test_correct"]).to_pydict()
+        for seed, correct in zip(table["seed"], table["test_correct"], strict=True):
+            for way in ("alone", "pinned"):
+                summary = json.loads(Path(scratch, way, str(seed), "summary.json").read_text())
                 if summary["test_correct"] != correct:
-                    sys.exit(f"FAILED: seed {seed}: {correct} right in the sweep; alone {summary}")
-    totals = {"mlp_jax.sweep": sweeps, "mlp_jax.train, one after another": singles}
-    rows = timed({name: [s / WHOLE_SEEDS for s in total] for name, total in totals.items()})
-    epochs = mj.RECIPES[RECIPE].epochs
-    show(f"whole processes, {WHOLE_SEEDS} seeds of {epochs} epochs: seconds a seed", rows)
-    return {"whole": rows}
+                    sys.exit(f"FAILED: seed {seed}: {correct} right in the sweep; {way}: {summary}")
+    return seconds
 
 
-def run(front: str, args: Args, *flags: str) -> tuple[float, float]:
+def run(front: str, args: Args, *flags: str, core: int | None = None) -> tuple[float, float]:
     """Wall seconds and peak memory in MB of `python -m mlp_jax.<front>`, from start to end."""
     data = ["--data-dir", str(args.data_dir)] if args.data_dir else []
-    command = [sys.executable, "-m", f"mlp_jax.{front}", *flags, "--quiet", *data]
+    command = ["taskset", "-c", str(core)] if core is not None else []
+    command += [sys.executable, "-m", f"mlp_jax.{front}", *flags, "--quiet", *data]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -9,14 +9,14 @@ import sys
 from mlp_jax.errors import nearest
 
 COMMANDS = {
-    "train": "one run, epoch by epoch, and the files it leaves",
-    "sweep": "many runs of one recipe, in a directory that can be resumed",
-    "report": "how much a sweep's test accuracy varies, and why",
-    "compare": "whether the runs of one sweep score higher than those of another",
+    "train": "train one run, epoch by epoch",
+    "sweep": "train many runs of one recipe, in a directory that can be resumed",
+    "report": "show how much a sweep's test accuracy varies, and why",
+    "compare": "test whether the runs of one sweep score higher than those of another",
     "verify": "retrain some stored runs and compare every number",
     "compact": "merge the many small files of a sweep",
-    "predict": "which digit is in an image, and how sure trained runs are",
-    "demo": "a page to draw digits on; one file, which needs no server",
+    "predict": "recognize the digit in an image, and show how sure trained runs are",
+    "demo": "write a page to draw digits on: one file, which needs no server",
 }
 USAGE = "usage: mlp-jax COMMAND [--help] ..."
 

@@ -38,11 +38,11 @@ class TrainingArgs:
     manual_dir: Path | None = None
     """Directory with four IDX files: published ones, or your own under a new --dataset name."""
     teacher: Path | None = None
-    """Distillation: a directory of runs with weights, whose mean prediction replaces the labels."""
+    """Distillation: directory of runs with weights, whose mean prediction replaces the labels."""
     checkpoint_every: int = 10
     """Epochs between checkpoints; 0: save only when stopped."""
     allow_mixed: bool = False
-    """Continue even if the code, a version or the numerics changed; the new rows are marked."""
+    """Continue even if the code, a version or the numerics have changed; new rows are marked."""
     tensorboard: bool = False
     """Also write curves for TensorBoard, to tensorboard/ beside the results."""
     quiet: bool = False
@@ -87,9 +87,9 @@ def parse_args(
 
 
 def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
-    """A command line for each combination of those settings in `argv` with several values.
+    """A command line for each combination of those settings in `argv` that have several values.
 
-    `--hidden 512 512` is one net, and `--hidden 512x512 1024x1024` are two.
+    `--hidden 512 512` is one network, and `--hidden 512x512 1024x1024` are two.
     """
     words = list(_words(argv))
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
@@ -245,7 +245,7 @@ def run_cli(main: Callable[[], None]) -> None:
         words = ("RESOURCE_EXHAUSTED", "Out of memory")
         if not (isinstance(error, MemoryError) or any(word in str(error) for word in words)):
             raise
-        print("error: out of memory: try fewer --lanes or a smaller net", file=sys.stderr)
+        print("error: out of memory: try fewer --lanes or a smaller network", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -1,7 +1,7 @@
 """Trains chunks of runs on the nodes of a Ray cluster; the caller alone writes what they return.
 
-A chunk is a task in Ray's queue: nodes that join take tasks, and those of a node that dies are
-repeated on others. On CPU the numbers are those of one machine, bit for bit.
+A chunk is a task in Ray's queue: nodes that join take tasks, and the tasks of a node that dies
+are repeated on others. On CPU the numbers are those of one machine, bit for bit.
 """
 
 import contextlib
@@ -105,12 +105,12 @@ def _get(task) -> tuple[Metadata, int, list[Epoch]]:
 def _task(there: dict, job: list, chunk: bytes) -> tuple[Metadata, int, list[Epoch]]:
     """Train a chunk on a node: its metadata, how many runs it trains at once, finished runs.
 
-    UserError, naming the node, if its numbers could be others.
+    UserError, naming the node, if its numbers could differ.
     """
     try:
         for name, asked in there.items():
             if (here := version(name)) != asked:
-                raise UserError(f"{name} is {here}, not {asked} as where the sweep began")
+                raise UserError(f"{name} is {here}, but {asked} where the sweep was started")
         if _gpus() != os.getenv("CUDA_VISIBLE_DEVICES"):
             os._exit(1)  # Ray repeats the task in a new process
         machine = _machine(*job)

@@ -21,15 +21,15 @@ if TYPE_CHECKING:  # --help does without
 
 PROG = "python -m mlp_jax.compare"
 LOOKED = (
-    "The verdict is the sequence's: the number of runs was chosen by looking at them, for which the"
-    " other intervals, p and P make no allowance."
+    "The verdict is that of the confidence sequence: the number of runs was chosen by looking at"
+    " the results, which the other intervals, p and P do not allow for."
 )
 STEP = 10  # seeds between two looks of --until-decided
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Say whether the runs of one sweep score higher than those of another. DIR:FAMILY@RATE names
+    """Test whether the runs of one sweep score higher than those of another. DIR:FAMILY@RATE names
     one family or learning rate of a sweep, as in runs/why:order or runs/rates@0.1.
     """
 
@@ -40,7 +40,7 @@ class Args:
     until_decided: bool = False
     """Train more seeds of both sweeps until a confidence sequence, valid at every look, decides."""
     max_seeds: int = 1000
-    """Seeds after which --until-decided gives up."""
+    """Number of seeds after which --until-decided gives up."""
     out: Path | None = None
     """Directory for comparison.json and figures; default: nothing is written."""
     data_dir: Path | None = None
@@ -78,10 +78,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def compare(a: str | Path, b: str | Path, *, margin: float = 0.05) -> "Comparison":
-    """A `Comparison` of the test accuracies (shares of 1) of two sweeps, from the rows on disk.
+    """A `Comparison` of the test accuracies (as fractions) of two sweeps, from the rows on disk.
 
     Each is a directory, or DIR:FAMILY@RATE as on the command line. `margin` is in percentage
-    points. Paired by seed if half of the fewer runs share seeds. UserError for other data.
+    points. Paired by seed if at least half of the smaller sweep's seeds are shared.
+    UserError if the two were evaluated on different data.
     """
     from mlp_jax.results import parse_target
 
@@ -91,7 +92,7 @@ def compare(a: str | Path, b: str | Path, *, margin: float = 0.05) -> "Compariso
 
 
 def check_comparable(targets: Sequence["Target"]) -> None:
-    """UserError if the targets were scored on different data."""
+    """UserError if the targets were evaluated on different data."""
     first = targets[0]
     for other in targets[1:]:
         for name in ("dataset", "split"):
@@ -103,7 +104,7 @@ def check_comparable(targets: Sequence["Target"]) -> None:
 def compare_targets(
     a: "Target", b: "Target", margin: float, data_dir: Path | None = None
 ) -> "Comparison":
-    """A against B, of the runs that did not diverge; `margin` is a share of 1."""
+    """A against B, of the runs that did not diverge; `margin` is a fraction."""
     from mlp_jax.analysis.compare import compare as compare_scores
     from mlp_jax.analysis.predictions import error_covariance, sd_over_test_sets
 
@@ -169,15 +170,16 @@ def format_details(a: "Target", b: "Target", comparison: "Comparison") -> str:
 
 
 def caveats(target: "Target") -> list[str]:
-    """Which runs of a sweep are in no number, and which were trained otherwise."""
+    """Which runs of a sweep are excluded from the numbers, and which were trained differently."""
     from mlp_jax.results import count_processors
 
     paths, scores = rows.row_files(target.directory), target.read_scores()
     diverged = sorted(seed for seed, score in scores.items() if math.isnan(score))
     of = count_processors(paths, target.metadata)
     n_mixed = sum(count for name, count in of.items() if "--allow-mixed" in name)
+    n, left_out = len(diverged), "excluded from all numbers here"
     said = {
-        f"{len(diverged)} runs that diverged, in no number here: seeds {diverged}": diverged,
+        f"{n} runs that diverged, {left_out}: seeds {diverged}": n,
         f"{n_mixed} runs that were pooled with others by --allow-mixed": n_mixed,
     }
     return [f"{target.name} has {text}." for text, there in said.items() if there]
@@ -243,7 +245,7 @@ def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> 
             a, b = (target.read_scores() for target in targets)
             pairs = [d for seed in seeds if not math.isnan(d := a[seed] - b[seed])]
             if not pairs:
-                raise UserError("one run of each pair diverged: there is nothing to compare")
+                raise UserError("in every pair a run diverged: there is nothing to compare")
             decision = decide(pairs, margin=args.margin / 100)
             mean, low, high = (100 * end for end in decision.difference)
             text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) points: {decision.verdict}"

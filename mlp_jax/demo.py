@@ -16,7 +16,7 @@ TEMPLATE = Path(__file__).with_name("demo.html")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Write a page to draw digits on, with trained networks in it that say what they see."""
+    """Write a page to draw digits on, with trained networks in it that recognize them."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """HTML file to write."""
@@ -24,7 +24,7 @@ class Args:
     """Directory of a run, or of a sweep with --keep-weights.
     Default: the weights that come with mlp_jax."""
     members: int = 5
-    """Most runs to put on the page, each of 2 to 4 MB."""
+    """Maximum number of runs to put on the page; each takes 2 to 4 MB."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -209,7 +209,7 @@ def chunk_size(chunk: Literal["auto"] | int, epochs: float, width: int) -> int:
     if chunk == "auto":
         return math.ceil(min(50 / epochs, 1e6)) * width
     if chunk < 1:
-        raise UserError(f"a chunk has at least one run, not {chunk}")
+        raise UserError(f"a chunk must have at least one run, not {chunk}")
     return -(-chunk // width) * width
 
 
@@ -240,7 +240,7 @@ def sweep(
         )
     index, count = options.setdefault("shard", (0, 1))
     if crossed and (seeds is not None or vary != ("all",)):
-        raise UserError("crossed decides all seeds: leave out seeds and vary")
+        raise UserError("crossed sets all seeds: leave out seeds and vary")
     if crossed:
         seeds, vary = crossed_seeds(crossed, config), ("crossed",)
     seeds = range(100) if seeds is None else seeds

@@ -18,7 +18,7 @@ MENTIONED = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Say which digit is in each image: photos, scans and drawings of any size and colour."""
+    """Recognize the digit in each image: photos, scans and drawings of any size and colour."""
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, each of one digit."""

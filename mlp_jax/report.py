@@ -19,8 +19,8 @@ from mlp_jax.training.run import used_streams
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Say how much the test accuracy of a sweep varies and why, in a table and figures; of a grid,
-    rank its sweeps.
+    """Show how much the test accuracy of a sweep varies and why, in a table and figures; for a
+    grid, rank its sweeps.
     """
 
     directory: tyro.conf.Positional[Path]
@@ -30,7 +30,7 @@ class Args:
     out: Path | None = None
     """Directory for summary.json and figures/; default: that of the sweep."""
     html: bool = False
-    """Also write report.html, a self-contained page of all this."""
+    """Also write report.html, a self-contained page with all of this."""
 
 
 class Report(NamedTuple):
@@ -150,7 +150,7 @@ def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:
             raise UserError(f"{other} and {cell} have the same settings: move one of them away")
         config, data = metadata.config, metadata.fingerprint
         if data_of.setdefault((config.dataset, config.split), data) != data:
-            line = f"{cell} was trained on other data named {config.dataset} than the other sweeps"
+            line = f"{cell} and the others were trained on different data named {config.dataset}"
             raise UserError(line)
     return names
 

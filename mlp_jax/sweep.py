@@ -26,7 +26,7 @@ MAX_RUNS = 10_000_000  # their list takes gigabytes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(cli.TrainingArgs):
-    """Train many seeds of a recipe; run it again to continue where it stopped. Any setting takes
+    """Train many seeds of a recipe; run again to continue where it stopped. Any setting takes
     several values, as in --dropout 0 0.2 --hidden 512x512 1024: each combination is a sweep in
     its own directory under --out (learning rates share one).
     """
@@ -36,24 +36,26 @@ class Args(cli.TrainingArgs):
     seeds: str = "0:100"
     """A range, as in 0:100 for 0 ... 99, or a list, as in 3,5,8."""
     vary: tuple[Literal["all", "init", "order", "dropout", "augment", "data"], ...] = ("all",)
-    """What the seed decides; other streams keep seed 0. Several values are interleaved."""
+    """Random streams that the seed determines; the others keep seed 0.
+    Several values train several families of runs, interleaved."""
     crossed: int = 0
-    """Blocks to train instead of --seeds, each all combinations of two fresh seeds per stream.
-    Three streams make 8 runs a block; report then says which randomness makes the spread."""
+    """Number of blocks to train instead of --seeds; report then shows which random stream matters.
+    A block is all combinations of two fresh seeds per stream: 8 runs for three streams."""
     devices: Literal["auto"] | int = "auto"
-    """How many local devices (on CPU: cores) train; auto: all."""
+    """Number of local devices (on CPU: cores) to train on; auto: all."""
     lanes: Literal["auto"] | int = "auto"
     """Runs that a device trains in one vmap; auto: on GPU and TPU as many as pay off, on CPU 1.
-    With more, rows on CPU no longer equal single runs bit for bit."""
+    With more than 1, rows on CPU no longer equal single runs bit for bit."""
     chunk: Literal["auto"] | int = "auto"
-    """Runs that share a file; auto: enough to train for minutes."""
+    """Runs that share a file; auto: enough for some minutes of training."""
     keep_weights: bool = False
     """Also store the weights of each finished run."""
     shard: str | None = None
-    """I/N: train the I-th of N equal parts of the runs, I from 0.
-    Default: this process's part in a SLURM array, srun or Open MPI job, else all."""
+    """I/N: train part I of N equal parts of the runs, counted from 0.
+    Default: this process's part in a SLURM array, srun or Open MPI job, else all runs."""
     ray: str | None = None
-    """Address of a Ray cluster whose nodes train, each task on --devices; none: this machine's."""
+    """Address of a Ray cluster whose nodes train, each task on --devices.
+    Without an address: the cluster that this machine belongs to."""
 
 
 class Cell(NamedTuple):
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     if count > 1 and not args.quiet:
         print(f"shard {index} of {count}", flush=True)
     if not any(cell.runs[index::count] for cell in cells):
-        print(f"shard {index} of {count} has no runs: there are fewer than shards", flush=True)
+        print(f"shard {index} of {count} has no runs: there are fewer runs than shards", flush=True)
     options = args.options("devices", "lanes", "chunk", "keep_weights")
     options |= {"shard": (index, count)}
 
@@ -161,14 +163,14 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
 def wanted_runs(args: Args, config: Config, rates: Sequence[float]) -> list[Run]:
     """The runs of one Config that the flags name; UserError if they name none, or one twice."""
     if len({make_run(0, rate) for rate in rates}) < len(rates):
-        raise UserError("a setting is given one value twice (learning rates are equal in float32)")
+        raise UserError("a setting is given the same value twice (learning rates are float32)")
     if not args.vary:
         raise UserError("--vary needs at least one value")
     for name in args.vary:
         if name not in ("all", *used_streams(config)):
-            raise UserError(f"--vary {name}: with these settings nothing is random there")
+            raise UserError(f"--vary {name}: with these settings that stream is not used")
     if args.crossed and (args.vary, args.seeds) != (("all",), Args.seeds):
-        raise UserError("--crossed decides all seeds: leave out --seeds and --vary")
+        raise UserError("--crossed sets all seeds: leave out --seeds and --vary")
     seeds = range(args.crossed * 2 ** len(used_streams(config)))
     seeds = seeds if args.crossed else parse_seeds(args.seeds)
     if (n_runs := len(seeds) * len(set(args.vary)) * len(rates)) > MAX_RUNS:

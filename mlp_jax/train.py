@@ -23,13 +23,13 @@ class Args(cli.TrainingArgs):
     """Train an MLP on MNIST, or on another TFDS data set of 28x28x1 images."""
 
     seed: int = 0
-    """Decides the initial weights, the order of the examples and the dropout."""
+    """Random seed: initial weights, order of the examples, dropout and any other draws."""
     out: Path | None = None
     """Directory for the results; default: a new one under runs/."""
     overwrite: bool = False
     """Replace the results in --out."""
     resume: bool = False
-    """Continue the run in --out if there is one, with the same result as without a stop."""
+    """Continue the run in --out if there is one; the result is that of an uninterrupted run."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +83,7 @@ def check_args(args: Args) -> None:
     """UserError for flags that conflict with each other or with the contents of --out."""
     cli.check_at_least(args, {"checkpoint_every": 0})
     if args.resume and (args.overwrite or not args.out):
-        raise UserError("--resume needs --out and excludes --overwrite")
+        raise UserError("--resume needs --out, and cannot be combined with --overwrite")
     if args.out and directories.check_out_dir(args.out):
         stored = directories.stored_metadata(args.out)
         if stored and stored.seed is None:

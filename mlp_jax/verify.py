@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = load_data(metadata.config.dataset, teacher=args.teacher, **options)
     check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
     if for_dataset(metadata.config, dataset) != metadata.config:
-        raise UserError(f"{args.directory} was trained with another teacher than {args.teacher}")
+        raise UserError(f"{args.directory} had a different teacher from {args.teacher}")
     machine = prepare(metadata, dataset, 1, devices=1, lanes=1)
     ids = rows.run_ids(rows.read_table(paths, []))
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(args.rows, len(ids))).round().astype(int))

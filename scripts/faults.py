@@ -227,7 +227,7 @@ def foreign_directory(job: Job, rng) -> bool:
         (job.out / name).write_bytes(rng.bytes(100))
     (job.out / "config.json").write_bytes(configs[rng.integers(4)])
     overwrite = job.front == "train" and rng.random() < 0.5
-    refused(job, "is not mlp_jax's", *(["--overwrite"] if overwrite else []))
+    refused(job, "was not written by mlp_jax", *(["--overwrite"] if overwrite else []))
     shutil.rmtree(job.out)
     return True
 
@@ -258,7 +258,7 @@ EDITS = [
 def edited_code(job: Job, rng) -> bool:
     stop(job, rng, signal.SIGKILL, after=job.saved)
     with edited_package(rng) as scratch:
-        refused(job, "other training code", PYTHONPATH=scratch)
+        refused(job, "different training code", PYTHONPATH=scratch)
     return True
 
 
@@ -499,7 +499,7 @@ def node_with_other_code(job: Job, rng) -> bool:
         node = job.cluster.add_node(**NODE, env_vars={"PYTHONPATH": scratch})
         status, said = ended(job.start())
         job.cluster.remove_node(node, allow_graceful=False)
-    if status not in (0, 2) or (status and "other training code" not in said[-1]):
+    if status not in (0, 2) or (status and "different training code" not in said[-1]):
         raise Lost(f"status {status}, not refused: {said[-1:]}")
     return status == 2  # else it got no task
 

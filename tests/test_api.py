@@ -67,8 +67,8 @@ def test_wrong_arguments_are_one_line_before_anything_is_trained(small, here):
             "a family varies all or one of init, order, dropout, augment, data, not 'i'",
         ),
         ({"seeds": []}, "a sweep needs at least one run"),
-        ({"seeds": [-1]}, "seeds must be in 0"),
-        ({"seeds": [1], "crossed": 2}, "crossed decides all seeds"),
+        ({"seeds": [-1]}, "seeds must be from 0 to"),
+        ({"seeds": [1], "crossed": 2}, "crossed sets all seeds"),
         ({"learning_rates": np.array([0.1, np.inf])}, "positive and finite"),
     ):
         with pytest.raises(mj.UserError, match=message):

@@ -177,7 +177,7 @@ def test_place():
     assert place(5, SIZE) == two_devices()
     assert place(5, SIZE, devices=1, lanes=3) == Placement(tuple(jax.devices()[:1]), 3)
     assert place(1, SIZE) == one_device()
-    with pytest.raises(UserError, match="--devices 3: there are 2"):
+    with pytest.raises(UserError, match="--devices 3: only 2 here"):
         place(5, SIZE, devices=3)
 
 

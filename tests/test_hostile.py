@@ -45,7 +45,7 @@ def test_too_large_a_net(small_dir, tmp_path):
     done = run("train", *flags, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "error: out of memory: try fewer --lanes or a smaller net"
+        "error: out of memory: try fewer --lanes or a smaller network"
     )
 
 

@@ -74,7 +74,7 @@ def test_shards_with_different_code_are_not_pooled(swept, monkeypatch):
     swept("--seeds", "0:4", "--out", "s", "--shard", "0/2")
     metadata = directory.stored_metadata(Path("s"))
     write_signed_json(Path("s/config.json"), metadata._replace(program="0" * 64).to_json())
-    with pytest.raises(UserError, match="s was trained with other training code"):
+    with pytest.raises(UserError, match="s was trained with different training code"):
         swept("--seeds", "0:4", "--out", "s", "--shard", "1/2")
     assert len(mj.read_runs("s")) == 2
 
@@ -92,9 +92,9 @@ def test_files_of_different_code_side_by_side_are_refused(swept, data):
     (path,) = rows.row_files(Path("t"))
     write("s", other_code(path))
     older = directory.stored_metadata(Path("s"))._replace(program=None)
-    with pytest.raises(UserError, match="other training code"):
+    with pytest.raises(UserError, match="different training code"):
         count_processors(rows.row_files(Path("s")), older)
-    with pytest.raises(UserError, match="other training code"):
+    with pytest.raises(UserError, match="different training code"):
         report_main(["s", *data])
 
 
@@ -172,7 +172,7 @@ def test_compact_refuses_a_run_in_two_files_and_names_them(swept):
     swept("--seeds", "0:2", "--chunk", "1", "--devices", "1", "--out", "s")
     table = pq.read_table(rows.row_files(Path("s"))[0])
     write("s", table.set_column(table.column_names.index("seconds"), "seconds", [[9.0]]))
-    with pytest.raises(UserError, match=r"s/runs/.* and s/runs/.* have the same run: remove one"):
+    with pytest.raises(UserError, match=r"s/runs/.* and s/runs/.* contain the same run: remove"):
         compact_main(["s"])
     assert len(rows.row_files(Path("s"))) == 3
 
@@ -214,7 +214,8 @@ def test_a_run_whose_loss_was_once_infinite_diverged_for_all(swept, data, capsys
     write("g/a=1", table.set_column(i, "train_loss_by_epoch", column))
     (diverged,) = (run for run, score in rows.read_scores(Path("g/a=1")).items() if score != score)
     report_main(["g/a=1", *data])
-    assert f"1 that diverged, in no statistic: seeds [{diverged[2]}]" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"1 that diverged, excluded from all statistics: seeds [{diverged[2]}]" in said
     finished = rows.finished_runs(Path("g/a=1"), directory.read_metadata(Path("g/a=1")))
     assert sum(not row["finite"] for row in finished.values()) == 1
 
@@ -274,7 +275,7 @@ def test_numbers_of_numpy_are_settings():
 
 def test_a_snapshot_starts_its_own_runs_alone(config, small):
     snapshot = next(fit(config, small, seeds=(7, 8))).snapshot()
-    with pytest.raises(UserError, match="is of other runs"):
+    with pytest.raises(UserError, match="belongs to other runs"):
         fit(config, small, seeds=(3, 4), start=snapshot)
     other = dataclasses.replace(config, dropout=0.5)
     with pytest.raises(UserError, match="with other settings"):
@@ -316,7 +317,7 @@ def test_the_run_to_load_is_named(swept):
 
 
 def test_a_chunk_has_at_least_one_run(config, small, here):
-    with pytest.raises(UserError, match="a chunk has at least one run, not -3"):
+    with pytest.raises(UserError, match="a chunk must have at least one run, not -3"):
         mj.sweep(config, small, "s", seeds=range(2), chunk=-3)
     assert experiment.chunk_size("auto", 1e-310, 2) == 2_000_000
     assert experiment.chunk_size(10**400, 1, 2) == 10**400
@@ -373,11 +374,12 @@ def test_a_shard_without_runs_says_so(swept, capsys, monkeypatch):
     for name, value in {"ID": "5", "COUNT": "10", "MIN": "0", "STEP": "1"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     swept("--seeds", "5:6", "--out", "s")
-    assert capsys.readouterr().out == "shard 5 of 10 has no runs: there are fewer than shards\n"
+    line = "shard 5 of 10 has no runs: there are fewer runs than shards\n"
+    assert capsys.readouterr().out == line
 
 
 def test_a_stream_that_is_not_random_is_not_varied(swept):
-    with pytest.raises(UserError, match="--vary dropout: with these settings nothing is random"):
+    with pytest.raises(UserError, match="--vary dropout: with these settings that stream is"):
         swept("--vary", "dropout", "--dropout", "0", "--out", "s")
 
 

@@ -57,7 +57,7 @@ def test_an_edited_optimizer_is_refused_and_an_edited_comment_is_not(swept, smal
     restore()
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "was trained with other training code" in done.stderr
+    assert "was trained with different training code" in done.stderr
     assert "--allow-mixed" in done.stderr
     edit(training / "optim.py", '"""Update rules', '"""Here are update rules')
     edit(training / "step.py", "def body(i: jax.Array,", "def a_step(i: jax.Array,")
@@ -146,6 +146,6 @@ def test_a_record_without_a_program_goes_on(config):
 
     metadata = Metadata("custom", config, "a" * 64, describe_environment(jax.devices()))
     check_same(Path("s"), metadata, metadata._replace(program="b" * 64))
-    with pytest.raises(mlp_jax.UserError, match="other training code"):
+    with pytest.raises(mlp_jax.UserError, match="different training code"):
         check_same(Path("s"), metadata._replace(program="c" * 64), metadata._replace(program="b"))
     assert Metadata.from_json(metadata.to_json()) == metadata

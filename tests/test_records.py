@@ -176,7 +176,7 @@ def test_an_empty_sweep_has_no_rows(tmp_path):
     assert rows.finished_runs(tmp_path, metadata()) == {}
     with pytest.raises(UserError, match="has no finished runs"):
         rows.read_runs(tmp_path)
-    with pytest.raises(UserError, match="has no results of mlp_jax"):
+    with pytest.raises(UserError, match="contains no mlp_jax results"):
         read_metadata(tmp_path)
 
 
@@ -341,10 +341,10 @@ def test_the_directory_of_another_program_is_refused_and_untouched(config, tmp_p
     (tmp_path / "runs" / "all.parquet").write_bytes(b"rows")
     before = content(tmp_path)
     for use in (check_out_dir, opened):
-        with pytest.raises(UserError, match=r"config\.json is not mlp_jax's, or damaged"):
+        with pytest.raises(UserError, match=r"config\.json was not written by mlp_jax, or is"):
             use(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match="is not empty and has no results of mlp_jax"):
+    with pytest.raises(UserError, match="is not empty and contains no mlp_jax results"):
         opened(tmp_path)
     (tmp_path / "config.json").write_bytes(config)
     assert content(tmp_path) == before

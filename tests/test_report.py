@@ -255,7 +255,7 @@ def test_diverged_runs_are_listed_and_in_no_statistic(tmp_path, dataset, loss):
     said = summarized(sweep, dataset)
     (family,) = said["families"]
     assert family["diverged"] == [77, 78]
-    assert "2 that diverged, in no statistic: seeds [77, 78]" in format_table(said)
+    assert "2 that diverged, excluded from all statistics: seeds [77, 78]" in format_table(said)
     (expected,) = summarized(clean, dataset)["families"]
     assert family | {"diverged": []} == expected
 
@@ -355,10 +355,10 @@ def one_line(argv):
 
 
 def test_what_is_no_sweep_is_refused_in_one_line(tmp_path, dataset):
-    assert "has no results of mlp_jax" in one_line([tmp_path / "missing"])
+    assert "contains no mlp_jax results" in one_line([tmp_path / "missing"])
     for foreign in ('{"model_type": "bert"}', "[1]"):
         (tmp_path / "config.json").write_text(foreign)
-        assert "is not mlp_jax's" in one_line([tmp_path])
+        assert "was not written by mlp_jax" in one_line([tmp_path])
     assert "has no finished runs" in one_line([write_sweep(tmp_path / "s", [])])
     assert "--foo" in one_line([tmp_path, "--foo"])
 
@@ -369,7 +369,7 @@ def test_other_data_are_refused(tmp_path, dataset, monkeypatch, part):
     train = dataset.train._replace(**{part: getattr(dataset.train, part)[::-1]})
     other = make_dataset("mnist", Split(*map(np.ascontiguousarray, train)), dataset.test, 10)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: other)
-    assert "trained on other data" in one_line([sweep])
+    assert "trained on different data" in one_line([sweep])
     assert not (sweep / "summary.json").exists()
 
 
@@ -386,9 +386,9 @@ def test_older_records_have_the_fingerprint_of_the_training_images_alone(
 def test_rows_that_cannot_be_true_are_refused(tmp_path, dataset):
     rows = random_rows(dataset, 4)
     twice = write_sweep(tmp_path / "a", [*rows, rows[0] | {"seed": 9}, rows[1]])
-    assert "have the same run" in one_line([twice])
+    assert "contain the same run" in one_line([twice])
     wrong = rows[0] | {"test_correct_by_epoch": rows[0]["test_correct_by_epoch"] - 1}
-    assert "do not give" in one_line([write_sweep(tmp_path / "b", [wrong, *rows[1:]])])
+    assert "do not match" in one_line([write_sweep(tmp_path / "b", [wrong, *rows[1:]])])
     # an image that is wrong either way: the accuracy stays, and its class does not exist
     classes = np.frombuffer(rows[0]["predictions"], np.uint8).copy()
     classes[np.flatnonzero(classes != dataset.test.labels)[0]] = 10
@@ -484,13 +484,13 @@ def test_a_comparison_says_what_it_leaves_out(tmp_path, dataset, capsys, monkeyp
     said = capsys.readouterr().out
     assert "They differ in backend (cpu, gpu), lanes (1, None)" in said
     caveats = [
-        f"{b} has 2 runs that diverged, in no number here: seeds [7, 8].",
+        f"{b} has 2 runs that diverged, excluded from all numbers here: seeds [7, 8].",
         f"{b} has 2 runs that were pooled with others by --allow-mixed.",
     ]
     assert said.splitlines()[-3:-1] == caveats
     (found,) = json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
     assert (found["caveats"], found["until_decided"]) == (caveats, None)
-    with pytest.raises(UserError, match=r"@1-3 has no results"):
+    with pytest.raises(UserError, match=r"@1-3 contains no mlp_jax results"):
         compare_main([str(a), f"{b}@1-3"])
 
 
@@ -508,12 +508,12 @@ def test_a_verdict_after_many_looks_is_that_of_the_sequence(tmp_path, dataset, c
     compare_main([str(a), str(b), *until, "--out", str(tmp_path)])
     said = capsys.readouterr().out
     assert "it is undecided whether a or b scores higher" in said
-    assert said.splitlines()[-1].startswith("The verdict is the sequence's")
+    assert said.splitlines()[-1].startswith("The verdict is that of the confidence sequence")
     (found,) = json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
     assert found["verdict"] == found["until_decided"]["verdict"] == "undecided"
     lost = [make_row(labels, seed, [], loss=np.inf) for seed in range(30)]
     c = write_sweep(tmp_path / "c", lost)
-    with pytest.raises(UserError, match="one run of each pair diverged"):
+    with pytest.raises(UserError, match="in every pair a run diverged"):
         compare_main([str(a), str(c), *until])
     with pytest.raises(UserError, match="--max-seeds must be at least 30, not 29"):
         compare_main([str(a), str(b), "--until-decided", "--max-seeds", "29"])
@@ -523,7 +523,7 @@ def test_a_run_that_is_stored_twice_is_no_score(tmp_path, dataset):
     rows = random_rows(dataset, 4)
     sweep = write_sweep(tmp_path / "s", rows)
     records.write_rows(sweep, rows[:1], directories.read_metadata(sweep))
-    with pytest.raises(UserError, match="have the same run: remove one of them"):
+    with pytest.raises(UserError, match="contain the same run: remove one of them"):
         records.read_scores(sweep)
 
 

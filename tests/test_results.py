@@ -202,7 +202,7 @@ def beyond_line():
         ends, margin = comparison["over_test_sets"], comparison["margin"]
         if comparison["verdict"] == "equivalent" and max(-ends["low"], ends["high"]) > margin:
             said.append(f"`{path.parent.name}` {points(ends)}")
-    return f"Over all such images A - B may lie beyond the margin: {'; '.join(said)}."
+    return f"Over all images like these, A - B may lie beyond the margin: {'; '.join(said)}."
 
 
 def hardware_line():
@@ -285,11 +285,12 @@ def speed_lines():
 def speed_bound():
     """README's words on what the matrix products leave to win."""
     sweep = {row["what"]: row for row in read("results/speed.json")["sweep"]}
-    bounds = []
-    for name in ("single runs", "Keras on JAX", "Keras on TF"):
+    bounds, names = [], ("single runs", "Keras on JAX", "Keras on TF")
+    for name in names:
         best = min(row["ratio"] for what, row in sweep.items() if name in what)
         bounds.append(f"{best / sweep[PRODUCTS]['ratio']:.2f}")
-    return "{} times single runs, {} times Keras on JAX and {} times Keras on TF".format(*bounds)
+    said = [f"{bound} times as fast as {name}" for bound, name in zip(bounds, names, strict=True)]
+    return f"{said[0]}, {said[1]} and {said[2]}"
 
 
 def correct_counts(recipe):
@@ -650,7 +651,7 @@ def test_nothing_was_lost():
         assert trial["lost"] == 0
     n = sum(trial["tried"] for trial in faults)
     assert f"**In {n} trials nothing" in README
-    limit = f"loss in at most {upper_limit(n)} of such trials"
+    limit = f"work is lost in at most {upper_limit(n)} of such trials"
     assert limit in README.replace("\n", " ")
     for line in fault_lines():
         assert line in README

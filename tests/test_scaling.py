@@ -123,24 +123,26 @@ def test_the_text_quotes_its_numbers():
     assert max(queue.values()) < CLUSTER["limit ms"] == 20
     for words in (
         f"P = {P:,}, S = {STEPS:,} and 7 x 4 P = {7 * 4 * P / 1e6:.2f} MB",
-        f"That is {1000 * a_gpu:.0f} ms a seed on an H200",
-        f"{CYCLES:,.0f} cycles a seed with the {V5E['lanes']} lanes",
+        f"That is {1000 * a_gpu:.0f} ms per seed on an H200",
+        f"{CYCLES:,.0f} cycles per seed with the {V5E['lanes']} lanes",
         f"that is {CYCLES / CLOCK * 1e6:.1f} microseconds, and {1000 * a_tpu:.0f} ms for 50 epochs",
         f"would take {7 * 4 * P / BANDWIDTH['v5e'] * 1e6:.1f} microseconds",
         f"{256 * a_gpu:.0f} s on an H200 and {V5E['lanes'] * a_tpu:.1f} s on v5e",
-        f"A = {A:.0f} bytes a row and B = {B:,.0f} bytes a file (the record: {STORED:,.0f} a row",
-        f"of {SPEED['environment']['processor']}, {CPU_SECONDS:.1f} s a seed",
+        f"A = {A:.0f} bytes per row and B = {B:,.0f} bytes per file (the record: {STORED:,.0f} per"
+        " row",
+        f"of {SPEED['environment']['processor']}, {CPU_SECONDS:.1f} s per seed",
         f"{len(SECONDS)} rows took {min(SECONDS):.0f} to {max(SECONDS):,.0f} s",
         f"{million['report peak MB']:.0f} MB for a million runs, {a_row:.2f} KB each",
-        f"{a_check:.2f} KB a run, {million['check peak MB']:.0f} MB for a million",
-        f"{a_file:.1f} ms a file, {500 * a_file / 60:.0f} minutes for 500,000",
-        f"merged {SMALL['files']:,} files into {SMALL['compact files']} in {a_merge:.0f} ms a file",
-        f"and {merged:.0f} times smaller",
-        f"10,000 chunks took {queue[1_000]:.0f} and {queue[10_000]:.0f} ms a chunk",
+        f"{a_check:.2f} KB per run, {million['check peak MB']:.0f} MB for a million",
+        f"{a_file:.1f} ms per file, hence {500 * a_file / 60:.0f} minutes for 500,000",
+        f"merged {SMALL['files']:,} files into {SMALL['compact files']} in {a_merge:.0f} ms per"
+        " file",
+        f"and the result is {merged:.0f} times smaller",
+        f"10,000 chunks took {queue[1_000]:.0f} and {queue[10_000]:.0f} ms per chunk",
         f"{1e6 / 2 * queue[10_000] / 3.6e6:.1f} hours",
-        f"{gpu:.0f} MB a second on one H200 and {tpu:,.0f} MB",
+        f"{gpu:.0f} MB per second on one H200 and {tpu:,.0f} MB",
     ):
         assert words in text, words
     readme = " ".join((RESULTS.parent / "README.md").read_text().split())
-    each = f"would be {a_tpu:.2f} s for the 50 epochs of each of {V5E['lanes']} seeds at once"
-    assert f"it expects {CYCLES:,.0f} cycles a step and seed, which {each}" in readme
+    each = f"{a_tpu:.2f} s per seed for 50 epochs when {V5E['lanes']} seeds train at once"
+    assert f"it estimates {CYCLES:,.0f} cycles per step and seed, that is, {each}" in readme

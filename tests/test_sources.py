@@ -425,7 +425,7 @@ def test_fashion_mnist_as_debian_packages_it(tmp_path):
 # Names and directories
 
 
-OWN = "; files of your own need --manual-dir, and a name of a-z, 0-9 and _"
+OWN = "; your own files need --manual-dir, and a name made of a-z, 0-9 and _"
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_a_teacher_is_part_of_the_settings(config, small, taught):
 
 
 def test_a_teacher_that_has_seen_the_validation_images_is_refused(small, committee):
-    with pytest.raises(UserError, match=r"--split test, and this is .* --split validation"):
+    with pytest.raises(UserError, match=r"--split test, but this run has .* --split validation"):
         with_teacher(hold_out(small), *committee)
 
 
@@ -91,5 +91,5 @@ def test_the_commands_from_teacher_to_proof(small_dir, tmp_path, capsys):
     with pytest.raises(UserError, match="add --teacher DIR"):
         verify_main([student, *data])
     sweep_main([*flags, "--hidden", "16", "--keep-weights", "--out", f"{teacher}2"])
-    with pytest.raises(UserError, match="another teacher"):
+    with pytest.raises(UserError, match="a different teacher"):
         verify_main([student, "--teacher", f"{teacher}2", *data])

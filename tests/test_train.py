@@ -105,7 +105,7 @@ def test_a_directory_of_another_project_is_never_overwritten(main, small_dir, he
     for name, text in theirs.items():
         Path("a", name).write_text(text)
     flags = ["--overwrite"] if main is train_main else []
-    with pytest.raises(UserError, match="is not mlp_jax's, or damaged"):
+    with pytest.raises(UserError, match="was not written by mlp_jax, or is damaged"):
         main([*TINY, "--data-dir", str(small_dir), "--quiet", "--out", "a", *flags])
     assert {name: Path("a", name).read_text() for name in theirs} == theirs
     assert sorted(path.name for path in Path("a").iterdir()) == [
@@ -139,17 +139,17 @@ def test_a_directory_of_another_project_is_never_overwritten(main, small_dir, he
         ("--learning-rate 1e39", "finite in float32, not 1e"),
         ("--learning-rate 1e-46", "finite in float32, not 1e-46"),
         ("--hidden 16 0", "hidden widths must be at least 1"),
-        ("--seed -1", "seeds must be in 0"),
-        ("--seed 4294967296", "seeds must be in 0"),
+        ("--seed -1", "seeds must be from 0 to"),
+        ("--seed 4294967296", "seeds must be from 0 to"),
         ("--optimizer adm", "invalid choice 'adm'.*rmsprop"),
         ("--out file/below", "cannot write to file/below: file is not a directory"),
         ("--out file", "cannot write to file: file is not a directory"),
         ("--manual-dir nowhere", "nowhere"),
         ("--resume", "--resume needs --out"),
-        ("--resume --overwrite --out a", "--resume needs --out and excludes --overwrite"),
+        ("--resume --overwrite --out a", "--resume needs --out, and cannot be combined"),
         ("--checkpoint-every -1", "--checkpoint-every must be at least 0, not -1"),
-        ("--out .", "is not empty and has no results"),
-        ("--out . --overwrite", "is not empty and has no results"),
+        ("--out .", "is not empty and contains no mlp_jax results"),
+        ("--out . --overwrite", "is not empty and contains no mlp_jax results"),
     ],
 )
 def test_bad_input_is_one_line_and_creates_nothing(flags, message, small_dir, here):

@@ -1,6 +1,6 @@
-"""Whether one set of runs scores higher than another: the difference A - B, and when decided.
+"""Whether one set of runs scores higher than another: the difference A - B, and when it is decided.
 
-Scores are accuracies as shares of 1, keyed by seed. Intervals are at 95 %: for a fixed number of
+Scores are accuracies as fractions, keyed by seed. Intervals are at 95 %: for a fixed number of
 runs they hold for one look, the confidence sequence and the e-value for any number of looks.
 """
 
@@ -54,7 +54,7 @@ def compare(
     margin: float,
     sd_over_test_sets: float = math.nan,
 ) -> Comparison:
-    """A against B on their shared seeds if at least half of the smaller side's, else on all.
+    """A against B on their shared seeds, if at least half of the smaller side's are, else on all.
 
     Shared seeds: paired t and Jeffreys; all runs: Welch and Brunner-Munzel. Equivalence by two
     one-sided tests at 5 % (Schuirmann 1987, 10.1007/BF01068419). `sd_over_test_sets` is that of the

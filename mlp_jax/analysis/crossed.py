@@ -1,4 +1,4 @@
-"""Which randomness makes accuracy vary: independent blocks in which all streams are crossed.
+"""Which source of randomness makes accuracy vary: independent blocks that cross all streams.
 
 A block holds two fresh seeds of each of k streams in all 2^k combinations. Accuracy is a sum of
 uncorrelated effects, one of each set u of streams (Hoeffding, Sobol'): V = sum_u V_u. The index of

@@ -34,7 +34,7 @@ class Family(NamedTuple):
 
 
 class Tally:
-    """Counts runs in any order; of each it keeps 25 bytes and 4 an epoch."""
+    """Counts runs in any order; keeps 25 bytes per run, and 4 per run and epoch."""
 
     def __init__(self, n_runs: int, epochs: int, labels: np.ndarray, n_classes: int):
         self.labels, self.n_classes, self.added = labels.astype(np.int64), n_classes, 0
@@ -62,8 +62,8 @@ class Tally:
     def families(self) -> list[Family]:
         """Families, "all" first.
 
-        UserError for a run stored twice, or whose predictions are impossible or do not give its
-        accuracy.
+        UserError for a run stored twice, or whose predictions are impossible or do not match
+        its accuracy.
         """
         runs, names, known = self.runs[: self.added], list(self.sums), ("all", *STREAMS, "crossed")
         order = np.lexsort((runs["seed"], runs["family"]))
@@ -72,7 +72,7 @@ class Tally:
             raise UserError("a run is stored twice: remove one of its files")
         wrong = runs["halves"].sum(axis=1) != runs["correct"][:, -1]
         if wrong[runs["finite"]].any():
-            raise UserError("some predictions do not give their row's test_correct")
+            raise UserError("some predictions do not match their row's test_correct")
         families = []
         for name in sorted(names, key=lambda n: ([*known, n[0]].index(n[0]), *n)):
             mine = family == names.index(name)

@@ -182,9 +182,9 @@ def disagreement(counts: PredictionCounts, *, bins: int = 10) -> Disagreement:
 
 
 def error_covariance(pairs: Iterable[tuple[NDArray, NDArray]], n: int) -> float:
-    """Mean over n images of Cov_r(E_A[r, i], E_B[r, i]), r the pairs of runs; 0 of fewer than two.
+    """Mean over n images of Cov_r(E_A[r, i], E_B[r, i]), r the pairs of runs; 0 for fewer than two.
 
-    Each run is given as the images that it gets right, of which it is the same, 8 to a byte.
+    Each run is given as the images that it gets right, 8 to a byte; these have the same covariance.
     """
     sums, runs = np.zeros((3, n), np.int64), 0
     for a, b in pairs:
@@ -201,7 +201,7 @@ def sd_over_test_sets(
     pairs: int = 0,
     covariance: float = 0.0,
 ) -> float:
-    """SD of mean accuracy over test sets of n images, were the runs endless; nan of one run.
+    """SD of mean accuracy over test sets of n images, for infinitely many runs; nan for one run.
 
     SD_i(p_i) / sqrt(n), p_i the share of runs that get image i right, without the variance
     p_i (1 - p_i) / R that p_i has of its own. With `other`, of the difference of two means; if

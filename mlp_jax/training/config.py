@@ -33,7 +33,7 @@ RecipeName = Literal["keras-sgd", "keras-rmsprop", "short", "sprint", "sprint-98
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that determines a run except its seeds; hashable, static under `jax.jit`."""
+    """Everything that determines a run except its seeds; hashable, static under `jax.jit`."""
 
     dataset: str = "mnist"
     """TFDS data set of 28x28x1 images: mnist, fashion_mnist, kmnist, emnist/digits, ..."""
@@ -56,20 +56,20 @@ class Config:
     epochs: int | float = 50
     """Passes over the training set; the last may be a part of one, as in 0.7."""
     init: Literal["glorot", "he"] = "glorot"
-    """Initial weights: uniform by Glorot and Bengio, as in Keras, or normal by He et al."""
+    """Initial weights: Glorot uniform, as in Keras, or He normal."""
     products: Literal["float32", "bfloat16"] = "float32"
-    """Operands of the matrix products; sums, weights and updates are float32.
-    JAX rounds float32 too on TPU and TF32 GPUs, unless jax_default_matmul_precision="float32"."""
+    """Type of the operands of matrix products; sums, weights and updates are float32.
+    On TPU and TF32 GPUs JAX rounds float32, too, unless jax_default_matmul_precision="float32"."""
     loss: Literal["softmax", "squared-hinge"] = "softmax"
     """Cross-entropy, or the one-against-all L2-SVM of Tang, arXiv 1306.0239."""
     label_smoothing: float = 0.0
     """Fraction of the target spread evenly over all classes, in [0, 1)."""
     weight_decay: float = 0.0
-    """Decoupled weight decay as in AdamW, but not of the biases."""
+    """Decoupled weight decay, as in AdamW; biases are not decayed."""
     max_norm: float = 0.0
-    """Largest norm of the weights into a hidden unit (Srivastava et al. 2014); 0: none."""
+    """Maximum norm of the weights into a hidden unit (Srivastava et al. 2014); 0: none."""
     ema: float = 0.0
-    """Decay per step of an exponential moving average of the weights, then evaluated; 0: none."""
+    """Decay per step of an exponential moving average of the weights, for evaluation; 0: none."""
     input_dropout: float = 0.0
     """Fraction of pixels dropped in training, in [0, 1)."""
     input_noise: float = 0.0
@@ -81,15 +81,15 @@ class Config:
     rotation: float = 0.0
     """Rotate training images by up to this many degrees either way."""
     shear: float = 0.0
-    """Shear them by up to this many columns per row."""
+    """Shear training images by up to this many columns per row."""
     scale: float = 0.0
-    """Scale them by up to this fraction, each axis separately."""
+    """Scale training images by up to this fraction, each axis separately."""
     shift: float = 0.0
-    """Shift them by up to this many pixels, each axis separately."""
+    """Shift training images by up to this many pixels, each axis separately."""
     elastic: float = 0.0
-    """Deform them smoothly, by shifts of this SD in pixels."""
+    """Elastic deformation of training images: smooth random shifts with this SD, in pixels."""
     elastic_sigma: float = 4.0
-    """Length scale of these shifts, in pixels."""
+    """Length scale of the elastic shifts, in pixels."""
     examples: Literal["all", "bootstrap", "half"] = "all"
     """Training examples used: all, as many drawn with replacement, or a random half."""
     split: Literal["test", "validation"] = "test"
@@ -125,7 +125,7 @@ class Config:
 
     @property
     def n_epochs(self) -> int:
-        """Epochs, counting a partial last one: how often a run is scored."""
+        """Epochs, counting a partial last one: how often a run is evaluated."""
         return math.ceil(self.epochs)
 
     @property
@@ -192,7 +192,7 @@ SPRINT = Config(
 RECIPES: dict[str, Config] = {
     # The README that this project starts from.
     "keras-sgd": Config(),
-    # The Keras example of the same net.
+    # The Keras example of the same network.
     "keras-rmsprop": Config(optimizer="rmsprop", learning_rate=1e-3, epochs=20),
     # One epoch with momentum, for studies that need thousands of runs: about 96.4 %.
     "short": Config(optimizer="momentum", learning_rate=0.1, epochs=1),

@@ -80,7 +80,7 @@ def fit(
 ) -> Iterator[Progress]:
     """Train `runs`, or one run per seed, yielding all of them after each epoch.
 
-    The whole test set is scored after each epoch. To stop, leave the loop; to resume, pass the
+    The whole test set is evaluated after each epoch. To stop, leave the loop; to resume, pass the
     `Progress.snapshot()` of the same runs as `start`. `placement` defaults to all local devices.
     The learning rates are those of `runs`. UserError if the Config does not fit the data set, or
     `start` is of other runs or settings.
@@ -89,7 +89,7 @@ def fit(
     if runs is None:
         runs = [make_run(seed, config.learning_rate) for seed in seeds]
     if start and start.runs != tuple(runs):
-        raise UserError("the snapshot to start from is of other runs")
+        raise UserError("the snapshot to start from belongs to other runs")
     if start and program_config(start.config) != program_config(config):
         raise UserError("the snapshot to start from was trained with other settings")
     placement = placement or place(len(runs), run_bytes(config))

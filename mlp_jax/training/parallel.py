@@ -99,7 +99,7 @@ def place(
     if devices == "auto":
         devices = len(local)
     if devices > len(local):
-        raise UserError(f"--devices {devices}: there are {len(local)} ({local[0].device_kind})")
+        raise UserError(f"--devices {devices}: only {len(local)} here ({local[0].device_kind})")
     chosen = tuple(local[: min(devices, n_runs)])
     if lanes == "auto":
         lanes = auto_lanes(chosen[0], run_bytes)
@@ -114,7 +114,7 @@ def auto_lanes(device: jax.Device, run_bytes: RunBytes) -> int:
     (the rest is for gradients and activations), so that sets the lanes, in multiples of 8, the rows
     of a tile. If it allows fewer than 32, a step's fixed costs outweigh the states' traffic to main
     memory, and 64 lanes share them (results/scaling.md). On a GPU the nearest large memory, L2,
-    holds too few: 18 states of the default net in an H100's 50 MB. Its fixed costs, kernel
+    holds too few: 18 states of the default network in an H100's 50 MB. Its fixed costs, kernel
     launches, call for as many lanes as main memory can feed.
     """
     if device.platform == "cpu":

@@ -64,7 +64,7 @@ def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
     if vary not in ("all", "crossed", *STREAMS):
         raise UserError(f"a family varies all or one of {', '.join(STREAMS)}, not {vary!r}")
     if not 0 <= seed < 2**32:
-        raise UserError(f"seeds must be in 0 ... {2**32 - 1}, not {seed}")
+        raise UserError(f"seeds must be from 0 to {2**32 - 1}, not {seed}")
     check_learning_rate(learning_rate)
     if vary == "crossed":
         block, cell = divmod(seed, BLOCK)

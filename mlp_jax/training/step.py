@@ -21,7 +21,7 @@ from mlp_jax.training.optim import clip_norms, make_optimizer, schedule
 from mlp_jax.training.run import STREAMS, Streams
 
 EVAL_BATCH = 1000
-"""Test images scored at once, to bound the memory of each of many runs on a device."""
+"""Test images evaluated at once, to bound the memory of each of many runs on a device."""
 
 Metrics = dict[str, jax.Array]
 
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: dict
     opt_state: optax.OptState
-    mean_params: Any = ()  # running mean of the weights, if that is scored
+    mean_params: Any = ()  # moving average of the weights, if that is evaluated
 
 
 def run_keys(seeds: jax.Array) -> Streams:
@@ -47,7 +47,7 @@ def init_state(keys: Streams, *, config: Config) -> TrainState:
 
 
 def eval_params(state: TrainState) -> dict:
-    """The weights that are scored, stored and predicted with."""
+    """The weights that are evaluated, stored and used for prediction."""
     return state.mean_params or state.params
 
 
@@ -150,7 +150,7 @@ def epoch_order(
 
 
 def evaluate(params: dict, split: Split, *, config: Config) -> tuple[Metrics, jax.Array]:
-    """Score every image of `split`, without dropout: metrics and the predicted classes, uint8 [n].
+    """Evaluate all images of `split`, without dropout: metrics, and predicted classes, uint8 [n].
 
     `correct` is an int32 count; the other metrics are means.
     """

@@ -145,6 +145,8 @@ def load_data(name: str, *, teacher: Path | None = None, **options: Any) -> Data
     if not teacher:
         return dataset
     committee = load_committee(teacher)
+    if committee.fingerprint != dataset.fingerprint:
+        raise UserError(f"{teacher} was trained on different data from the {name} here")
     return with_teacher(dataset, committee.config, committee.params)
 
 
@@ -194,11 +196,15 @@ def open_experiment(
         saving = {"chunk": size, "checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
         trainer = cluster or machine._replace(metadata=metadata)
         stored = rows.finished_runs(directory, metadata)
-        lacking = {run for run in stored if keep_weights and not has_weights(directory, run)}
-        finished = {run: row for run, row in stored.items() if run not in lacking}
+        finished = _with_weights(directory, stored, metadata) if keep_weights else dict(stored)
         yield Experiment(directory, metadata, dataset, trainer, stored, finished, **saving)
         if shard[1] == 1:  # else another shard may be about to write there
             files.remove_if_empty(directory / "checkpoints")
+
+
+def _with_weights(directory: Path, stored: dict[Run, dict], metadata: Metadata) -> dict[Run, dict]:
+    """The stored runs whose weights are stored, too."""
+    return {run: row for run, row in stored.items() if has_weights(directory, run, metadata)}
 
 
 def chunk_size(chunk: Literal["auto"] | int, epochs: float, width: int) -> int:
@@ -256,5 +262,8 @@ def sweep(
 
 def recipe_name(config: Config, dataset: Dataset) -> str:
     """The recipe with these settings, or "custom"."""
-    named = (name for name, recipe in RECIPES.items() if for_dataset(recipe, dataset) == config)
-    return next(named, "custom")
+    for name, recipe in RECIPES.items():
+        with contextlib.suppress(UserError):  # too large a batch for these data
+            if for_dataset(recipe, dataset) == config:
+                return name
+    return "custom"

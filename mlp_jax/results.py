@@ -44,6 +44,7 @@ def open_results(directory: Path, data_dir: str | Path | None = None) -> Results
 def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int]:
     """Rows by processor; UserError for rows that may not be pooled."""
     counts: collections.Counter[str] = collections.Counter()
+    metadata = metadata._replace(mixed=False)  # each file says whether it is
     for path in paths:
         stored = rows.read_metadata(path)
         check_same(path, stored, metadata)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,12 +24,12 @@ from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, write_signed_json
 from mlp_jax.predict import main as predict_main
 from mlp_jax.records import compaction, directory, rows
-from mlp_jax.records.checkpoint import has_weights
+from mlp_jax.records.checkpoint import has_weights, load_committee
 from mlp_jax.report import main as report_main
 from mlp_jax.results import count_processors
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
-from mlp_jax.training.arrays import Split, make_dataset
+from mlp_jax.training.arrays import Split, for_dataset, make_dataset, with_teacher
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import fit
 from mlp_jax.training.run import make_run
@@ -112,6 +113,42 @@ def test_compare_names_other_code_and_not_a_missing_fingerprint(swept, data, cap
     assert "They differ in no setting" in capsys.readouterr().out
     compare_main(["s", "u", *data])
     assert "They differ in training code" in capsys.readouterr().out
+
+
+def test_a_mixed_file_does_not_speak_for_a_directory(swept, data):
+    for seed in range(3):
+        swept("--seeds", f"{seed}:{seed + 1}", "--out", "s")
+    first, second, _ = rows.row_files(Path("s"))
+    program = rows.read_metadata(second).program
+    mixed = other_code(first)
+    about = json.loads(mixed.schema.metadata[b"about"]) | {"mixed": True}
+    first.unlink()
+    write("s", mixed.replace_schema_metadata({"about": json.dumps(about)}))
+    Path("s/config.json").unlink()
+    assert directory.stored_metadata(Path("s")).program == program
+    swept("--seeds", "0:4", "--out", "s")
+    report_main(["s", *data])
+    write("s", other_code(rows.row_files(Path("s"))[-1]))
+    with pytest.raises(UserError, match="different training code"):
+        report_main(["s", *data])
+
+
+def test_an_older_record_gains_the_code_that_extends_it(swept):
+    swept("--seeds", "0:1", "--out", "s")
+    (path,) = rows.row_files(Path("s"))
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"about"])
+    program = about.pop("program")
+    path.unlink()
+    write("s", table.replace_schema_metadata({"about": json.dumps(about)}))
+    older = directory.stored_metadata(Path("s"))._replace(program=None)
+    write_signed_json(Path("s/config.json"), older.to_json())
+    directory.claim(Path("s"), older._replace(program="0" * 64))
+    with pytest.raises(UserError, match="different training code"):
+        swept("--seeds", "0:2", "--out", "s")
+    write_signed_json(Path("s/config.json"), older.to_json())
+    swept("--seeds", "0:2", "--out", "s")
+    assert directory.stored_metadata(Path("s")).program == program
 
 
 # compaction ---------------------------------------------------------------------------------------
@@ -280,8 +317,32 @@ def test_a_snapshot_starts_its_own_runs_alone(config, small):
     other = dataclasses.replace(config, dropout=0.5)
     with pytest.raises(UserError, match="with other settings"):
         fit(other, small, seeds=(7, 8), start=snapshot)
+    for elsewhere in (small._replace(name="mine"), with_teacher(small, *trained(config, small))):
+        with pytest.raises(UserError, match="with other settings"):
+            fit(config, elsewhere, seeds=(7, 8), start=snapshot)
+    decayed = dataclasses.replace(config, schedule="linear")
+    start = next(fit(decayed, small, seeds=(7,))).snapshot()
+    with pytest.raises(UserError, match="with other settings"):
+        fit(dataclasses.replace(decayed, epochs=5), small, seeds=(7,), start=start)
     longer = dataclasses.replace(config, epochs=5)
     assert [each.epoch for each in fit(longer, small, seeds=(7, 8), start=snapshot)] == [2, 3, 4, 5]
+
+
+def trained(config, data):
+    """A Config, and the params of a committee of two."""
+    config = for_dataset(config, data)
+    *_, last = fit(config, data, seeds=(0, 1))
+    return config, last.params
+
+
+def test_a_setting_of_jax_that_changes_is_compiled_in(config, small):
+    config = dataclasses.replace(config, epochs=1)
+    before = jax.config.values["jax_default_prng_impl"]
+    first, other, again = [], [], []
+    for losses, generator in ((first, before), (other, "rbg"), (again, before)):
+        jax.config.update("jax_default_prng_impl", generator)
+        losses += next(fit(config, small, seeds=(0,))).history["train_loss"].tolist()
+    assert first == again != other
 
 
 @pytest.mark.parametrize(
@@ -298,9 +359,24 @@ def test_weights_under_another_runs_name_are_damaged(swept):
     shutil.copy("s/weights/all-lr0.1-seed0.npz", "s/weights/all-lr0.1-seed1.npz")
     with pytest.raises(Damaged, match="it holds the weights of seed 0"):
         mj.load_run("s", 1)
-    assert not has_weights(Path("s"), make_run(1, 0.1))
+    metadata = directory.read_metadata(Path("s"))
+    assert has_weights(Path("s"), make_run(0, 0.1), metadata)
+    assert not has_weights(Path("s"), make_run(1, 0.1), metadata)
     swept("--seeds", "0:2", "--keep-weights", "--out", "s")
     assert mj.load_run("s", 1).run.seed == 1
+
+
+def test_weights_of_other_settings_do_not_vote(swept):
+    flags = ("--seeds", "0:2", "--keep-weights")
+    swept(*flags, "--out", "s")
+    swept(*flags, "--dropout", "0.5", "--out", "t")
+    other = "weights/all-lr0.1-seed1.npz"
+    shutil.copy(Path("t", other), Path("s", other))
+    assert not has_weights(Path("s"), make_run(1, 0.1), directory.read_metadata(Path("s")))
+    with pytest.raises(UserError, match="have other settings or data: remove one of them"):
+        load_committee("s")
+    swept(*flags, "--out", "s")
+    assert load_committee("s").config.dropout == 0.2
 
 
 def test_the_run_to_load_is_named(swept):
@@ -358,6 +434,28 @@ def test_a_sweep_leaves_the_figures_that_a_report_writes(swept):
         Path("s", name, f".a.png.{'0' * 16}.tmp").write_bytes(b"")
     swept("--seeds", "0:2", "--out", "s")
     assert [path.parent.name for path in Path("s").rglob("*.tmp")] == ["figures"]
+
+
+def test_a_whole_merge_while_a_directory_is_listed(swept, monkeypatch):
+    swept("--seeds", "0:6", "--chunk", "1", "--devices", "1", "--out", "s")
+    listing, calls = rows._listed, []
+
+    def listed(place):  # a directory is not read at one moment
+        found = listing(place)
+        if not calls:
+            calls.append(1)
+            compaction.compact(place)
+            return [found[0], *listing(place)]
+        return found
+
+    monkeypatch.setattr(rows, "_listed", listed)
+    assert len(mj.read_runs("s")) == 6
+
+
+def test_the_recipe_of_a_small_data_set_has_no_name(config, small, here):
+    few = make_dataset("few", Split(*(a[:60] for a in small.train)), small.test, 4)
+    config = dataclasses.replace(config, epochs=1)
+    assert set(mj.sweep(config, few, "s", seeds=range(1))["recipe"].to_pylist()) == {"custom"}
 
 
 def test_sweeps_on_other_images_are_not_ranked(swept, data):

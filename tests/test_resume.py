@@ -52,6 +52,7 @@ def content(snapshot):
 
 def metadata(config, **changes):
     here = describe_environment(jax.devices())
+    config = dataclasses.replace(config, dataset="kmnist")
     return Metadata("custom", config, "0" * 64, here)._replace(**changes)
 
 

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, load_arrays, read_or_quarantine, save_arrays
-from mlp_jax.records.provenance import Metadata, check_same
+from mlp_jax.records.provenance import Metadata, check_same, settings
 from mlp_jax.training.arrays import N_PIXELS
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import Snapshot, state_shapes
@@ -83,9 +83,16 @@ def save_weights(directory: Path, run: Run, params: dict, metrics: dict, metadat
     save_arrays(path, traverse_util.flatten_dict(params, sep="/"), about)
 
 
-def has_weights(directory: Path, run: Run) -> bool:
-    """Whether the weights of a run are there and intact."""
-    return read_or_quarantine(_read_weights, weights_path(directory, run)) is not None
+def has_weights(directory: Path, run: Run, metadata: Metadata) -> bool:
+    """Whether the weights of a run with these settings and data are there and intact."""
+    if not (found := read_or_quarantine(_read_weights, weights_path(directory, run))):
+        return False
+    return _origin(found[1]) == _origin(metadata)
+
+
+def _origin(metadata: Metadata) -> tuple:
+    """What the weights of one committee share."""
+    return settings(metadata), metadata.fingerprint
 
 
 def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:
@@ -100,7 +107,7 @@ def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:
         paths = [path for path in paths if path.stem.endswith(f"-seed{operator.index(seed)}")]
     if len(paths) != 1:
         raise UserError(f"{directory} has weights of {len(paths)} runs of seed {seed}")
-    return _read_weights(paths[0])
+    return _read_weights(paths[0])[0]
 
 
 def _find_weights(directory: str | Path) -> list[Path]:
@@ -112,17 +119,16 @@ def _find_weights(directory: str | Path) -> list[Path]:
     return paths
 
 
-def _read_weights(path: Path) -> TrainedRun:
+def _read_weights(path: Path) -> tuple[TrainedRun, Metadata]:
     arrays, about = load_arrays(path)
     run = make_run(about["seed"], about["learning_rate"], about["vary"])
     if path.name != weights_path(Path(), run).name:
         raise Damaged(path, f"it holds the weights of seed {run.seed}, family {run.vary}")
-    return TrainedRun(
-        Metadata.from_json(about["run"]).config,
-        run,
+    metadata, params = (
+        Metadata.from_json(about["run"]),
         traverse_util.unflatten_dict(arrays, sep="/"),
-        about["metrics"],
     )
+    return TrainedRun(metadata.config, run, params, about["metrics"]), metadata
 
 
 class Committee(NamedTuple):
@@ -132,6 +138,7 @@ class Committee(NamedTuple):
     runs: tuple[Run, ...]
     params: dict  # NumPy arrays [runs, ...] by layer and name
     metrics: tuple[dict[str, float], ...]  # of each run, as in TrainedRun
+    fingerprint: str = ""  # of the data set, if known
 
 
 def load_committee(directory: str | Path | None = None) -> Committee:
@@ -145,12 +152,17 @@ def load_committee(directory: str | Path | None = None) -> Committee:
         params = traverse_util.unflatten_dict(arrays, sep="/")
         runs = tuple(make_run(*run) for run in runs)
         return Committee(Config.from_json(about["config"]), runs, params, metrics)
-    stored = map(_read_weights, _find_weights(directory))
-    members = [member for member in stored if np.isfinite(member.metrics["test_loss"])]
+    stored = {path: _read_weights(path) for path in _find_weights(directory)}
+    (first, (_, shared)), *others = stored.items()
+    for path, (_, metadata) in others:
+        if _origin(metadata) != _origin(shared):
+            raise UserError(f"{first} and {path} have other settings or data: remove one of them")
+    members = [each for each, _ in stored.values() if np.isfinite(each.metrics["test_loss"])]
     if not members:
         raise UserError(f"all runs in {directory} diverged")
     configs, runs, params, metrics = zip(*sorted(members, key=lambda m: m.run), strict=True)
-    return Committee(configs[0], runs, jax.tree.map(lambda *a: np.stack(a), *params), metrics)
+    stacked = jax.tree.map(lambda *a: np.stack(a), *params)
+    return Committee(configs[0], runs, stacked, metrics, shared.fingerprint)
 
 
 def predict(run: TrainedRun | Committee, images: np.ndarray) -> np.ndarray:

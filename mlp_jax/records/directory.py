@@ -53,11 +53,16 @@ def _from_config(directory: Path) -> Metadata:
 
 
 def _from_files(directory: Path) -> Metadata | None:
-    """Metadata of the first intact rows, else of a checkpoint."""
+    """Metadata of the first intact rows, if possible not marked as mixed; else of a checkpoint."""
+    mixed = None
     for path in rows.row_files(directory):
         with contextlib.suppress(UserError):
             rows.check_content(path)
-            return rows.read_metadata(path)
+            if not (metadata := rows.read_metadata(path)).mixed:
+                return metadata
+            mixed = mixed or metadata._replace(program=None)
+    if mixed:
+        return mixed
     for path in sorted((directory / "checkpoints").glob("*.npz")):
         with contextlib.suppress(UserError, KeyError):
             return Metadata.from_json(load_arrays(path)[1]["run"])
@@ -131,9 +136,12 @@ def claim(directory: Path, metadata: Metadata) -> None:
     if stored := stored_metadata(directory):
         check_same(directory, stored, metadata)
     path, kept = directory / CONFIG, stored or metadata
-    if is_new := not (kept.program or rows.row_files(directory)):
-        kept = metadata
-    if not read_or_quarantine(read_signed_json, path) or (is_new and metadata.program):
+    if not kept.program:  # as in older records: that of their newer rows, or of the next
+        every = map(rows.read_metadata, rows.row_files(directory))
+        known = (each.program for each in every if not each.mixed and each.program)
+        kept = kept._replace(program=next(known, metadata.program))
+    gained = stored and kept.program != stored.program
+    if not read_or_quarantine(read_signed_json, path) or gained:
         write_signed_json(path, kept._replace(mixed=False).to_json())
 
 

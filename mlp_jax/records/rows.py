@@ -119,17 +119,21 @@ def _name_digest(content) -> str:
 def row_files(directory: Path) -> list[Path]:
     """The Parquet files that mlp_jax wrote and has not merged; warns of others."""
     while True:  # until no `compact` changed anything while the directory was listed
-        merge = read_merge(directory)
-        files = sorted((directory / "runs").glob("[!_]*.parquet"))  # _ marks those in quarantine
+        merge, files = read_merge(directory), _listed(directory)
         ended = merge and (directory / "runs" / merge["into"]).exists()
         names = {path.name for path in files}
-        if merge == read_merge(directory) and (not ended or merge["into"] in names):
+        stable = (merge, files) == (read_merge(directory), _listed(directory))
+        if stable and (not ended or merge["into"] in names):
             break
     for path in files:
         if not OUR_NAME.fullmatch(path.name):
             log.warning("%s is ignored: not a name that mlp_jax gives", path)
     merged = merge["merged"] if ended else []
     return [path for path in files if OUR_NAME.fullmatch(path.name) and path.name not in merged]
+
+
+def _listed(directory: Path) -> list[Path]:
+    return sorted((directory / "runs").glob("[!_]*.parquet"))  # _ marks those in quarantine
 
 
 def read_merge(directory: Path) -> dict:

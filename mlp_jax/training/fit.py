@@ -90,10 +90,18 @@ def fit(
         runs = [make_run(seed, config.learning_rate) for seed in seeds]
     if start and start.runs != tuple(runs):
         raise UserError("the snapshot to start from belongs to other runs")
-    if start and program_config(start.config) != program_config(config):
+    if start and _without_length(start.config) != _without_length(config):
         raise UserError("the snapshot to start from was trained with other settings")
     placement = placement or place(len(runs), run_bytes(config))
     return _epochs(config, dataset, tuple(runs), placement, start)
+
+
+def _without_length(config: Config) -> Config:
+    """`config` without what may change: the rate and, if no schedule reads it, the length."""
+    fixed: dict[str, Any] = {"learning_rate": 1.0}
+    if config.schedule == "constant" and not config.warmup:
+        fixed["epochs"] = 1
+    return dataclasses.replace(config, **fixed)
 
 
 def _epochs(
@@ -138,13 +146,24 @@ class Programs(NamedTuple):
     epoch: Callable
 
 
+NUMERICS = (
+    "jax_default_prng_impl",
+    "jax_default_matmul_precision",
+    "jax_enable_x64",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+)
+"""JAX's settings that change numbers; a program is compiled for each of their values."""
+
+
 def compile_programs(config: Config, placement: Placement, data: tuple) -> Programs:
     """Compile ahead of time for `Dataset.arrays`, of which only shapes and types matter.
 
     Configs that differ only in traced values share a program.
     """
     leaves, tree = jax.tree.flatten(_shapes(data, placement.replicated))
-    return _compile(program_config(config), placement, tuple(leaves), tree)
+    settings = tuple(jax.config.values[name] for name in NUMERICS)
+    return _compile(program_config(config), placement, tuple(leaves), tree, settings)
 
 
 def _init(config: Config, _, run, shared):
@@ -194,7 +213,9 @@ def program_config(config: Config) -> Config:
 
 
 @functools.lru_cache(maxsize=8)
-def _compile(config: Config, placement: Placement, leaves: tuple, tree: Any) -> Programs:
+def _compile(
+    config: Config, placement: Placement, leaves: tuple, tree: Any, settings: tuple
+) -> Programs:
     """`leaves` and `tree` are the shapes of the data, flattened so that they can be hashed."""
     array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=placement.one_run_a_place)
     scalar = jax.ShapeDtypeStruct((), np.int32, sharding=placement.replicated)

@@ -120,9 +120,9 @@ def _one_line_errors():
     except SystemExit as stop:
         if not stop.code:
             raise
-        said = printed.getvalue().splitlines()
-        lines = [line.strip("│ ") for line in said if line[:1] == "│"]
-        lines = lines or [line.strip() for line in said[2:]]  # no box where there is no UTF-8
+        output = printed.getvalue().splitlines()
+        lines = [line.strip("│ ") for line in output if line[:1] == "│"]
+        lines = lines or [line.strip() for line in output[2:]]  # no box where there is no UTF-8
         message = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
         if "Perhaps you meant:" in lines:
             close = lines[lines.index("Perhaps you meant:") + 1].split()[0]

@@ -178,11 +178,11 @@ def caveats(target: "Target") -> list[str]:
     of = count_processors(paths, target.metadata)
     n_mixed = sum(count for name, count in of.items() if "--allow-mixed" in name)
     n, left_out = len(diverged), "excluded from all numbers here"
-    said = {
+    texts = {
         f"{n} runs that diverged, {left_out}: seeds {diverged}": n,
         f"{n_mixed} runs that were pooled with others by --allow-mixed": n_mixed,
     }
-    return [f"{target.name} has {text}." for text, there in said.items() if there]
+    return [f"{target.name} has {text}." for text, there in texts.items() if there]
 
 
 def title(target: "Target", *, with_rate: bool) -> str:

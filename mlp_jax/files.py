@@ -83,9 +83,9 @@ def json_digest(value: Any) -> str:
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """An .npz of `arrays`, with `metadata` as JSON and the SHA-256 of both."""
-    about = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
-    digest = np.frombuffer(_array_digest(arrays | {"metadata": about}), np.uint8)
-    content: dict[str, Any] = arrays | {"metadata": about, "sha256": digest}
+    encoded = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
+    digest = np.frombuffer(_array_digest(arrays | {"metadata": encoded}), np.uint8)
+    content: dict[str, Any] = arrays | {"metadata": encoded, "sha256": digest}
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **content)
 

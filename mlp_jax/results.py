@@ -63,7 +63,7 @@ def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> 
         by_epoch = (batch[name].flatten().to_numpy().reshape(len(batch), -1) for name in names)
         correct, *losses = by_epoch
         tally = tally or Tally(n_runs, correct.shape[1], labels, n_classes)
-        finite = rows.finite(*losses)
+        finite = rows.finite_runs(*losses)
         columns = {"finite": finite, "seconds": batch["seconds"], "correct": correct}
         tally.add(rows.run_ids(batch), rows.predictions(batch["predictions"]), **columns)
     try:

@@ -96,7 +96,7 @@ def test_a_node_of_another_version_is_refused(cluster, small_dir, tmp_path):
     (line,) = end(start(cluster, small_dir, tmp_path / "out"), status=2)
     cluster.remove_node(node)
     assert "error: node 1" in line
-    assert "mlp_jax is 9.9.9, not 0." in line
+    assert "mlp_jax is 9.9.9, but 0." in line
     assert not (tmp_path / "out").exists()
 
 

@@ -173,19 +173,19 @@ def describe(comparison: Comparison, a: str, b: str, *, scored: str = "test") ->
     seeds, margin = f"{comparison.pairs} shared seeds", f"{100 * comparison.margin:g} points"
     if not comparison.pairs:
         seeds = f"{comparison.runs_a} and {comparison.runs_b} independent runs"
-    said = {
+    verdict = {
         "better": f"{a} scores higher than {b}",
         "worse": f"{a} scores lower than {b}",
         "equivalent": f"{a} and {b} are equivalent within {margin}",
         "undecided": f"it is undecided whether {a} or {b} scores higher",
     }[comparison.verdict]
     if comparison.verdict in ("better", "worse") and comparison.tost_p < ALPHA:
-        said += f", but by less than {margin}"
+        verdict += f", but by less than {margin}"
     chance = "{:.2f} ({:.2f} to {:.2f})".format(*comparison.probability)
-    said = (
-        f"On this {scored} set {said}: the difference is {points(comparison.difference)} over"
+    text = (
+        f"On this {scored} set {verdict}: the difference is {points(comparison.difference)} over"
         f" {seeds}, and P({a} > {b}) is {chance}"
     )
     if not math.isnan(comparison.over_test_sets.low):
-        said += f"; on all images of which these are a sample, {points(comparison.over_test_sets)}"
-    return said + "."
+        text += f"; on all images of which these are a sample, {points(comparison.over_test_sets)}"
+    return text + "."

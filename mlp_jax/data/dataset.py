@@ -113,11 +113,11 @@ def _read_cache(name: str, directory: Path) -> Dataset | None:
     """The cached data set, or None; a damaged file is quarantined."""
     with contextlib.suppress(OSError):  # another user's
         if content := read_or_quarantine(load_arrays, directory / CACHE):
-            arrays, about = content
+            arrays, metadata = content
             train, test = (
                 Split(*(arrays[f"{split}_{part}"] for part in Split._fields)) for split in SPLITS
             )
-            return make_dataset(name, train, test, about["n_classes"])
+            return make_dataset(name, train, test, metadata["n_classes"])
     return None
 
 

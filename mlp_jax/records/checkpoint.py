@@ -45,8 +45,8 @@ def load_checkpoint(
     """
     if not (content := read_or_quarantine(load_arrays, path)):
         return None
-    arrays, about = content
-    check_same(path, stored := Metadata.from_json(about["run"]), metadata)
+    arrays, fields = content
+    check_same(path, stored := Metadata.from_json(fields["run"]), metadata)
     if stored.mixed and not metadata.mixed:
         raise UserError(f"{path} was saved with --allow-mixed: resume with it too")
     names = jax.tree_util.tree_map_with_path(
@@ -57,7 +57,7 @@ def load_checkpoint(
     state = jax.tree.map(arrays.__getitem__, names)
     prefix = "history/"
     history = {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
-    kept = (about["epoch"], state, history, arrays["predictions"])
+    kept = (fields["epoch"], state, history, arrays["predictions"])
     return Snapshot(stored.config, tuple(runs), *kept), arrays["seconds"].tolist()
 
 
@@ -78,9 +78,9 @@ def save_weights(directory: Path, run: Run, params: dict, metrics: dict, metadat
     """One file for a finished run, its arrays named like hidden_0/kernel."""
     path = weights_path(directory, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"vary": run.vary, "seed": run.seed, "learning_rate": run.learning_rate}
-    about |= {"metrics": metrics, "run": metadata.to_json()}
-    save_arrays(path, traverse_util.flatten_dict(params, sep="/"), about)
+    fields = {"vary": run.vary, "seed": run.seed, "learning_rate": run.learning_rate}
+    fields |= {"metrics": metrics, "run": metadata.to_json()}
+    save_arrays(path, traverse_util.flatten_dict(params, sep="/"), fields)
 
 
 def has_weights(directory: Path, run: Run, metadata: Metadata) -> bool:
@@ -120,15 +120,13 @@ def _find_weights(directory: str | Path) -> list[Path]:
 
 
 def _read_weights(path: Path) -> tuple[TrainedRun, Metadata]:
-    arrays, about = load_arrays(path)
-    run = make_run(about["seed"], about["learning_rate"], about["vary"])
+    arrays, fields = load_arrays(path)
+    run = make_run(fields["seed"], fields["learning_rate"], fields["vary"])
     if path.name != weights_path(Path(), run).name:
         raise Damaged(path, f"it holds the weights of seed {run.seed}, family {run.vary}")
-    metadata, params = (
-        Metadata.from_json(about["run"]),
-        traverse_util.unflatten_dict(arrays, sep="/"),
-    )
-    return TrainedRun(metadata.config, run, params, about["metrics"]), metadata
+    params = traverse_util.unflatten_dict(arrays, sep="/")
+    metadata = Metadata.from_json(fields["run"])
+    return TrainedRun(metadata.config, run, params, fields["metrics"]), metadata
 
 
 class Committee(NamedTuple):
@@ -147,11 +145,11 @@ def load_committee(directory: str | Path | None = None) -> Committee:
     Runs that diverged have no vote. UserError if none is left; Damaged.
     """
     if directory is None:
-        arrays, about = load_arrays(SHIPPED)
-        runs, metrics = zip(*about["members"], strict=True)
+        arrays, fields = load_arrays(SHIPPED)
+        runs, metrics = zip(*fields["members"], strict=True)
         params = traverse_util.unflatten_dict(arrays, sep="/")
         runs = tuple(make_run(*run) for run in runs)
-        return Committee(Config.from_json(about["config"]), runs, params, metrics)
+        return Committee(Config.from_json(fields["config"]), runs, params, metrics)
     stored = {path: _read_weights(path) for path in _find_weights(directory)}
     (first, (_, shared)), *others = stored.items()
     for path, (_, metadata) in others:

@@ -56,10 +56,12 @@ def last_values(row: dict) -> dict[str, float]:
     """The metrics after the last epoch, the seconds, and whether all losses of a row are finite."""
     names = [name for name in row if f"{name}_by_epoch" in row]
     values = {name: row[name].item() for name in names} | {"seconds": row["seconds"]}
-    return values | {"finite": bool(finite(*(row[f"{name}_by_epoch"][None] for name in LOSSES))[0])}
+    return values | {
+        "finite": bool(finite_runs(*(row[f"{name}_by_epoch"][None] for name in LOSSES))[0])
+    }
 
 
-def finite(*losses: np.ndarray) -> np.ndarray:
+def finite_runs(*losses: np.ndarray) -> np.ndarray:
     """Which runs did not diverge: bool [runs], of losses [runs, epochs] that are all finite."""
     return np.all(np.isfinite(losses), axis=(0, 2))
 
@@ -230,7 +232,7 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
         for row in read_table([path], columns).to_pylist():
             run = make_run(row.pop("seed"), row.pop("learning_rate"), row.pop("vary"))
             losses = (np.array([row.pop(f"{name}_by_epoch")]) for name in LOSSES)
-            finished[run] = row | {"finite": bool(finite(*losses)[0])}
+            finished[run] = row | {"finite": bool(finite_runs(*losses)[0])}
     return finished
 
 
@@ -263,7 +265,7 @@ def read_scores(directory: Path) -> dict[tuple[str, float, int], float]:
     losses = (np.array(table[f"{name}_by_epoch"].to_pylist()) for name in LOSSES)
     _, first = next(read_predictions(paths))
     shares = table["test_correct"].to_numpy() / first.shape[1]
-    scores = np.where(finite(*losses), shares, np.nan)
+    scores = np.where(finite_runs(*losses), shares, np.nan)
     return dict(zip(run_ids(table), scores.tolist(), strict=True))
 
 

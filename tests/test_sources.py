@@ -391,7 +391,9 @@ def test_files_of_ones_own_that_are_refused(tmp_path):
     folder = write_published(tmp_path / "files", small_idx())
     data_dir = tmp_path / "data"
     for name in ("My_Digits_2026", "my-digits-2026"):
-        assert refusal(name, data_dir, folder).startswith(f"unknown data set {name!r}; your own files")
+        assert refusal(name, data_dir, folder).startswith(
+            f"unknown data set {name!r}; your own files"
+        )
     assert refusal("fashion_mnist", data_dir, folder).startswith(
         f"{folder / PARTS[0]}.gz: not the published fashion_mnist {PARTS[0]} (SHA-256 "
     )

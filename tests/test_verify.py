@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from mlp_jax.files import write_signed_json
 from mlp_jax.records import rows as store
 from mlp_jax.records.directory import read_metadata
+from mlp_jax.records.provenance import describe_environment
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
-from mlp_jax.verify import compare
+from mlp_jax.verify import compare, same_machine
 from mlp_jax.verify import main as verify_main
 
 TINY = [
@@ -95,3 +97,14 @@ def test_a_config_that_was_changed_and_signed_is_found_out(small_dir, here, caps
     with pytest.raises(SystemExit):
         verify(small_dir, "s")
     assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_equal_bits_are_promised_of_the_same_instructions_alone():
+    here = describe_environment(jax.devices()) | {"processor": "AMD EPYC", "instructions": "avx2"}
+    assert same_machine(here, dict(here))
+    assert not same_machine(here | {"instructions": "avx2 avx512f"}, here)
+    older = {name: value for name, value in here.items() if name != "instructions"}
+    assert not same_machine(older, here)
+    xeon = {"processor": "Intel(R) Xeon(R) Processor"}
+    assert same_machine(older | xeon, here | xeon)
+    assert not same_machine(older | xeon, here)

@@ -87,6 +87,7 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         "device_kind": devices[0].device_kind,
         "n_devices": len(devices),
         "processor": _processor(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "prng": settings["jax_default_prng_impl"],
         "matmul_precision": settings["jax_default_matmul_precision"] or "default",
@@ -97,6 +98,9 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         "git": _git_state(),
     }
 
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile")
+"""Sets for which XLA compiles other programs, with other roundings."""
 
 # The environment of older records, which do not name these.
 FORMER_NUMERICS: dict[str, Any] = {
@@ -121,6 +125,15 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _instructions() -> str | None:
+    """Which sets of vector instructions the processor has; None where Linux does not say."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith("flags")).split()
+        return " ".join(name for name in INSTRUCTIONS if name in flags)
+    return None
 
 
 def _git_state() -> dict | None:

@@ -71,11 +71,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def same_machine(there: dict, here: dict) -> bool:
-    """Whether equal bits are promised: the same kind of processor, versions and numerics."""
+    """Whether equal bits are promised: the same processor, cores, versions and numerics."""
     there, here = FORMER_NUMERICS | there, FORMER_NUMERICS | here
     if "instructions" not in there:  # an older record; some EPYCs have AVX-512, and some have not
         there["instructions"] = None if "EPYC" in there["processor"] else here["instructions"]
-    names = ("processor", "instructions", "device_kind", "prng", "matmul_precision")
+    names = ("processor", "instructions", "cores", "device_kind", "prng", "matmul_precision")
     versions = ("jax", "jaxlib", "flax", "optax")
     return all(there[name] == here[name] for name in (*names, *FORMER_NUMERICS)) and all(
         there["versions"][name] == here["versions"][name] for name in versions

@@ -25,6 +25,7 @@ from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training import fit as fit_module
 from mlp_jax.training.config import Config
+from mlp_jax.training.parallel import n_cores
 from mlp_jax.training.run import STREAMS, crossed_seeds, make_run, used_streams
 
 TINY = [
@@ -127,7 +128,7 @@ def test_what_is_stored_reads_as_it_is(small_dir, here, small):
     (path,) = store.row_files(Path("s"))
     about = json.loads(pq.read_schema(path).metadata[b"about"])["environment"]
     assert about["backend"] == "cpu"
-    assert about["cores"] == os.cpu_count()
+    assert about["cores"] == n_cores()
     assert table["recipe"].to_pylist() == ["keras-sgd"] * 3
     assert all(seconds > 0 for seconds in table["seconds"].to_pylist())
 

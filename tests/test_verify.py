@@ -103,6 +103,7 @@ def test_equal_bits_are_promised_of_the_same_instructions_alone():
     here = describe_environment(jax.devices()) | {"processor": "AMD EPYC", "instructions": "avx2"}
     assert same_machine(here, dict(here))
     assert not same_machine(here | {"instructions": "avx2 avx512f"}, here)
+    assert not same_machine(here | {"cores": 99}, here)
     older = {name: value for name, value in here.items() if name != "instructions"}
     assert not same_machine(older, here)
     xeon = {"processor": "Intel(R) Xeon(R) Processor"}

@@ -78,6 +78,8 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
     """Versions, hardware, numerics, and the commit of the code."""
     import jax
 
+    from mlp_jax.training.parallel import n_cores
+
     packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     settings = jax.config.values
     return {
@@ -88,7 +90,7 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         "n_devices": len(devices),
         "processor": _processor(),
         "instructions": _instructions(),
-        "cores": os.cpu_count(),
+        "cores": n_cores(),  # XLA's threads: their number can change roundings
         "prng": settings["jax_default_prng_impl"],
         "matmul_precision": settings["jax_default_matmul_precision"] or "default",
         "x64": settings["jax_enable_x64"],

@@ -57,11 +57,11 @@ def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int
 
 def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> list[Family]:
     """The families of a sweep; UserError for rows that contradict themselves."""
-    names = [f"{name}_by_epoch" for name in ("test_correct", "test_loss", "train_loss")]
+    metrics = ("test_correct", *rows.LOSSES)
+    names = [f"{name}_by_epoch" for name in metrics]
     n_runs, tally = sum(map(rows.count_rows, paths)), None
     for batch in rows.read_batches(paths, [*names, "seconds", "predictions"]):
-        by_epoch = (batch[name].flatten().to_numpy().reshape(len(batch), -1) for name in names)
-        correct, *losses = by_epoch
+        correct, *losses = (rows.by_epoch(batch, name) for name in metrics)
         tally = tally or Tally(n_runs, correct.shape[1], labels, n_classes)
         finite = rows.finite_runs(*losses)
         columns = {"finite": finite, "seconds": batch["seconds"], "correct": correct}

@@ -76,12 +76,9 @@ class Metadata(NamedTuple):
 
 def describe_environment(devices: Sequence) -> dict[str, Any]:
     """Versions, hardware, numerics, and the commit of the code."""
-    import jax
-
-    from mlp_jax.training.parallel import n_cores
+    from mlp_jax.training import parallel  # imports jax
 
     packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    settings = jax.config.values
     return {
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in packages},
@@ -90,12 +87,8 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         "n_devices": len(devices),
         "processor": _processor(),
         "instructions": _instructions(),
-        "cores": n_cores(),  # XLA's threads: their number can change roundings
-        "prng": settings["jax_default_prng_impl"],
-        "matmul_precision": settings["jax_default_matmul_precision"] or "default",
-        "x64": settings["jax_enable_x64"],
-        "threefry_partitionable": settings["jax_threefry_partitionable"],
-        "random_seed_offset": settings["jax_random_seed_offset"],
+        "cores": parallel.n_cores(),  # XLA's threads: their number can change roundings
+        **parallel.numerics(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "git": _git_state(),
     }

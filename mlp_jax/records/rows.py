@@ -56,9 +56,15 @@ def last_values(row: dict) -> dict[str, float]:
     """The metrics after the last epoch, the seconds, and whether all losses of a row are finite."""
     names = [name for name in row if f"{name}_by_epoch" in row]
     values = {name: row[name].item() for name in names} | {"seconds": row["seconds"]}
-    return values | {
-        "finite": bool(finite_runs(*(row[f"{name}_by_epoch"][None] for name in LOSSES))[0])
-    }
+    finite = finite_runs(*(row[f"{name}_by_epoch"][None] for name in LOSSES))
+    return values | {"finite": finite.item()}
+
+
+def by_epoch(table, name: str) -> np.ndarray:
+    """A metric [runs, epochs] of a table or batch."""
+    import pyarrow.compute as pc
+
+    return pc.list_flatten(table[f"{name}_by_epoch"]).to_numpy().reshape(len(table), -1)
 
 
 def finite_runs(*losses: np.ndarray) -> np.ndarray:
@@ -228,11 +234,13 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
         except FileNotFoundError:  # another shard quarantined it
             continue
         check_same(path, read_metadata(path), metadata)
-        columns = ["test_correct", *LOSSES, "seconds", *(f"{name}_by_epoch" for name in LOSSES)]
-        for row in read_table([path], columns).to_pylist():
-            run = make_run(row.pop("seed"), row.pop("learning_rate"), row.pop("vary"))
-            losses = (np.array([row.pop(f"{name}_by_epoch")]) for name in LOSSES)
-            finished[run] = row | {"finite": bool(finite_runs(*losses)[0])}
+        last = ["test_correct", *LOSSES, "seconds"]
+        table = read_table([path], [*last, *(f"{name}_by_epoch" for name in LOSSES)])
+        finite = finite_runs(*(by_epoch(table, name) for name in LOSSES)).tolist()
+        for (vary, rate, seed), row, ok in zip(
+            run_ids(table), table.select(last).to_pylist(), finite, strict=True
+        ):
+            finished[make_run(seed, rate, vary)] = row | {"finite": ok}
     return finished
 
 
@@ -262,7 +270,7 @@ def read_scores(directory: Path) -> dict[tuple[str, float, int], float]:
     paths = checked_files(directory)
     check_unique(paths)
     table = read_table(paths, ["test_correct", *(f"{name}_by_epoch" for name in LOSSES)])
-    losses = (np.array(table[f"{name}_by_epoch"].to_pylist()) for name in LOSSES)
+    losses = (by_epoch(table, name) for name in LOSSES)
     _, first = next(read_predictions(paths))
     shares = table["test_correct"].to_numpy() / first.shape[1]
     scores = np.where(finite_runs(*losses), shares, np.nan)

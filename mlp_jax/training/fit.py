@@ -16,7 +16,15 @@ import numpy as np
 from mlp_jax.errors import UserError
 from mlp_jax.training.arrays import N_PIXELS, Dataset, count_steps, for_dataset
 from mlp_jax.training.config import Config
-from mlp_jax.training.parallel import Placement, RunBytes, from_groups, map_runs, place, to_groups
+from mlp_jax.training.parallel import (
+    Placement,
+    RunBytes,
+    from_groups,
+    map_runs,
+    numerics,
+    place,
+    to_groups,
+)
 from mlp_jax.training.run import STREAMS, Run, make_run
 from mlp_jax.training.step import (
     EVAL_BATCH,
@@ -146,23 +154,13 @@ class Programs(NamedTuple):
     epoch: Callable
 
 
-NUMERICS = (
-    "jax_default_prng_impl",
-    "jax_default_matmul_precision",
-    "jax_enable_x64",
-    "jax_threefry_partitionable",
-    "jax_random_seed_offset",
-)
-"""JAX's settings that change numbers; a program is compiled for each of their values."""
-
-
 def compile_programs(config: Config, placement: Placement, data: tuple) -> Programs:
     """Compile ahead of time for `Dataset.arrays`, of which only shapes and types matter.
 
     Configs that differ only in traced values share a program.
     """
     leaves, tree = jax.tree.flatten(_shapes(data, placement.replicated))
-    settings = tuple(jax.config.values[name] for name in NUMERICS)
+    settings = tuple(numerics().values())
     return _compile(program_config(config), placement, tuple(leaves), tree, settings)
 
 
@@ -216,7 +214,10 @@ def program_config(config: Config) -> Config:
 def _compile(
     config: Config, placement: Placement, leaves: tuple, tree: Any, settings: tuple
 ) -> Programs:
-    """`leaves` and `tree` are the shapes of the data, flattened so that they can be hashed."""
+    """`leaves` and `tree` are the shapes of the data, flattened so that they can be hashed.
+
+    `settings` are JAX's own, which it reads when it traces.
+    """
     array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=placement.one_run_a_place)
     scalar = jax.ShapeDtypeStruct((), np.int32, sharding=placement.replicated)
     width, shared = placement.width, (*jax.tree.unflatten(tree, leaves), scalar, scalar)

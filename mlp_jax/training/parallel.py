@@ -9,7 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -71,6 +71,18 @@ def use_cores(cores: int | None = None) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def numerics() -> dict[str, Any]:
+    """JAX's own settings that change numbers, by the names that records give them."""
+    values = jax.config.values
+    return {
+        "prng": values["jax_default_prng_impl"],
+        "matmul_precision": values["jax_default_matmul_precision"] or "default",
+        "x64": values["jax_enable_x64"],
+        "threefry_partitionable": values["jax_threefry_partitionable"],
+        "random_seed_offset": values["jax_random_seed_offset"],
+    }
 
 
 def n_cores() -> int:

@@ -132,6 +132,8 @@ def test_nodes_die_and_join_and_the_command_is_stopped(cluster, small_dir, tmp_p
 
 
 def test_a_signal_while_ray_shuts_down_ends_nothing(small_dir, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+
     @contextlib.contextmanager
     def connect(*_):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as ray.init puts its own there

@@ -118,7 +118,7 @@ def test_a_sweep_keeps_weights_if_asked(small_dir, here, small):
     with pytest.raises(mj.UserError, match="s has no weights of a finished run"):
         mj.load_run("s")
     sweep_main([*flags, "--seeds", "0:5", "--keep-weights"])
-    with pytest.raises(mj.UserError, match="s has weights of 5 runs: choose one by its seed"):
+    with pytest.raises(mj.UserError, match="s has weights of 5 such runs: choose one by seed"):
         mj.load_run("s")
     run = mj.load_run("s", seed=4)
     assert (run.run.seed, run.run.vary) == (4, "all")

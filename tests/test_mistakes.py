@@ -315,16 +315,19 @@ def test_a_snapshot_starts_its_own_runs_alone(config, small):
     with pytest.raises(UserError, match="belongs to other runs"):
         fit(config, small, seeds=(3, 4), start=snapshot)
     other = dataclasses.replace(config, dropout=0.5)
-    with pytest.raises(UserError, match="with other settings"):
+    with pytest.raises(UserError, match="with different settings"):
         fit(other, small, seeds=(7, 8), start=snapshot)
     for elsewhere in (small._replace(name="mine"), with_teacher(small, *trained(config, small))):
-        with pytest.raises(UserError, match="with other settings"):
+        with pytest.raises(UserError, match="with different settings"):
             fit(config, elsewhere, seeds=(7, 8), start=snapshot)
     decayed = dataclasses.replace(config, schedule="linear")
     start = next(fit(decayed, small, seeds=(7,))).snapshot()
-    with pytest.raises(UserError, match="with other settings"):
+    with pytest.raises(UserError, match="with different settings"):
         fit(dataclasses.replace(decayed, epochs=5), small, seeds=(7,), start=start)
     longer = dataclasses.replace(config, epochs=5)
+    older = snapshot._replace(history={"train_loss": snapshot.history["train_loss"]})
+    with pytest.raises(UserError, match="has other metrics: test_correct"):
+        next(fit(longer, small, seeds=(7, 8), start=older))
     assert [each.epoch for each in fit(longer, small, seeds=(7, 8), start=snapshot)] == [2, 3, 4, 5]
 
 
@@ -373,7 +376,7 @@ def test_weights_of_other_settings_do_not_vote(swept):
     other = "weights/all-lr0.1-seed1.npz"
     shutil.copy(Path("t", other), Path("s", other))
     assert not has_weights(Path("s"), make_run(1, 0.1), directory.read_metadata(Path("s")))
-    with pytest.raises(UserError, match="have other settings or data: remove one of them"):
+    with pytest.raises(UserError, match="differ in settings or data: remove one of them"):
         load_committee("s")
     swept(*flags, "--out", "s")
     assert load_committee("s").config.dropout == 0.2
@@ -381,13 +384,17 @@ def test_weights_of_other_settings_do_not_vote(swept):
 
 def test_the_run_to_load_is_named(swept):
     swept("--seeds", "0:2", "--keep-weights", "--out", "s", "--learning-rate", "0.1", "0.05")
-    for seed, message in (
-        (None, "of 4 runs: choose"),
-        (1, "of 2 runs of seed 1"),
-        (7, "of 0 runs"),
+    for wanted, message in (
+        ({}, "s has weights of 4 such runs: choose one by seed"),
+        ({"seed": 1}, "s has weights of 2 such runs: choose one by vary or learning_rate"),
+        ({"seed": 7}, "s has no weights of such a run"),
+        ({"seed": 1, "vary": "order"}, "s has no weights of such a run"),
     ):
         with pytest.raises(UserError, match=message):
-            mj.load_run("s", seed)
+            mj.load_run("s", **wanted)
+    for rate in (0.1, 0.05):
+        run = mj.load_run("s", 1, "all", rate).run
+        assert (run.seed, run.learning_rate) == (1, rate)
     with pytest.raises(TypeError):
         mj.load_run("s", "*")
 

@@ -95,18 +95,29 @@ def _origin(metadata: Metadata) -> tuple:
     return settings(metadata), metadata.fingerprint
 
 
-def load_run(directory: str | Path, seed: int | None = None) -> TrainedRun:
-    """The run stored in `directory`, or that of `seed` in a sweep with --keep-weights.
+def load_run(
+    directory: str | Path,
+    seed: int | None = None,
+    vary: str | None = None,
+    learning_rate: float | None = None,
+) -> TrainedRun:
+    """The run stored in `directory`, or one of a sweep with --keep-weights.
 
-    Works on any device and version of JAX. UserError if there is none, or several; Damaged.
+    `seed` chooses among several; so do `vary` and `learning_rate` among several of one seed. Works
+    on any device and version of JAX. UserError if there is no such run, or several; Damaged.
     """
     paths = _find_weights(directory)
-    if seed is None and len(paths) > 1:
-        raise UserError(f"{directory} has weights of {len(paths)} runs: choose one by its seed")
     if seed is not None:
         paths = [path for path in paths if path.stem.endswith(f"-seed{operator.index(seed)}")]
-    if len(paths) != 1:
-        raise UserError(f"{directory} has weights of {len(paths)} runs of seed {seed}")
+    if vary is not None:
+        paths = [path for path in paths if path.name.startswith(f"{vary}-lr")]
+    if learning_rate is not None:
+        paths = [path for path in paths if f"-lr{learning_rate:.9g}-" in path.name]
+    if not paths:
+        raise UserError(f"{directory} has no weights of such a run")
+    if len(paths) > 1:
+        by = "seed" if seed is None else "vary or learning_rate"
+        raise UserError(f"{directory} has weights of {len(paths)} such runs: choose one by {by}")
     return _read_weights(paths[0])[0]
 
 
@@ -154,7 +165,7 @@ def load_committee(directory: str | Path | None = None) -> Committee:
     (first, (_, shared)), *others = stored.items()
     for path, (_, metadata) in others:
         if _origin(metadata) != _origin(shared):
-            raise UserError(f"{first} and {path} have other settings or data: remove one of them")
+            raise UserError(f"{first} and {path} differ in settings or data: remove one of them")
     members = [each for each, _ in stored.values() if np.isfinite(each.metrics["test_loss"])]
     if not members:
         raise UserError(f"all runs in {directory} diverged")

@@ -99,7 +99,7 @@ def fit(
     if start and start.runs != tuple(runs):
         raise UserError("the snapshot to start from belongs to other runs")
     if start and _without_length(start.config) != _without_length(config):
-        raise UserError("the snapshot to start from was trained with other settings")
+        raise UserError("the snapshot to start from was trained with different settings")
     placement = placement or place(len(runs), run_bytes(config))
     return _epochs(config, dataset, tuple(runs), placement, start)
 
@@ -140,6 +140,8 @@ def _epochs(
             results.append(jax.device_get(result))
         metrics, predictions = from_groups(results, len(runs))
         columns = {name: values[:, None] for name, values in metrics.items()}
+        if start and (changed := history.keys() ^ columns.keys()):
+            raise UserError(f"the snapshot to start from has other metrics: {min(changed)}")
         history = {
             name: np.concatenate([history[name], new], axis=1) if history else new
             for name, new in columns.items()
@@ -218,7 +220,7 @@ def _compile(
 
     `settings` are JAX's own, which it reads when it traces.
     """
-    array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=placement.one_run_a_place)
+    array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=placement.run_sharding)
     scalar = jax.ShapeDtypeStruct((), np.int32, sharding=placement.replicated)
     width, shared = placement.width, (*jax.tree.unflatten(tree, leaves), scalar, scalar)
     runs = (array((width, len(STREAMS)), np.uint32), array((width,), np.float32))

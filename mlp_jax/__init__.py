@@ -3,9 +3,9 @@
     import mlp_jax as mj
 
     data = mj.load_dataset("mnist")
+    table = mj.sweep(mj.RECIPES["short"], data, "runs/short", seeds=range(100)).to_pandas()
     for epoch in mj.fit(mj.RECIPES["short"], data, seeds=range(8)):
         print(epoch.test_accuracy)
-    table = mj.sweep(mj.RECIPES["short"], data, "runs/short", seeds=range(100)).to_pandas()
     runs = mj.read_runs("results/keras-sgd")
     logits = mj.predict(mj.load_run("runs/mine"), images)
 

@@ -6,7 +6,7 @@ Imports only the chosen command's module, so `--help` answers at once.
 import importlib
 import sys
 
-from mlp_jax.errors import nearest
+from mlp_jax.errors import suggest
 
 COMMANDS = {
     "train": "train one run, epoch by epoch",
@@ -32,7 +32,7 @@ def main() -> None:
         module = importlib.import_module(f"mlp_jax.{name}")
         cli.run_cli(lambda: module.main(argv))
     else:
-        print(f"error: unknown command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
+        print(f"error: unknown command {name!r}{suggest(name, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
 

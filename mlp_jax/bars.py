@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-SECONDS_A_LINE = 30
+SECONDS_PER_LINE = 30
 
 
 class _Lines:
@@ -18,7 +18,7 @@ class _Lines:
         sys.stderr.flush()
 
 
-def redrawn() -> bool:
+def can_redraw() -> bool:
     """Whether standard error is a terminal, where a bar can be redrawn."""
     return sys.stderr is not None and sys.stderr.isatty()
 
@@ -29,7 +29,7 @@ def progress_bar(iterable: Iterable | None = None, *, quiet: bool, **options: An
 
     if sys.stderr is None:  # closed
         quiet = True
-    elif not redrawn():
+    elif not can_redraw():
         # miniters=1, else tqdm's monitor may repeat a line
-        options |= {"file": _Lines(), "mininterval": SECONDS_A_LINE, "miniters": 1}
+        options |= {"file": _Lines(), "mininterval": SECONDS_PER_LINE, "miniters": 1}
     return tqdm(iterable, disable=quiet, **options)

@@ -71,7 +71,7 @@ class Cluster:
         return [int(count) for count in counts if count]
 
     def prepare(self, metadata: Metadata, dataset: Dataset, n_runs: int, lanes) -> tuple:
-        """Give tasks `dataset`; returns `metadata` as of a node, and the runs it trains at once."""
+        """Give tasks `dataset`; returns a node's `metadata`, and the runs it trains at once."""
         cores = self._share if self._kind == "CPU" else None
         self._job = ray.put((metadata, dataset, n_runs, lanes, cores))
         here, width, _ = _get(self._submit((), None, False))
@@ -90,7 +90,8 @@ class Cluster:
             done, pending = ray.wait(pending, timeout=1)  # so that a stop is noticed
             for here, _, ended in map(_get, done):
                 nodes = sum(count >= self._share for count in self._counts())
-                yield [each._replace(new=each.progress.epoch, nodes=nodes) for each in ended], here
+                trained = {"n_new": metadata.config.n_epochs, "nodes": nodes}
+                yield [each._replace(**trained) for each in ended], here
             if stop():
                 return
 
@@ -131,4 +132,4 @@ def _machine(job: Any) -> Machine:
     """What this process trains with, kept from task to task."""
     metadata, dataset, n_runs, lanes, cores = ray.get(job)
     use_cores(cores)
-    return prepare(metadata, dataset, n_runs, lanes=lanes).compiled()
+    return prepare(metadata, dataset, n_runs, lanes=lanes).compile()

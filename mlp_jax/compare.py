@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     if decision:  # a verdict of one look would be wrong too often after many
         compared = [compared[0]._replace(verdict=decision.verdict)]
     for (a, b), comparison in zip(pairs, compared, strict=True):
-        print(say(a, b, comparison), format_details(a, b, comparison), sep="\n")
+        print(format_verdict(a, b, comparison), format_details(a, b, comparison), sep="\n")
     if decision:
         print(LOOKED)
     if args.out:
@@ -116,14 +116,14 @@ def compare_targets(
         dict(zip(f.seeds.tolist(), f.correct / len(f.counts.labels), strict=True)) for f in families
     )
     shared, counts = ours.keys() & theirs.keys(), [family.counts for family in families]
-    right = [target.read_right(shared, counts[0].labels) if shared else {} for target in (a, b)]
+    right = [target.read_correct(shared, counts[0].labels) if shared else {} for target in (a, b)]
     pairs = ((right[0][seed], right[1][seed]) for seed in shared)
     covariance = error_covariance(pairs, len(counts[0].labels))
     spread = sd_over_test_sets(*counts, pairs=len(shared), covariance=covariance)
     return compare_scores(ours, theirs, margin=margin, sd_over_test_sets=spread)
 
 
-def say(a: "Target", b: "Target", comparison: "Comparison") -> str:
+def format_verdict(a: "Target", b: "Target", comparison: "Comparison") -> str:
     """The verdict in one sentence."""
     from mlp_jax.analysis.compare import describe
 
@@ -208,14 +208,14 @@ def write(
         each |= comparison._asdict() | {"p_value_holm": adjusted[i]}
         looked = [LOOKED] if decision else []
         each |= {"until_decided": decision, "caveats": [*looked, *caveats(a), *caveats(b)]}
-        record.append(to_json(each | {"says": say(a, b, comparison)}))
+        record.append(to_json(each | {"says": format_verdict(a, b, comparison)}))
         scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
         sides = zip((a, b), labels(a, b), strict=True)
         names = (f"{label}, {title(side, with_rate=a.rate != b.rate)}" for side, label in sides)
         figure = draw_comparison(*scores, comparison, tuple(names))
         name = "comparison.png" if len(pairs) == 1 else f"comparison-{i + 1}.png"
         files.save_figure(out / name, figure)
-    units = "shares of 1; intervals at 95 %"
+    units = "fractions (0 to 1); intervals at 95 %"
     files.write_json(out / "comparison.json", {"units": units, "comparisons": record})
 
 

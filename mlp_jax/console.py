@@ -5,7 +5,7 @@ import statistics
 import sys
 from time import perf_counter as clock
 
-from mlp_jax.bars import SECONDS_A_LINE, progress_bar
+from mlp_jax.bars import SECONDS_PER_LINE, progress_bar
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
 from mlp_jax.training.run import Run
 
@@ -29,7 +29,7 @@ def header(experiment) -> str:
 
 
 def table_line(lines: list[dict], epochs: int) -> str:
-    """The last of `lines`, one per epoch; the time left assumes median epochs."""
+    """The last of `lines`, one per epoch; the time left assumes the median epoch time."""
     last = lines[-1]
     left = (epochs - last["epoch"]) * statistics.median(line["seconds"] for line in lines)
     return (
@@ -65,12 +65,12 @@ class Bar:
         self._bar = progress_bar(quiet=quiet, total=total, bar_format=shape)
 
     def update(self, epoch) -> None:
-        if clock() - self._written >= SECONDS_A_LINE:  # it takes a second for a million runs
+        if clock() - self._written >= SECONDS_PER_LINE:  # it takes a second for a million runs
             self._write_stored()
         runs, done = epoch.progress.runs, epoch.progress.epoch
         new = len(runs) * (done - (self._last[1] if self._last[0] == runs else 0))
         self._last = (runs, done)
-        self._trained += epoch.new * len(runs)  # less than `new` where a checkpoint was resumed
+        self._trained += epoch.n_new * len(runs)  # less than `new` where a checkpoint was resumed
         seconds = clock() - self._began - self._experiment.compile_seconds
         finished = self._n_runs - (self._bar.total - self._bar.n - new) // self._epochs
         rate = self._trained / self._epochs / seconds * 3600

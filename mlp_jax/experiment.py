@@ -44,7 +44,7 @@ class Experiment:
     dataset: Dataset
     trainer: Any  # a Machine or a Cluster
     stored: dict[Run, dict]  # rows.last_values of the runs that have a row
-    finished: dict[Run, dict]  # of these, the ones that do not lack wanted weights
+    finished: dict[Run, dict]  # of these, those whose weights are stored too, if wanted
     chunk: int  # runs that share a file
     checkpoint_every: int
     keep_weights: bool
@@ -59,7 +59,7 @@ class Experiment:
         """Train and store the missing ones of `runs`, yielding them after each epoch.
 
         `stop` is called after each epoch; once true, finished runs are stored, the others saved.
-        A cluster yields finished runs alone, and saves no others.
+        A cluster yields only finished runs; it has no checkpoints.
         """
         if not (missing := self.missing(runs)):
             return
@@ -70,7 +70,7 @@ class Experiment:
                 yield from ended
             return
         start = clock()
-        self.trainer = self.trainer.compiled()
+        self.trainer = self.trainer.compile()
         self.metadata = self.trainer.metadata
         directories.claim(self.directory, self.metadata)  # now that its code is known
         self.compile_seconds = clock() - start

@@ -23,11 +23,11 @@ class Epoch(NamedTuple):
     progress: Progress
     seconds: list[float]
     params: dict | None = None  # of finished runs if wanted, NumPy arrays [runs, ...]
-    new: int = 1  # epochs since these runs were last yielded
+    n_new: int = 1  # epochs since these runs were last yielded
     nodes: int = 1  # machines that train
 
     def finish(self, keep_weights: bool) -> "Epoch":
-        """With all that is stored of it, and nothing on the devices."""
+        """A copy to store: with the weights, if wanted, and without what is on the devices."""
         params = self.progress.params if keep_weights else None
         return self._replace(progress=self.progress._replace(states=[]), params=params)
 
@@ -39,7 +39,7 @@ class Machine(NamedTuple):
     dataset: Dataset
     placement: Placement
 
-    def compiled(self) -> "Machine":
+    def compile(self) -> "Machine":
         """Compile the programs; the metadata gain the fingerprint of their code."""
         metadata, dataset, placement = self
         with ThreadPoolExecutor(max_workers=1) as beside:

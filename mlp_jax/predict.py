@@ -13,7 +13,7 @@ from mlp_jax import cli, files
 from mlp_jax.errors import UserError
 
 MENTIONED = 0.01
-"""Probability from which another digit is named too."""
+"""Lowest probability at which another digit is named too."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Target(NamedTuple):
         families = read_families(paths, dataset.test.labels, dataset.n_classes)
         return next(f for f in families if (f.vary, f.rate) == (self.vary, self.rate))
 
-    def read_right(self, seeds: Collection[int], labels: np.ndarray) -> dict[int, np.ndarray]:
+    def read_correct(self, seeds: Collection[int], labels: np.ndarray) -> dict[int, np.ndarray]:
         """Which test images the runs of some seeds get right, 8 to a byte."""
         return {
             seed: np.packbits(row == labels)

@@ -13,7 +13,7 @@ import numpy as np
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows
 
-SECONDS_A_WRITE = 30
+SECONDS_PER_WRITE = 30
 DIRECTORY = "tensorboard"
 
 Curves = dict[str, np.ndarray]  # by metric, [epoch] or [runs, epoch]
@@ -34,7 +34,7 @@ def log_sweep(epochs: Iterable, experiment: Any) -> Iterator:
     """Pass on the epochs of a sweep, writing the curves of its stored runs to tensorboard/."""
     written = clock()
     for each in epochs:
-        if clock() - written > SECONDS_A_WRITE:
+        if clock() - written > SECONDS_PER_WRITE:
             write_families(experiment)
             written = clock()
         yield each

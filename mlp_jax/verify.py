@@ -87,7 +87,7 @@ def compare(stored: dict, progress, *, exact: bool) -> str:
     correct = progress.history["test_correct"][0]
     (row,) = rows.make_rows(stored["recipe"], progress, stored["seconds"])
     # older rows have fewer columns; float32 numbers were stored as they were
-    same = all(equal(stored[name], row[name]) for name in stored)
+    same = all(same_value(stored[name], row[name]) for name in stored)
     if same:
         return f"equal bit for bit, {correct[-1]} correct"
     first = stored["train_loss_by_epoch"][0]
@@ -95,11 +95,11 @@ def compare(stored: dict, progress, *, exact: bool) -> str:
     numbers = f"{stored['test_correct']} correct stored, {correct[-1]} now; the first epoch's"
     numbers += f" training loss differs by {drift:.1e}"
     if not exact and drift <= TOLERANCE:
-        return f"equal as far as other hardware or versions allow ({numbers})"
+        return f"equal within the tolerance for other hardware or versions ({numbers})"
     return f"DIFFERENT ({numbers})"
 
 
-def equal(stored: Any, now: Any) -> bool:
+def same_value(stored: Any, now: Any) -> bool:
     """Whether two values of a row are equal, NaN included."""
     if isinstance(stored, str | bytes):
         return stored == now

@@ -225,7 +225,7 @@ def test_he_weights_have_their_variance(config):
 def test_the_data_stream_decides_which_examples_are_used():
     keys = Streams(*(jax.random.key(seed) for seed in range(5)))
     chosen = {
-        name: np.asarray(step.training_examples(keys.data, 60, config=Config(examples=name)))
+        name: np.asarray(step.example_indices(keys.data, 60, config=Config(examples=name)))
         for name in ("all", "half", "bootstrap")
     }
     assert chosen["all"].tolist() == list(range(60))
@@ -233,7 +233,7 @@ def test_the_data_stream_decides_which_examples_are_used():
     assert len(chosen["bootstrap"]) == 60
     # 1 - 1/e of the examples are drawn at least once
     assert 30 < len(set(chosen["bootstrap"])) < 46
-    other = step.training_examples(jax.random.key(9), 60, config=Config(examples="half"))
+    other = step.example_indices(jax.random.key(9), 60, config=Config(examples="half"))
     assert set(np.asarray(other)) != set(chosen["half"])
 
 

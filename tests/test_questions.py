@@ -106,7 +106,8 @@ def test_a_ranking_says_what_the_records_say(sweep, small, tmp_path, monkeypatch
     foreign.unlink()
     capsys.readouterr()
     report_main(["g"])
-    assert f"without finished runs that vary all: {names[1]}\n" in capsys.readouterr().out
+    line = f"not ranked (no finished runs with vary=all): {names[1]}\n"
+    assert line in capsys.readouterr().out
     shutil.copytree("g/dropout=0.5", "g/copy=1")
     with pytest.raises(mj.UserError, match=r"g/copy=1 and g/dropout=0.5 have the same settings"):
         mj.report("g")

@@ -48,7 +48,7 @@ def numbers(pairs):
 
 
 def test_in_a_log_a_bar_is_a_line_now_and_then():
-    code = "import time\nfrom mlp_jax import bars\nbars.SECONDS_A_LINE = 0.2\n"
+    code = "import time\nfrom mlp_jax import bars\nbars.SECONDS_PER_LINE = 0.2\n"
     code += "for _ in bars.progress_bar(range(100), quiet=False): time.sleep(0.01)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert b"\r" not in done.stderr
@@ -60,7 +60,7 @@ def test_in_a_log_a_bar_is_a_line_now_and_then():
 
 
 def test_in_a_log_there_are_none_of_tfds_bars():
-    code = "import time\nfrom mlp_jax.data import sources\nwith sources.hushed(False):\n"
+    code = "import time\nfrom mlp_jax.data import sources\nwith sources.hush(False):\n"
     code += "    from tensorflow_datasets.core.utils.tqdm_utils import tqdm\n"
     code += "    for _ in tqdm(range(100)): time.sleep(0.01)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

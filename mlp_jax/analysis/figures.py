@@ -193,15 +193,16 @@ def draw_sources(spreads: list[dict], name: str) -> Any:
 def draw_indices(crossed: Any, name: str) -> Any:
     """First-order and total indices of each stream: a Crossed of `crossed_indices`."""
     streams, blocks = list(crossed.test.total), crossed.test.blocks
-    title = f"{name}, {blocks} blocks of {2 ** len(streams)} runs"
+    title = f"Which source of randomness makes test accuracy vary: {name},"
+    title += f" {blocks} blocks of {2 ** len(streams)} runs"
     height = 2.2 + 0.5 * len(streams)
-    figure, *axes = new_figure(f"Which randomness makes test accuracy vary: {title}", height, 1, 2)
+    figure, *axes = new_figure(title, height, 1, 2)
     for ax, of, where in zip(axes, crossed, ("this", "an infinite"), strict=True):
         first = [of.indices[stream] for stream in streams]
         rows, last = np.arange(len(streams)), [len(streams)]
         for shares, color, marker, y, label in (
-            (first, BLUE, "o", rows - 0.14, "first-order: gone where this stream alone is fixed"),
-            (of.total.values(), ORANGE, "D", rows + 0.14, "total: left where all others are fixed"),
+            (first, BLUE, "o", rows - 0.14, "first-order: removed by fixing this stream alone"),
+            (of.total.values(), ORANGE, "D", rows + 0.14, "total: left if all others are fixed"),
             ([of.interactions], "black", "s", last, "interactions: of no single stream"),
         ):
             draw_intervals(ax, shares, y, color, fmt=marker, label=label)

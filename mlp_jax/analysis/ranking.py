@@ -40,7 +40,7 @@ def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]]) -> dict:
         ranked.append(to_json(cell))
     ranked.sort(key=lambda cell: -(cell["mean"]["estimate"] or 0))
     return {
-        "units": f"shares of 1; intervals hold for all {len(ranked)} means at once at 95 %"
+        "units": f"fractions (0 to 1); intervals hold for all {len(ranked)} means at once at 95 %"
         " (Bonferroni)",
         "cells": ranked,
         "not_ranked": sorted(cells.keys() - {name for name, _ in scores}),
@@ -55,7 +55,7 @@ def format_ranking(summary: dict) -> str:
         settings = f"{cell['settings']}, learning rate {cell['learning_rate']:.9g}"
         lines.append(f"{mean:>8}  {interval:<19}  {settings}: {runs}")
     if left_out := summary["not_ranked"]:
-        lines.append(f"not ranked, without finished runs that vary all: {'; '.join(left_out)}")
+        lines.append(f"not ranked (no finished runs with vary=all): {'; '.join(left_out)}")
     return "\n".join(lines)
 
 

@@ -36,9 +36,10 @@ def summarize(
         "epochs": config.epochs,
         "processors": processors,
         "n_test": len((families or blocks)[0].counts.labels),
-        "units": "shares of 1; intervals at 95 %; diverged runs (seeds) are in no statistic, but"
-        " lose in pairs of learning rates, whose intervals (Jeffreys) are of one pair each; their"
-        " p_holm is of the exact sign test, corrected for the number of pairs",
+        "units": "fractions (0 to 1); intervals at 95 %; diverged runs (by seed) are excluded,"
+        " except where learning rates are compared: there they lose. Those intervals (Jeffreys)"
+        " are not adjusted for the number of pairs; p_holm is: the exact sign test's p, by Holm's"
+        " method",
         "families": [family_statistics(family, families, recipe, config) for family in families],
         "learning_rates": compare_rates(families),
     }
@@ -103,32 +104,32 @@ def family_statistics(family: Family, families: list[Family], recipe: str, confi
         result |= predictions.disagreement(counts)._asdict()
         result["runs_for_mean"] = stats.seeds_for_mean(result["sd"].estimate, 1e-4)
         result["runs_for_sd"] = stats.seeds_for_sd(0.05, stats.excess_kurtosis(correct))
-        result |= beside_reference(family, recipe, config) | beside_all(family, families)
+        result |= compare_to_reference(family, recipe, config) | sd_over_all(family, families)
     if runs >= 3:
         predicted = predictions.predicted_sd(counts)
         result |= {f"{name}_sd": sd for name, sd in predicted._asdict().items()}
     return to_json(result)
 
 
-def beside_reference(family: Family, recipe: str, config: Config) -> dict:
+def compare_to_reference(family: Family, recipe: str, config: Config) -> dict:
     """Where the recipe's reference lies among the runs, if these have the recipe's settings."""
     own = dataclasses.replace(config, learning_rate=family.rate) == RECIPES.get(recipe)
     if not (own and family.vary == "all" and recipe in REFERENCES):
         return {}
     # counted in images, so that a run as good as the reference ties with it
     correct, n_test = family.correct, len(family.counts.labels)
-    right, sd = REFERENCES[recipe].correct * n_test / 10_000, correct.std(ddof=1)
+    reference, sd = REFERENCES[recipe].correct * n_test / 10_000, correct.std(ddof=1)
     return {
         "reference": REFERENCES[recipe].correct / 10_000,
-        "runs_below": int((correct < right).sum()),
-        "runs_equal": int((correct == right).sum()),
-        "runs_above": int((correct > right).sum()),
-        "share_below": stats.share_below(right, correct),
-        "z": (right - correct.mean()) / sd if sd else None,
+        "runs_below": int((correct < reference).sum()),
+        "runs_equal": int((correct == reference).sum()),
+        "runs_above": int((correct > reference).sum()),
+        "share_below": stats.share_below(reference, correct),
+        "z": (reference - correct.mean()) / sd if sd else None,
     }
 
 
-def beside_all(family: Family, families: list[Family]) -> dict:
+def sd_over_all(family: Family, families: list[Family]) -> dict:
     """The SD of a one-stream family relative to that of "all" at the same rate."""
     for other in families:
         scores = other.correct

@@ -88,7 +88,7 @@ def _cached_directory(name: str, data_dir: Path) -> Path | None:
 def _decode(name: str, directory: Path, quiet: bool) -> Dataset:
     arrays: list[tuple] = []
     try:
-        with sources.hushed(quiet) as tfds:
+        with sources.hush(quiet) as tfds:
             builder = tfds.builder_from_directory(directory)
             for split in SPLITS:
                 source, desc = builder.as_data_source(split), f"Decoding {split}"

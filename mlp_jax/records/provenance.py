@@ -26,7 +26,7 @@ class Metadata(NamedTuple):
 
     recipe: str
     config: Config
-    fingerprint: str  # of the data set; once of its training images alone
+    fingerprint: str  # of the data set; in older records, of the training images only
     environment: dict[str, Any]
     seed: int | None = None
     images: str | None = None  # fingerprint of the training images
@@ -44,7 +44,7 @@ class Metadata(NamedTuple):
         return {name: v for name, v in settings if v != own[name] and name not in skipped}
 
     def title(self, changed: Mapping[str, Any] | None = None) -> str:
-        """The recipe and what is changed of it, for figures."""
+        """The recipe and the settings that differ from it, for figures."""
         changed = self.changed() if changed is None else changed
         texts = (f"{name.replace('_', ' ')} {format_setting(v)}" for name, v in changed.items())
         return self.recipe + f" ({', '.join(texts)})" * bool(changed)
@@ -61,7 +61,7 @@ class Metadata(NamedTuple):
 
     @classmethod
     def from_json(cls, fields: dict) -> "Metadata":
-        """UserError for fields that this version of mlp_jax did not write."""
+        """UserError for fields that this version of mlp_jax cannot read."""
         try:
             config = dict(fields["config"])
             # sweeps once kept all their learning rates here; each row has its own
@@ -182,7 +182,8 @@ def _check_equal(place: Path | str, name: str, before: Any, now: Any) -> None:
 def check_same(place: Path | str, stored: Metadata, asked: Metadata) -> None:
     """Raise UserError, naming the first difference, if two metadata may not be pooled.
 
-    Other numerics pass if either is marked as mixed, and so does what an older record lacks.
+    Different numerics are accepted if either is marked as mixed; a `program` that an older record
+    lacks is ignored.
     """
     if stored.images and asked.images:
         data = (stored.fingerprint, asked.fingerprint)

@@ -30,7 +30,7 @@ READ_ROWS = 255
 """Runs whose predictions are in memory at a time: as many as predictions.py counts at once."""
 
 MERGE = ".mlp_jax-merge.json"
-"""Which file a `compact` at work writes, and which it will then remove."""
+"""While `compact` runs: the file that it writes, and those that it will remove."""
 
 OUR_NAME = re.compile(r"[a-z]+-lr[0-9.e+-]+-seed\d+-[0-9a-f]{16}\.parquet")
 

@@ -59,7 +59,7 @@ def clip_norms(params: dict, config: Config) -> dict:
         if layer == "output":
             return leaves
         norms = jnp.linalg.norm(leaves["kernel"], axis=0)
-        factors = jnp.minimum(1, config.max_norm / jnp.maximum(norms, 1e-12))  # of a dead unit
+        factors = jnp.minimum(1, config.max_norm / jnp.maximum(norms, 1e-12))  # no 0 / 0
         return leaves | {"kernel": leaves["kernel"] * factors[None, :]}
 
     return {layer: clip(layer, leaves) for layer, leaves in params.items()}

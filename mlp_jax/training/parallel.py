@@ -54,7 +54,7 @@ class Placement(NamedTuple):
         return Mesh(np.array(self.devices), (RUNS,))
 
     @property
-    def one_run_a_place(self) -> NamedSharding:
+    def run_sharding(self) -> NamedSharding:
         """Sharding of arrays [width, ...]: a share of the runs on each device."""
         return NamedSharding(self.mesh, P(RUNS))
 
@@ -173,7 +173,7 @@ def to_groups(tree, placement: Placement) -> list:
 
     starts = range(0, len(jax.tree.leaves(tree)[0]), width)
     groups = (jax.tree.map(functools.partial(group, start), tree) for start in starts)
-    return [jax.device_put(group, placement.one_run_a_place) for group in groups]
+    return [jax.device_put(group, placement.run_sharding) for group in groups]
 
 
 def from_groups(groups: list, n_runs: int):

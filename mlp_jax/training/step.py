@@ -96,7 +96,7 @@ def train_epoch(
     `n_steps` are those of the whole training: where it ends, and the schedule's length. The weights
     of a `teacher`, [members, ...], label the images as they are after deformation.
     """
-    examples = training_examples(keys.data, split.labels.shape[0], config=config)
+    examples = example_indices(keys.data, split.labels.shape[0], config=config)
     order, mask = epoch_order(keys.order, epoch, len(examples), config.batch_size)
     indices, steps = examples[order], order.shape[0]
     augment_key = jax.random.fold_in(keys.augment, epoch)
@@ -129,7 +129,7 @@ def train_epoch(
     }
 
 
-def training_examples(key: jax.Array, n_train: int, *, config: Config) -> jax.Array:
+def example_indices(key: jax.Array, n_train: int, *, config: Config) -> jax.Array:
     """Indices of the examples that a run trains on; `key` is its data stream's."""
     if config.examples == "half":
         return jax.random.permutation(key, n_train)[: n_train // 2]

@@ -1,0 +1,52 @@
+"""scripts/committee.py: votes by summed probabilities."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlp_jax.sweep import main as sweep_main
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+import committee as script
+
+
+def test_committees_are_counted():
+    rng = np.random.default_rng(1)
+    probabilities = rng.dirichlet(np.ones(4), (3, 50))
+    labels = rng.integers(4, size=50)
+
+    def right(members):
+        return (np.argmax(sum(probabilities[m] for m in members), axis=1) == labels).sum()
+
+    correct = script.count_correct(probabilities, labels, 300)
+    assert correct.shape == (300, 3)
+    assert correct[0].tolist() == [right(range(n)) for n in (1, 2, 3)]
+    assert set(correct[:, 2]) == {right(range(3))}
+    for size in (1, 2):
+        every = [right(members) for members in itertools.combinations(range(3), size)]
+        assert set(correct[:, size - 1]) == set(every)
+        assert correct[:, size - 1].mean() == pytest.approx(np.mean(every), abs=0.5)
+
+
+def test_the_record_is_that_of_the_sweep(small_dir, here, small, capsys):
+    flags = ["--dataset", "kmnist", "--hidden", "16", "--batch-size", "32", "--epochs", "2"]
+    flags += ["--data-dir", str(small_dir), "--seeds", "0:3", "--keep-weights", "--out", "s"]
+    sweep_main(flags)
+    script.main(script.Args(Path("s"), Path("c.json"), small_dir))
+    record = json.loads(Path("c.json").read_text())
+    n_test = len(small.test.labels)
+    assert record["n_test"] == n_test
+    assert record["seeds"] == [0, 1, 2]
+    by_members = record["by_members"]
+    assert [each["members"] for each in by_members] == [1, 2, 3]
+    assert by_members[2]["mean"] == by_members[2]["low"] == record["accuracy"]["estimate"]
+    assert record["correct_together"] == round(n_test * record["accuracy"]["estimate"])
+    alone = by_members[0]
+    assert round(n_test * alone["low"]) in record["correct_alone"]
+    assert alone["mean"] == pytest.approx(np.mean(record["correct_alone"]) / n_test, abs=0.02)
+    assert Path("c.png").stat().st_size > 1000
+    assert f"together {record['correct_together']}" in capsys.readouterr().out

@@ -83,7 +83,9 @@ def parse_args(
     for flag, value in itertools.pairwise(["the first argument", *_words(argv), "-"]):
         if value == "" or (flag.startswith("--") and flag.endswith("=")):
             raise UserError(f"{flag.rstrip('=')} has an empty value")
-    return args
+    paths = {name: value for name, value in vars(args).items() if isinstance(value, Path)}
+    # the shell leaves --out=~/runs as it is
+    return dataclasses.replace(args, **{name: path.expanduser() for name, path in paths.items()})
 
 
 def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
@@ -128,6 +130,12 @@ def _one_line_errors():
             close = lines[lines.index("Perhaps you meant:") + 1].split()[0]
             message += f"; did you mean {close}?"
         raise UserError(message.removeprefix("Error parsing ")) from None
+
+
+def check_teacher(teacher: Path | None, out: Path | None) -> None:
+    """UserError if a student would be written over its teacher."""
+    if teacher and out and teacher.resolve() == out.resolve():
+        raise UserError(f"--teacher and --out are both {out}: name another --out")
 
 
 def check_at_least(args, least: dict[str, int]) -> None:
@@ -240,6 +248,9 @@ def run_cli(main: Callable[[], None]) -> None:
         place = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{place}", file=sys.stderr)
         sys.exit(1)
+    except UnicodeEncodeError as error:  # of pyarrow
+        print(f"error: a path is not UTF-8: {error.object}", file=sys.stderr)
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         # XLA's own error cannot be imported without jax
         words = ("RESOURCE_EXHAUSTED", "Out of memory")

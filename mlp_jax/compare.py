@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # --help does without
 
 PROG = "python -m mlp_jax.compare"
 LOOKED = (
-    "The verdict is that of the confidence sequence: the number of runs was chosen by looking at"
-    " the results, which the other intervals, p and P do not allow for."
+    "The verdict is that of the confidence sequence after {} pairs: the number of runs was chosen"
+    " by looking at the results, which the other intervals, p and P do not allow for."
 )
 STEP = 10  # seeds between two looks of --until-decided
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     for (a, b), comparison in zip(pairs, compared, strict=True):
         print(format_verdict(a, b, comparison), format_details(a, b, comparison), sep="\n")
     if decision:
-        print(LOOKED)
+        print(LOOKED.format(decision.pairs))
     if args.out:
         write(args.out, pairs, compared, decision)
 
@@ -206,7 +206,7 @@ def write(
     for i, ((a, b), comparison) in enumerate(zip(pairs, compared, strict=True)):
         each = {"a": a.name, "b": b.name, "differences": differences(a, b)}
         each |= comparison._asdict() | {"p_value_holm": adjusted[i]}
-        looked = [LOOKED] if decision else []
+        looked = [LOOKED.format(decision.pairs)] if decision else []
         each |= {"until_decided": decision, "caveats": [*looked, *caveats(a), *caveats(b)]}
         record.append(to_json(each | {"says": format_verdict(a, b, comparison)}))
         scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
@@ -249,7 +249,8 @@ def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> 
             decision = decide(pairs, margin=args.margin / 100)
             mean, low, high = (100 * end for end in decision.difference)
             text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) points: {decision.verdict}"
-            print(f"{len(pairs)} pairs: {text}", flush=True)
+            of = f"{decision.pairs} of " * (decision.pairs < len(pairs))
+            print(f"{of}{len(pairs)} pairs: {text}", flush=True)
             if decision.verdict != "undecided" or wanted >= args.max_seeds:
                 return decision
             wanted = min(wanted + STEP, args.max_seeds)

@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 
 from mlp_jax import cli, files
+from mlp_jax.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("demo.html")
 
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(Args, argv, "python -m mlp_jax.demo")
     cli.check_at_least(args, {"members": 1})
     files.check_file(args.out)
+    if args.out.exists() and args.out.suffix not in (".html", ".htm"):  # perhaps a photo
+        raise UserError(f"--out {args.out} exists and is no .html file: name another")
 
     # --help does without
     from mlp_jax.records.checkpoint import load_committee

@@ -29,10 +29,10 @@ from mlp_jax.records.checkpoint import (
     save_weights,
 )
 from mlp_jax.records.provenance import Metadata, check_same
-from mlp_jax.training.arrays import Dataset, for_dataset, with_teacher
+from mlp_jax.training.arrays import Dataset, check_unchanged, for_dataset, with_teacher
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.parallel import n_cores, use_cores
-from mlp_jax.training.run import Run, crossed_seeds, make_runs
+from mlp_jax.training.run import STREAMS, Run, crossed_seeds, make_runs, used_streams
 
 
 @dataclasses.dataclass
@@ -127,6 +127,11 @@ class Experiment:
         if stored := directories.stored_metadata(self.directory):
             check_same(self.directory, stored, metadata)
         # a run retrained for its weights already has its row
+        for run in new.keys() & self.stored.keys():
+            was, now = self.stored[run]["test_correct"], rows.last_values(new[run])["test_correct"]
+            if was != now:
+                line = "seed %d: its row has %d correct, and the weights stored now have %d"
+                files.log.warning(line, run.seed, was, now)
         if wanted := [row for run, row in new.items() if run not in self.stored]:
             rows.write_rows(self.directory, wanted, metadata)
         self.finished |= {run: rows.last_values(row) for run, row in new.items()}
@@ -244,17 +249,21 @@ def sweep(
             len(jax.devices()),
             n_cores(),
         )
+    check_unchanged(dataset)
     index, count = options.setdefault("shard", (0, 1))
     if crossed and (seeds is not None or vary != ("all",)):
         raise UserError("crossed sets all seeds: leave out seeds and vary")
     if crossed:
         seeds, vary = crossed_seeds(crossed, config), ("crossed",)
+    if unused := {*vary} & {*STREAMS} - {*used_streams(config)}:
+        raise UserError(f"vary {min(unused)}: with these settings that stream is not used")
     seeds = range(100) if seeds is None else seeds
     runs = make_runs(seeds, vary, list(learning_rates) or [config.learning_rate])[index::count]
     if not runs:
         raise UserError("a sweep needs at least one run")
     options = {"recipe": recipe_name(config, dataset)} | options
-    with open_experiment(Path(directory), config, dataset, runs, **options) as experiment:
+    directory = Path(directory).expanduser()
+    with open_experiment(directory, config, dataset, runs, **options) as experiment:
         for _ in experiment.train(runs):
             pass
     return rows.read_runs(directory)

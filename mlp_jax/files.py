@@ -120,9 +120,12 @@ def quarantine(damaged: Damaged) -> None:
     Readers of Parquet skip names that begin with an underscore.
     """
     path, name = damaged.path, f"_{damaged.path.name}.corrupt"
-    log.warning("%s is damaged (%s): renamed to %s", path, damaged.reason, name)
-    with contextlib.suppress(OSError):  # read-only, or another process was first
+    try:
         path.replace(path.with_name(name))
+        done = f"renamed to {name}"
+    except OSError:  # read-only, or another process was first
+        done = "left where it is"
+    log.warning("%s is damaged (%s): %s", path, damaged.reason, done)
 
 
 def read_or_quarantine(read: Callable[[Path], T], path: Path) -> T | None:

@@ -55,6 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     files.check_writable(out)
     if out.resolve() != args.directory.resolve() and stored_metadata(out):
         raise UserError(f"{out} has results of its own: name another --out")
+    before = out / "summary.json"
+    if args.out and before.exists() and '"units"' not in before.read_text(errors="replace"):
+        raise UserError(f"{before} was not written by a report: name another --out")
     made = report(args.directory, args.data_dir)
     files.make_directory(out / "figures")
     files.write_json(out / "summary.json", made.summary)

@@ -127,7 +127,7 @@ def parse_target(text: str) -> Target:
     """The Target of DIR[:FAMILY][@RATE]; default: family "all", and the only rate."""
     match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@(\d*\.?\d+(?:e[+-]?\d+)?))?", text)
     place, vary, rate = match.groups() if match and not Path(text).is_dir() else (text, None, None)
-    vary, directory = vary or "all", Path(place)
+    vary, directory = vary or "all", Path(place).expanduser()
     if vary not in ("all", *STREAMS):
         raise UserError(f"{text}: a family is all or one of {', '.join(STREAMS)}, not {vary!r}")
     metadata = read_metadata(directory)
@@ -138,6 +138,7 @@ def parse_target(text: str) -> Target:
     if len(chosen) != 1:
         found = ", ".join(f"{each:.9g}" for each in rates) or "none"
         raise UserError(f"{text}: the learning rates of family {vary!r} are {found}: name one")
-    programs = {rows.read_metadata(path).program for path in rows.row_files(directory)} - {None}
-    metadata = metadata._replace(program=next(iter(programs), None))
+    stored = map(rows.read_metadata, rows.row_files(directory))
+    programs = [each.program for each in stored if each.program and not each.mixed]
+    metadata = metadata._replace(program=programs[0] if programs else None)
     return Target(text, directory, metadata, vary, chosen[0])

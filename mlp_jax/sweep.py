@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     args = grid[0]
     at_least_1 = dict.fromkeys(("devices", "lanes", "chunk"), 1)
     cli.check_at_least(args, at_least_1 | {"checkpoint_every": 0, "crossed": 0})
+    cli.check_teacher(args.teacher, args.out)
     index, count = cli.parse_shard(args.shard or ("0/1" if args.ray else None))
     cells = make_cells(args, [each.config for each in grid])
     if count > 1 and not args.quiet:

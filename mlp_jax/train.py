@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_args(args: Args) -> None:
     """UserError for flags that conflict with each other or with the contents of --out."""
     cli.check_at_least(args, {"checkpoint_every": 0})
+    cli.check_teacher(args.teacher, args.out)
     if args.resume and (args.overwrite or not args.out):
         raise UserError("--resume needs --out, and cannot be combined with --overwrite")
     if args.out and directories.check_out_dir(args.out):

@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     dataset = load_data(metadata.config.dataset, teacher=args.teacher, **options)
     check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
     if for_dataset(metadata.config, dataset) != metadata.config:
-        raise UserError(f"{args.directory} had a different teacher from {args.teacher}")
+        had = "a different teacher" if metadata.config.teacher else "no teacher"
+        raise UserError(f"{args.directory} had {had}: leave out or change --teacher {args.teacher}")
     machine = prepare(metadata, dataset, 1, devices=1, lanes=1)
     ids = rows.run_ids(rows.read_table(paths, []))
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(args.rows, len(ids))).round().astype(int))

@@ -26,7 +26,7 @@ from mlp_jax.predict import main as predict_main
 from mlp_jax.records import compaction, directory, rows
 from mlp_jax.records.checkpoint import has_weights, load_committee
 from mlp_jax.report import main as report_main
-from mlp_jax.results import count_processors
+from mlp_jax.results import count_processors, parse_target
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training.arrays import Split, for_dataset, make_dataset, with_teacher
@@ -152,6 +152,31 @@ def test_an_older_record_gains_the_code_that_extends_it(swept):
 
 
 # compaction ---------------------------------------------------------------------------------------
+
+
+def test_weights_of_other_code_than_their_row_are_named(swept, caplog):
+    swept("--seeds", "0:1", "--out", "s")
+    (path,) = rows.row_files(Path("s"))
+    table = pq.read_table(path)
+    i, correct = table.column_names.index("test_correct"), table["test_correct"][0].as_py()
+    path.unlink()
+    write("s", table.set_column(i, table.field(i), pa.array([correct - 1], table.field(i).type)))
+    swept("--seeds", "0:1", "--out", "s", "--keep-weights")
+    line = f"seed 0: its row has {correct - 1} correct, and the weights stored now have {correct}"
+    assert line in caplog.text
+
+
+def test_mixed_rows_are_named_and_do_not_speak_for_a_sweep(swept, caplog):
+    for out, seeds in (("s", "0:2"), ("t", "2:4")):
+        swept("--seeds", seeds, "--out", out)
+    program = parse_target("s").metadata.program
+    (path,) = rows.row_files(Path("t"))
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"about"]) | {"program": "0" * 64, "mixed": True}
+    write("s", table.replace_schema_metadata({"about": json.dumps(about)}))
+    assert parse_target("s").metadata.program == program
+    assert len(mj.read_runs("s")) == 4
+    assert "s has 2 rows stored by --allow-mixed" in caplog.text
 
 
 def test_a_reader_beside_compact_sees_each_row_once(swept, monkeypatch):
@@ -399,6 +424,93 @@ def test_the_run_to_load_is_named(swept):
         mj.load_run("s", "*")
 
 
+def test_a_snapshot_within_an_epoch_is_not_trained_further(config, small):
+    part = dataclasses.replace(config, epochs=0.7)
+    *_, end = fit(part, small, seeds=(7,))
+    with pytest.raises(UserError, match=r"ends within an epoch: 0\.7"):
+        fit(dataclasses.replace(config, epochs=2), small, seeds=(7,), start=end.snapshot())
+    assert not list(fit(part, small, seeds=(7,), start=end.snapshot()))
+
+
+def test_arrays_that_were_changed_have_no_fingerprint(config, small, here):
+    noisy = small._replace(train=small.train._replace(labels=small.train.labels[::-1]))
+    with pytest.raises(UserError, match=r"were changed after it was loaded: pass them to \S+make"):
+        experiment.sweep(config, noisy, "s", seeds=[0])
+    assert not Path("s").exists()
+    made = make_dataset("mine", noisy.train, noisy.test, noisy.n_classes)
+    assert len(experiment.sweep(config, made, "s", seeds=[0])) == 1
+
+
+def test_validation_is_never_the_test_set(config, small, here):
+    config = dataclasses.replace(config, split="validation")
+    with pytest.raises(UserError, match="needs load_dataset"):
+        experiment.sweep(config, small, "s", seeds=[0])
+    with pytest.raises(UserError, match="needs load_dataset"):
+        fit(config, small)
+
+
+def test_a_stream_that_is_not_used_is_not_varied_from_python(config, small, here):
+    still = dataclasses.replace(config, dropout=0.0)
+    with pytest.raises(UserError, match="vary dropout: with these settings that stream is not"):
+        experiment.sweep(still, small, "s", seeds=[0], vary=("order", "dropout"))
+
+
+def test_a_teacher_is_not_overwritten(swept, data):
+    teacher = ["--teacher", "a", "--out", "./a"]
+    train_main([*TINY, *data, "--out", "a"])
+    with pytest.raises(UserError, match="--teacher and --out are both a: name another --out"):
+        train_main([*TINY, *data, *teacher, "--overwrite"])
+    with pytest.raises(UserError, match="--teacher and --out are both a"):
+        swept(*teacher)
+    assert mj.load_run("a").run.seed == 0
+    with pytest.raises(UserError, match="a had no teacher: leave out or change --teacher a"):
+        verify_main(["a", "--teacher", "a", *data])
+
+
+def test_a_run_of_several_families_votes_once(swept):
+    swept("--seeds", "0:3", "--vary", "all", "order", "--keep-weights", "--out", "s")
+    assert len(load_committee("s").runs) == 5  # seed 0 of both is one and the same
+
+
+def test_rows_of_other_settings_are_not_read_as_one_sweep(swept):
+    swept("--seeds", "0:2", "--out", "a")
+    swept("--seeds", "2:4", "--dropout", "0", "--out", "b")
+    shutil.copytree("b/runs", "a/runs", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"has dropout=0\.0; you asked for dropout=0\.2"):
+        mj.read_runs("a")
+
+
+def test_a_dollar_in_a_name_is_a_dollar(swept, data):
+    for out, seeds in (("a$x^$", "0:3"), (r"b$\frac{$", "0:3")):
+        swept("--seeds", seeds, "--out", out)
+    compare_main(["a$x^$", r"b$\frac{$", "--out", "c", *data])
+    assert Path("c/comparison.png").exists()
+    Path("g").mkdir()
+    shutil.move("a$x^$", "g/dropout=$1_2^$")
+    swept("--seeds", "0:3", "--dropout", "0", "--out", "g/dropout=0.0")
+    report_main(["g", *data])
+    assert Path("g/figures/grid.png").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are UTF-8")
+def test_a_name_that_is_not_utf_8_is_one_line(swept, data):
+    swept("--seeds", "0:3", "--out", "a")
+    os.rename(b"a", b"a\xff")
+    command = [sys.executable, "-m", "mlp_jax.verify", b"a\xff", *data]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: a path is not UTF-8: " + done.stderr[28:].strip() + "\n"
+
+
+def test_a_tilde_that_the_shell_left_is_home(swept, data, monkeypatch, tmp_path, config, small):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    swept("--seeds", "0:1", "--out=~/s")
+    assert (tmp_path / "home/s/runs").is_dir()
+    assert len(mj.read_runs("~/s")) == 1
+    assert len(experiment.sweep(config, small, "~/t", seeds=[3])) == 1
+    assert not Path("~").exists()
+
+
 def test_a_chunk_has_at_least_one_run(config, small, here):
     with pytest.raises(UserError, match="a chunk must have at least one run, not -3"):
         mj.sweep(config, small, "s", seeds=range(2), chunk=-3)
@@ -425,6 +537,13 @@ def test_a_photo_is_no_sheet(here):
     assert Path("photo.png").read_bytes() == b"mine"
 
 
+def test_a_photo_is_no_page(here):
+    Path("photo.png").write_text("mine")
+    with pytest.raises(UserError, match=r"photo\.png exists and is no \.html file"):
+        demo_main(["-o", "photo.png"])
+    assert Path("photo.png").read_text() == "mine"
+
+
 def test_a_report_does_not_replace_a_run(swept, data):
     train_main([*TINY, *data, "--out", "run"])
     swept("--seeds", "0:2", "--out", "s")
@@ -432,6 +551,17 @@ def test_a_report_does_not_replace_a_run(swept, data):
     with pytest.raises(UserError, match="run has results of its own: name another --out"):
         report_main(["s", *data, "--out", "run"])
     assert Path("run/summary.json").read_bytes() == before
+
+
+def test_a_report_does_not_replace_a_summary_of_somebody(swept, data):
+    swept("--seeds", "0:2", "--out", "s")
+    Path("mine").mkdir()
+    Path("mine/summary.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"mine/summary\.json was not written by a report"):
+        report_main(["s", "--out", "mine", *data])
+    assert Path("mine/summary.json").read_text() == "[1]"
+    for _ in range(2):
+        report_main(["s", "--out", "new", *data])
 
 
 def test_a_sweep_leaves_the_figures_that_a_report_writes(swept):

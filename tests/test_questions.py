@@ -16,6 +16,7 @@ from mlp_jax.compare import main as compare_main
 from mlp_jax.records.rows import predictions, row_files
 from mlp_jax.report import main as report_main
 from mlp_jax.sweep import main as sweep_main
+from mlp_jax.training.arrays import make_dataset
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8", "--quiet", "--batch-size", "32"),
@@ -112,7 +113,7 @@ def test_a_ranking_says_what_the_records_say(sweep, small, tmp_path, monkeypatch
     with pytest.raises(mj.UserError, match=r"g/copy=1 and g/dropout=0.5 have the same settings"):
         mj.report("g")
     shutil.rmtree("g/copy=1")
-    other = small._replace(fingerprint="0" * 64)
+    other = make_dataset(small.name, small.test, small.test, small.n_classes)
     config = mj.Config(hidden=(16, 8), batch_size=32, epochs=1, dropout=0.7, learning_rate=0.1)
     mj.sweep(config, other, "g/dropout=0.7", seeds=[0])
     with pytest.raises(mj.UserError, match=r"0.7 .* trained on different data named kmnist"):
@@ -203,6 +204,13 @@ def test_seeds_are_trained_until_it_is_decided(sweep, capsys):
     assert f"\n{FIRST_LOOK} pairs: +" in "\n" + capsys.readouterr().out
     trained = [mj.read_runs(name)["seed"].to_pylist() for name in ("a", "b")]
     assert trained[0] == trained[1] == [3, 4, 5, *range(6, 33)]
+    # of more pairs than that took, the first decide
+    sweep("--seeds", "33:35", "--out", "a")
+    sweep("--seeds", "33:35", "--learning-rate", "0.001", "--out", "b")
+    compare_main(["a", "b", "--until-decided"])
+    printed = capsys.readouterr().out
+    assert f"\n{FIRST_LOOK} of 32 pairs: +" in "\n" + printed
+    assert f"sequence after {FIRST_LOOK} pairs:" in printed
     # too like to tell within the budget
     sweep("--seeds", "0:31", "--out", "c")
     sweep("--seeds", "100:131", "--dropout", "0.21", "--out", "d")

@@ -81,14 +81,14 @@ def test_a_resumed_run_has_each_epoch_once_in_tensorboard(small_dir, here):
     flags = [*TINY, "--data-dir", str(small_dir), "--out", "a"]
     train_main(flags)
     row = read_runs("a").to_pylist()[0]
-    for _ in range(2):
+    for again in ("--overwrite", "--resume", "--resume"):  # the last two find it finished
         shown = scalars("a/tensorboard")
         assert set(shown) == {"train/loss", "test/loss", "test/accuracy"}
         for name in ("train_loss", "test_loss"):
             assert numbers(shown[name.replace("_", "/")]) == pytest.approx(row[f"{name}_by_epoch"])
         accuracy = np.array(row["test_correct_by_epoch"]) / 130
         assert numbers(shown["test/accuracy"]) == pytest.approx(accuracy)
-        train_main([*flags, "--overwrite"])
+        train_main([*flags, again])
 
 
 def test_a_sweep_has_mean_and_sd_by_epoch_of_all_its_runs(small_dir, here):

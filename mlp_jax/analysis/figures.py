@@ -23,7 +23,8 @@ def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tu
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, height), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 84), x=0.01, ha="left", fontsize=11)
+    title = textwrap.fill(title, 84)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -35,7 +36,8 @@ def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tu
 def add_legend(figure: Any, columns: int, *axes: Any) -> Any:
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]]
     style = {"loc": "outside lower left", "frameon": False, "fontsize": 9}
-    figure.legend(handles=handles, ncols=columns, **style)
+    for text in figure.legend(handles=handles, ncols=columns, **style).get_texts():
+        text.set_parse_math(False)  # it may be the name of a directory
     return figure
 
 

@@ -67,6 +67,6 @@ def draw_ranking(summary: dict, name: str) -> Any:
     means = [list(cell["mean"].values()) for cell in cells]
     draw_intervals(ax, means, range(len(cells)), BLUE)
     names = ["{settings}, rate {learning_rate:.9g}, n = {runs}".format(**cell) for cell in cells]
-    ax.set_yticks(range(len(cells)), names)
+    ax.set_yticks(range(len(cells)), names, parse_math=False)
     ax.set(ylim=(len(cells) - 0.5, -0.5), xlabel="accuracy (%)")
     return figure

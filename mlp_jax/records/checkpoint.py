@@ -16,6 +16,7 @@ from flax import traverse_util
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, load_arrays, read_or_quarantine, save_arrays
 from mlp_jax.records.provenance import Metadata, check_same, settings
+from mlp_jax.records.rows import LOSSES
 from mlp_jax.training.arrays import N_PIXELS
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import Snapshot, state_shapes
@@ -122,7 +123,7 @@ def load_run(
 
 
 def _find_weights(directory: str | Path) -> list[Path]:
-    paths = sorted((Path(directory) / "weights").glob("*.npz"))
+    paths = sorted((Path(directory).expanduser() / "weights").glob("*.npz"))
     if not paths:
         raise UserError(
             f"{directory} has no weights of a finished run; a sweep needs --keep-weights"
@@ -153,7 +154,8 @@ class Committee(NamedTuple):
 def load_committee(directory: str | Path | None = None) -> Committee:
     """All runs whose weights are in `directory`; default: those shipped with mlp_jax.
 
-    Runs that diverged have no vote. UserError if none is left; Damaged.
+    Runs that diverged have no vote; a run that families share has one. UserError if none is left;
+    Damaged.
     """
     if directory is None:
         arrays, fields = load_arrays(SHIPPED)
@@ -166,10 +168,13 @@ def load_committee(directory: str | Path | None = None) -> Committee:
     for path, (_, metadata) in others:
         if _origin(metadata) != _origin(shared):
             raise UserError(f"{first} and {path} differ in settings or data: remove one of them")
-    members = [each for each, _ in stored.values() if np.isfinite(each.metrics["test_loss"])]
+    members = sorted((member for member, _ in stored.values()), key=lambda member: member.run)
+    members = [each for each in members if np.isfinite([each.metrics[n] for n in LOSSES]).all()]
     if not members:
         raise UserError(f"all runs in {directory} diverged")
-    configs, runs, params, metrics = zip(*sorted(members, key=lambda m: m.run), strict=True)
+    # families share a run where all seeds are equal
+    members = {member.run[:2]: member for member in members}.values()
+    configs, runs, params, metrics = zip(*members, strict=True)
     stacked = jax.tree.map(lambda *a: np.stack(a), *params)
     return Committee(configs[0], runs, stacked, metrics, shared.fingerprint)
 

@@ -199,11 +199,13 @@ def read_runs(directory: str | Path, columns: Sequence[str] | None = None):
     """The finished runs of a directory as a pyarrow.Table, sorted by ROW_ID.
 
     ROW_ID and `columns`, by default all; `.to_pandas()` makes a data frame. Raises UserError if
-    there are no rows, and Damaged.
+    there are no rows, and Damaged; warns of rows that --allow-mixed stored.
     """
     import pyarrow.parquet as pq
 
-    paths = checked_files(Path(directory))
+    paths = checked_files(Path(directory).expanduser())
+    if n_mixed := sum(count_rows(path) for path in paths if read_metadata(path).mixed):
+        log.warning("%s has %d rows stored by --allow-mixed", directory, n_mixed)
     if columns is None:  # those that all files have: rows gained columns
         first, *others = (pq.read_schema(path).names for path in paths)
         columns = [name for name in first if all(name in names for names in others)]
@@ -211,11 +213,14 @@ def read_runs(directory: str | Path, columns: Sequence[str] | None = None):
 
 
 def checked_files(directory: Path) -> list[Path]:
-    """`row_files`, all intact; UserError if there are none, and Damaged."""
+    """`row_files`, all intact; UserError if there are none, or of several settings; Damaged."""
     if not (paths := row_files(directory)):
         raise UserError(f"{directory} has no finished runs")
     for path in paths:
         check_content(path)
+    first, *others = map(read_metadata, paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        check_same(path, other, first._replace(mixed=True))  # whatever its numerics
     return paths
 
 

@@ -49,11 +49,21 @@ def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Datase
     for split, (images, _) in (("training", train), ("test", test)):
         if len(images) < 2:
             raise UserError(f"{name} has {len(images)} {split} images; at least two are needed")
-    digest = hashlib.sha256(train.images)
+    digest = hashlib.sha256(np.ascontiguousarray(train.images))
     images = digest.hexdigest()
     for array in (train.labels, *test):
-        digest.update(array)
+        digest.update(np.ascontiguousarray(array))
     return Dataset(name, train, test, n_classes, digest.hexdigest(), images)
+
+
+def check_unchanged(dataset: Dataset) -> None:
+    """UserError if the arrays are no longer those of the fingerprint."""
+    made = make_dataset(dataset.name, dataset.train, dataset.test, dataset.n_classes)
+    if made.fingerprint != dataset.fingerprint:
+        raise UserError(
+            f"the arrays of {dataset.name} were changed after it was loaded: pass them to"
+            " mlp_jax.training.arrays.make_dataset"
+        )
 
 
 def hold_out(dataset: Dataset) -> Dataset:
@@ -100,6 +110,8 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
         )
     if (n_steps := count_steps(config, n_train)) >= 2**31:
         raise UserError(f"{config.epochs} epochs are {n_steps} steps; the limit is {2**31 - 1}")
+    if config.split == "validation" != dataset.split:
+        raise UserError('split="validation" needs load_dataset(..., split="validation")')
     if config.teacher and not dataset.teacher:
         raise UserError(
             f"these runs learn from committee {config.teacher[:12]}...: add --teacher DIR"

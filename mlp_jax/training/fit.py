@@ -100,6 +100,8 @@ def fit(
         raise UserError("the snapshot to start from belongs to other runs")
     if start and _without_length(start.config) != _without_length(config):
         raise UserError("the snapshot to start from was trained with different settings")
+    if start and start.epoch > start.config.epochs != config.epochs:
+        raise UserError(f"the snapshot to start from ends within an epoch: {start.config.epochs}")
     placement = placement or place(len(runs), run_bytes(config))
     return _epochs(config, dataset, tuple(runs), placement, start)
 

@@ -7,8 +7,9 @@
     python scripts/benchmark.py whole       the same beside single runs, as whole processes, of
                                             long runs and of short ones
     python scripts/benchmark.py scaling     time per seed, and memory, by the number of seeds
+    python scripts/benchmark.py devices     time per seed, with more devices than cores
     python scripts/benchmark.py process     whole processes, from start to end
-    python scripts/benchmark.py users epoch sweep whole scaling process --out benchmark.json
+    python scripts/benchmark.py users epoch sweep whole scaling devices process --out benchmark.json
     python scripts/benchmark.py --draw benchmark.json       benchmark.png, of the first three
 
 A peer *as its users write it* is the script of its README or tutorial, with nothing tuned. One *at
@@ -54,7 +55,7 @@ from mlp_jax.files import save_figure, write_json
 from mlp_jax.records.provenance import describe_environment
 
 RECIPE = "keras-sgd"
-Part = Literal["users", "epoch", "sweep", "whole", "scaling", "process"]
+Part = Literal["users", "epoch", "sweep", "whole", "scaling", "devices", "process"]
 EPOCHS_A_TURN = 2
 ROUNDS = {"users": 8, "epoch": 25, "sweep": 8, "process": 5}  # a few minutes a part on two cores
 WHOLE_ROUNDS, WHOLE_SEEDS = 3, {"keras-sgd": 4, "short": 40}  # twenty minutes
@@ -379,18 +380,32 @@ def measure_scaling(args: Args) -> dict:
     return {"scaling": rows}
 
 
+def measure_devices(args: Args) -> dict:
+    """As many seeds as devices, which share the cores: their time beyond that of two is overhead.
+
+    A group of runs ends an epoch with its slowest device, so this counts the waiting, too.
+    """
+    rows = []
+    for n_devices in SIZES:
+        rows.append(fresh(train_size, args.data_dir, n_devices, n_devices))
+        rows[-1]["ratio"] = rows[-1]["seconds"] / rows[0]["seconds"]
+    show("sweeps by their devices, a seed on each: seconds a seed and epoch", rows)
+    return {"devices": rows}
+
+
 def fresh(function: Callable, *args):
     """The result of `function` in a new process, whose peak memory is its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
 
-def train_size(data_dir: Path | None, size: int) -> dict:
+def train_size(data_dir: Path | None, size: int, n_devices: int | None = None) -> dict:
+    """Seconds per seed and epoch of `size` seeds; by default on a device per core."""
     import jax
 
     from mlp_jax.training.parallel import use_cores
 
-    use_cores()
+    use_cores(n_devices)
     epochs = -(-SEED_EPOCHS // size)
     training = fit(range(size), 1 + epochs, data_dir)
     next(training)  # compiles, and makes the initial weights

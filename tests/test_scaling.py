@@ -139,7 +139,8 @@ def test_the_text_quotes_its_numbers():
         " file",
         f"and the result is {merged:.0f} times smaller",
         f"10,000 chunks took {queue[1_000]:.0f} and {queue[10_000]:.0f} ms per chunk",
-        f"{1e6 / 2 * queue[10_000] / 3.6e6:.1f} hours",
+        f"{1e6 / 2 * queue[10_000] / 3.6e6:.1f} hours, compared with"
+        f" {short(1e6 * CPU_SECONDS / 3600)} hours of training",
         f"{gpu:.0f} MB per second on one H200 and {tpu:,.0f} MB",
     ):
         assert words in text, words

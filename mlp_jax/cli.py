@@ -20,6 +20,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 
 from mlp_jax.errors import UserError
+from mlp_jax.files import expand
 from mlp_jax.training.config import DEFAULT_RECIPE, FROM_DATA, Config, RecipeName
 
 Args = TypeVar("Args")
@@ -85,7 +86,7 @@ def parse_args(
             raise UserError(f"{flag.rstrip('=')} has an empty value")
     paths = {name: value for name, value in vars(args).items() if isinstance(value, Path)}
     # the shell leaves --out=~/runs as it is
-    return dataclasses.replace(args, **{name: path.expanduser() for name, path in paths.items()})
+    return dataclasses.replace(args, **{name: expand(path) for name, path in paths.items()})
 
 
 def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
@@ -134,7 +135,7 @@ def _one_line_errors():
 
 def check_teacher(teacher: Path | None, out: Path | None) -> None:
     """UserError if a student would be written over its teacher."""
-    if teacher and out and teacher.resolve() == out.resolve():
+    if teacher and out and (teacher / "weights").resolve() == (out / "weights").resolve():
         raise UserError(f"--teacher and --out are both {out}: name another --out")
 
 

@@ -12,6 +12,7 @@ import tyro
 from mlp_jax import cli, files
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows
+from mlp_jax.records.directory import check_replaceable
 from mlp_jax.records.provenance import numerics, settings
 from mlp_jax.training.run import make_runs
 
@@ -61,11 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     from mlp_jax.results import parse_target
 
     targets = [parse_target(sweep) for sweep in args.sweeps]
+    pairs = list(itertools.combinations(targets, 2))
     check_comparable(targets)
+    if args.out:
+        check_replaceable([args.out / "comparison.json", *figure_paths(args.out, len(pairs))])
     decision = None
     if args.until_decided:
         decision = train_until_decided(targets, args, cli.command_line(PROG, argv))
-    pairs = list(itertools.combinations(targets, 2))
     compared = [compare_targets(a, b, args.margin / 100, args.data_dir) for a, b in pairs]
     if decision:  # a verdict of one look would be wrong too often after many
         compared = [compared[0]._replace(verdict=decision.verdict)]
@@ -192,6 +195,11 @@ def title(target: "Target", *, with_rate: bool) -> str:
     return f"{metadata.title(changed)} on {metadata.device_kind}"
 
 
+def figure_paths(out: Path, n_pairs: int) -> list[Path]:
+    numbers = [""] if n_pairs == 1 else [f"-{i + 1}" for i in range(n_pairs)]
+    return [out / f"comparison{number}.png" for number in numbers]
+
+
 def write(
     out: Path, pairs: Sequence[tuple], compared: Sequence["Comparison"], decision: "Decision | None"
 ) -> None:
@@ -202,7 +210,7 @@ def write(
 
     adjusted = holm([comparison.p_value for comparison in compared]).tolist()
     files.make_directory(out)
-    record = []
+    record, paths = [], figure_paths(out, len(pairs))
     for i, ((a, b), comparison) in enumerate(zip(pairs, compared, strict=True)):
         each = {"a": a.name, "b": b.name, "differences": differences(a, b)}
         each |= comparison._asdict() | {"p_value_holm": adjusted[i]}
@@ -212,9 +220,7 @@ def write(
         scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
         sides = zip((a, b), labels(a, b), strict=True)
         names = (f"{label}, {title(side, with_rate=a.rate != b.rate)}" for side, label in sides)
-        figure = draw_comparison(*scores, comparison, tuple(names))
-        name = "comparison.png" if len(pairs) == 1 else f"comparison-{i + 1}.png"
-        files.save_figure(out / name, figure)
+        files.save_figure(paths[i], draw_comparison(*scores, comparison, tuple(names)))
     units = "fractions (0 to 1); intervals at 95 %"
     files.write_json(out / "comparison.json", {"units": units, "comparisons": record})
 

@@ -262,7 +262,9 @@ def sweep(
     if not runs:
         raise UserError("a sweep needs at least one run")
     options = {"recipe": recipe_name(config, dataset)} | options
-    directory = Path(directory).expanduser()
+    if "seed" in options:
+        raise UserError("a sweep takes seeds, not seed")
+    directory = files.expand(directory)
     with open_experiment(directory, config, dataset, runs, **options) as experiment:
         for _ in experiment.train(runs):
             pass

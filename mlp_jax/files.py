@@ -144,6 +144,12 @@ def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:
         figure.savefig(temporary, format="png", dpi=dpi)
 
 
+def expand(path: str | Path) -> Path:
+    """`path`, of which a leading ~/ is the home directory, as in a shell."""
+    path = Path(path)
+    return path.expanduser() if path.parts[:1] == ("~",) else path
+
+
 def check_writable(directory: Path) -> None:
     """UserError unless `directory`, which need not exist, is writable; creates nothing."""
     existing = directory

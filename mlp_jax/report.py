@@ -12,7 +12,13 @@ import tyro
 
 from mlp_jax import cli, files
 from mlp_jax.errors import UserError
-from mlp_jax.records.directory import cell_names, grid_cells, read_metadata, stored_metadata
+from mlp_jax.records.directory import (
+    cell_names,
+    check_replaceable,
+    grid_cells,
+    read_metadata,
+    stored_metadata,
+)
 from mlp_jax.records.provenance import Metadata, numerics, settings
 from mlp_jax.training.run import used_streams
 
@@ -55,20 +61,18 @@ def main(argv: list[str] | None = None) -> None:
     files.check_writable(out)
     if out.resolve() != args.directory.resolve() and stored_metadata(out):
         raise UserError(f"{out} has results of its own: name another --out")
-    before = out / "summary.json"
-    if args.out and before.exists() and '"units"' not in before.read_text(errors="replace"):
-        raise UserError(f"{before} was not written by a report: name another --out")
     made = report(args.directory, args.data_dir)
+    paths = [out / "summary.json", *(out / "figures" / name for name, _ in made.figures)]
+    paths += [out / "report.html"] * args.html
+    if args.out:
+        check_replaceable(paths)
     files.make_directory(out / "figures")
     files.write_json(out / "summary.json", made.summary)
-    saved = [out / "summary.json"]
-    for name, figure in made.figures:
-        saved.append(out / "figures" / name)
-        files.save_figure(saved[-1], figure)
+    for path, (_, figure) in zip(paths[1:], made.figures, strict=False):
+        files.save_figure(path, figure)
     if args.html:
-        saved.append(out / "report.html")
-        files.write_text(saved[-1], made.page)
-    print(made.text, "", *saved, sep="\n")
+        files.write_text(paths[-1], made.page)
+    print(made.text, "", *paths, sep="\n")
 
 
 def report(directory: str | Path, data_dir: str | Path | None = None) -> Report:
@@ -76,13 +80,14 @@ def report(directory: str | Path, data_dir: str | Path | None = None) -> Report:
 
     UserError if there are no runs, or if they were trained on other data.
     """
-    if cells := grid_cells(Path(directory)):
-        if stored_metadata(Path(directory)):
+    directory = files.expand(directory)
+    if cells := grid_cells(directory):
+        if stored_metadata(directory):
             raise UserError(f"{directory} has runs of its own and a grid: move one of them away")
         return report_grid(cells)
-    if read_metadata(Path(directory)).seed is not None:
+    if read_metadata(directory).seed is not None:
         raise UserError(f"{directory} has a single run, which has no spread")
-    return report_sweep(Path(directory), data_dir)
+    return report_sweep(directory, data_dir)
 
 
 def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:

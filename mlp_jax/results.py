@@ -15,6 +15,7 @@ from mlp_jax.analysis.crossed import BlockSums, sum_block
 from mlp_jax.analysis.families import Family, Tally
 from mlp_jax.data import dataset as datasets
 from mlp_jax.errors import UserError
+from mlp_jax.files import expand
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import Metadata, check_same
@@ -127,7 +128,7 @@ def parse_target(text: str) -> Target:
     """The Target of DIR[:FAMILY][@RATE]; default: family "all", and the only rate."""
     match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@(\d*\.?\d+(?:e[+-]?\d+)?))?", text)
     place, vary, rate = match.groups() if match and not Path(text).is_dir() else (text, None, None)
-    vary, directory = vary or "all", Path(place).expanduser()
+    vary, directory = vary or "all", expand(place)
     if vary not in ("all", *STREAMS):
         raise UserError(f"{text}: a family is all or one of {', '.join(STREAMS)}, not {vary!r}")
     metadata = read_metadata(directory)

@@ -462,6 +462,10 @@ def test_a_teacher_is_not_overwritten(swept, data):
         train_main([*TINY, *data, *teacher, "--overwrite"])
     with pytest.raises(UserError, match="--teacher and --out are both a"):
         swept(*teacher)
+    Path("b").mkdir()
+    Path("b/weights").symlink_to(Path("a/weights").resolve())
+    with pytest.raises(UserError, match="--teacher and --out are both a"):
+        train_main([*TINY, *data, "--teacher", "b", "--out", "a", "--overwrite"])
     assert mj.load_run("a").run.seed == 0
     with pytest.raises(UserError, match="a had no teacher: leave out or change --teacher a"):
         verify_main(["a", "--teacher", "a", *data])
@@ -470,6 +474,9 @@ def test_a_teacher_is_not_overwritten(swept, data):
 def test_a_run_of_several_families_votes_once(swept):
     swept("--seeds", "0:3", "--vary", "all", "order", "--keep-weights", "--out", "s")
     assert len(load_committee("s").runs) == 5  # seed 0 of both is one and the same
+    swept("--crossed", "1", "--keep-weights", "--out", "t")
+    swept("--seeds", "0:2", "--keep-weights", "--out", "t")
+    assert len(load_committee("t").runs) == 8  # both seeds are cells of the block
 
 
 def test_rows_of_other_settings_are_not_read_as_one_sweep(swept):
@@ -478,6 +485,19 @@ def test_rows_of_other_settings_are_not_read_as_one_sweep(swept):
     shutil.copytree("b/runs", "a/runs", dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"has dropout=0\.0; you asked for dropout=0\.2"):
         mj.read_runs("a")
+
+
+def test_a_run_in_two_files_is_not_read_twice(swept):
+    for out, seeds in (("a", "0:2"), ("b", "1:3")):
+        swept("--seeds", seeds, "--out", out)
+    shutil.copytree("b/runs", "a/runs", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="contain the same run: remove one of them"):
+        mj.read_runs("a")
+
+
+def test_a_sweep_has_no_seed(config, small, here):
+    with pytest.raises(UserError, match="a sweep takes seeds, not seed"):
+        experiment.sweep(config, small, "s", seed=3)
 
 
 def test_a_dollar_in_a_name_is_a_dollar(swept, data):
@@ -557,11 +577,18 @@ def test_a_report_does_not_replace_a_summary_of_somebody(swept, data):
     swept("--seeds", "0:2", "--out", "s")
     Path("mine").mkdir()
     Path("mine/summary.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"mine/summary\.json was not written by a report"):
+    with pytest.raises(UserError, match=r"mine/summary\.json was not written by mlp_jax"):
         report_main(["s", "--out", "mine", *data])
     assert Path("mine/summary.json").read_text() == "[1]"
+    Path("mine/summary.json").rename("mine/report.html")
+    with pytest.raises(UserError, match=r"mine/report\.html was not written by mlp_jax"):
+        report_main(["s", "--html", "--out", "mine", *data])
+    Path("mine/report.html").rename("mine/comparison.json")
+    with pytest.raises(UserError, match=r"mine/comparison\.json was not written by mlp_jax"):
+        compare_main(["s", "s", "--out", "mine", *data])
     for _ in range(2):
-        report_main(["s", "--out", "new", *data])
+        report_main(["s", "--html", "--out", "new", *data])
+        compare_main(["s", "s", "--out", "new", *data])
 
 
 def test_a_sweep_leaves_the_figures_that_a_report_writes(swept):

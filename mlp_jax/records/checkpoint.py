@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from mlp_jax.errors import UserError
-from mlp_jax.files import Damaged, load_arrays, read_or_quarantine, save_arrays
+from mlp_jax.files import Damaged, expand, load_arrays, read_or_quarantine, save_arrays
 from mlp_jax.records.provenance import Metadata, check_same, settings
 from mlp_jax.records.rows import LOSSES
 from mlp_jax.training.arrays import N_PIXELS
@@ -123,7 +123,7 @@ def load_run(
 
 
 def _find_weights(directory: str | Path) -> list[Path]:
-    paths = sorted((Path(directory).expanduser() / "weights").glob("*.npz"))
+    paths = sorted((expand(directory) / "weights").glob("*.npz"))
     if not paths:
         raise UserError(
             f"{directory} has no weights of a finished run; a sweep needs --keep-weights"
@@ -172,8 +172,9 @@ def load_committee(directory: str | Path | None = None) -> Committee:
     members = [each for each in members if np.isfinite([each.metrics[n] for n in LOSSES]).all()]
     if not members:
         raise UserError(f"all runs in {directory} diverged")
-    # families share a run where all seeds are equal
-    members = {member.run[:2]: member for member in members}.values()
+    # families share a run where all seeds in use are equal
+    networks = [tuple(map(bytes, jax.tree.leaves(member.params))) for member in members]
+    members = dict(zip(networks, members, strict=True)).values()
     configs, runs, params, metrics = zip(*members, strict=True)
     stacked = jax.tree.map(lambda *a: np.stack(a), *params)
     return Committee(configs[0], runs, stacked, metrics, shared.fingerprint)

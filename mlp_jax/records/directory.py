@@ -30,6 +30,8 @@ CONFIG = "config.json"
 CURVE = "curve.png"
 NOT_OURS = "{} is not empty and contains no mlp_jax results"
 SINGLE_RUN_FILES = ("metrics.jsonl", "summary.json", CURVE)
+UNITS = ('"units": "fractions (0 to 1)', '"units": "shares of 1')
+"""In each summary of a report or a comparison; the second in older ones."""
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -42,6 +44,14 @@ def read_metadata(directory: Path) -> Metadata:
         raise UserError(f"{directory} cannot be read: {error.strerror}") from None
     reason = "was not written by mlp_jax, or is damaged" if exists else "is missing"
     raise UserError(f"{directory} contains no mlp_jax results: config.json {reason}")
+
+
+def check_replaceable(paths: Sequence[Path]) -> None:
+    """UserError if one of `paths` exists, unless the first is the summary of an earlier command."""
+    existing = [path for path in paths if path.exists()]
+    summary = paths[0].read_text(errors="replace") if paths[0].is_file() else ""
+    if existing and not any(units in summary for units in UNITS):
+        raise UserError(f"{existing[0]} was not written by mlp_jax: name another --out")
 
 
 def _from_config(directory: Path) -> Metadata:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlp_jax.errors import UserError
-from mlp_jax.files import Damaged, atomic_write, log, quarantine, read_signed_json
+from mlp_jax.files import Damaged, atomic_write, expand, log, quarantine, read_signed_json
 from mlp_jax.records.provenance import Metadata, check_same
 from mlp_jax.training.run import STREAMS, Run, make_run
 
@@ -203,7 +203,8 @@ def read_runs(directory: str | Path, columns: Sequence[str] | None = None):
     """
     import pyarrow.parquet as pq
 
-    paths = checked_files(Path(directory).expanduser())
+    paths = checked_files(expand(directory))
+    check_unique(paths)
     if n_mixed := sum(count_rows(path) for path in paths if read_metadata(path).mixed):
         log.warning("%s has %d rows stored by --allow-mixed", directory, n_mixed)
     if columns is None:  # those that all files have: rows gained columns

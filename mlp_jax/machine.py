@@ -2,9 +2,7 @@
 
 import contextlib
 import ctypes
-import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter as clock
 from typing import NamedTuple
 
@@ -12,7 +10,7 @@ import jax
 
 from mlp_jax.records.provenance import Metadata, describe_environment
 from mlp_jax.training.arrays import Dataset
-from mlp_jax.training.fit import Progress, compile_programs, fit, program_text, run_bytes
+from mlp_jax.training.fit import Progress, current_programs, fingerprint_code, fit, run_bytes
 from mlp_jax.training.parallel import Placement, place
 from mlp_jax.training.run import Run
 
@@ -42,13 +40,10 @@ class Machine(NamedTuple):
     def compile(self) -> "Machine":
         """Compile the programs; the metadata gain the fingerprint of their code."""
         metadata, dataset, placement = self
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            compiling = beside.submit(compile_programs, metadata.config, placement, dataset.arrays)
-            metadata = with_program(metadata, dataset)  # while XLA compiles
-            compiling.result()
+        programs = current_programs(metadata.config, placement, dataset.arrays)
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)  # a hundred MB that glibc would keep
-        return self._replace(metadata=metadata)
+        return self._replace(metadata=metadata._replace(program=programs.fingerprint))
 
     def train(self, runs: Sequence[Run], saved: tuple | None = None) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from what `load_checkpoint` gave."""
@@ -74,8 +69,7 @@ def with_program(metadata: Metadata, dataset: Dataset) -> Metadata:
     """`metadata` with the fingerprint of the training code."""
     if metadata.program:
         return metadata
-    text = program_text(metadata.config, dataset.arrays)
-    return metadata._replace(program=hashlib.sha256(text.encode()).hexdigest())
+    return metadata._replace(program=fingerprint_code(metadata.config, dataset.arrays))
 
 
 def split(runs: Sequence[Run], size: int) -> Iterator[Sequence[Run]]:

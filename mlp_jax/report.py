@@ -64,8 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     made = report(args.directory, args.data_dir)
     paths = [out / "summary.json", *(out / "figures" / name for name, _ in made.figures)]
     paths += [out / "report.html"] * args.html
-    if args.out:
-        check_replaceable(paths)
+    check_replaceable(paths)
     files.make_directory(out / "figures")
     files.write_json(out / "summary.json", made.summary)
     for path, (_, figure) in zip(paths[1:], made.figures, strict=False):

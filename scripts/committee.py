@@ -20,6 +20,7 @@ import tyro
 import mlp_jax as mj
 from mlp_jax.analysis.figures import BLUE, GRAY, new_figure
 from mlp_jax.analysis.stats import jeffreys
+from mlp_jax.data.dataset import check_dataset
 from mlp_jax.files import save_figure, write_json
 from mlp_jax.records.checkpoint import load_committee
 
@@ -95,6 +96,7 @@ def main(args: Args) -> None:
     committee = load_committee(args.directory)
     config = committee.config
     dataset = mj.load_dataset(config.dataset, args.data_dir, split=config.split)
+    check_dataset(args.directory, committee.fingerprint, committee.fingerprint, dataset)
     command = shlex.join(["python", "scripts/committee.py", *sys.argv[1:]])
     record = {"command": command} | make_record(committee, dataset)
     write_json(args.out, record)

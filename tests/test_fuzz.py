@@ -143,7 +143,7 @@ def swept(directory, small):
     """How a sweep of `small` ends in a directory without rows."""
     mocks = {"training__parallel__use_cores": mock.Mock(), "experiment__Experiment__train": reach}
     mocks |= {"data__dataset__load_dataset": lambda *_, **__: small}
-    mocks |= {"machine__program_text": lambda *_: ""}
+    mocks |= {"machine__fingerprint_code": lambda *_: ""}
     with untouched(records__provenance__describe_environment=lambda _: HERE, **mocks):
         assert isinstance(ending(report_main, [str(directory)]), UserError)
         return ending(sweep_main, ["--quiet", "--dataset", "kmnist", "--out", str(directory)])

@@ -19,6 +19,8 @@ import mlp_jax as mj
 from mlp_jax import experiment
 from mlp_jax.compact import main as compact_main
 from mlp_jax.compare import main as compare_main
+from mlp_jax.data import dataset as datasets
+from mlp_jax.data.dataset import CACHE
 from mlp_jax.demo import main as demo_main
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, write_signed_json
@@ -29,6 +31,7 @@ from mlp_jax.report import main as report_main
 from mlp_jax.results import count_processors, parse_target
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
+from mlp_jax.training import step
 from mlp_jax.training.arrays import Split, for_dataset, make_dataset, with_teacher
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import fit
@@ -449,6 +452,63 @@ def test_validation_is_never_the_test_set(config, small, here):
         fit(config, small)
 
 
+def test_arrays_are_checked(small):
+    (images, labels), test = small.train, small.test
+    for wrong, message in (
+        (Split(images / 255.0, labels), r"training images must be uint8 \[n, 784\], not float64"),
+        (Split(images[:, :9], labels), r"training images must be uint8 \[n, 784\], not uint8"),
+        (Split(images, labels[:-1]), "training labels must be an integer from 0 to 3 for each"),
+        (Split(images, labels + 1), "training labels must be an integer from 0 to 3"),
+        (Split(images, labels - 1), "training labels must be an integer from 0 to 3"),
+        (Split(images, labels.astype(float)), "training labels must be an integer from 0 to 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_dataset("mine", wrong, test, small.n_classes)
+
+
+def test_arrays_in_use_cannot_be_changed(config, small):
+    with pytest.raises(ValueError, match="read-only"):
+        small.train.images[0] = 0
+    with pytest.raises(ValueError, match="read-only"):
+        next(fit(config, small)).history["train_loss"][0, 0] = 77
+
+
+def test_a_teacher_that_was_changed_does_not_teach(config, small, here):
+    committee, params = trained(config, small)
+    taught = with_teacher(small, committee, params)
+    params["output"]["bias"] = params["output"]["bias"] + 1
+    with pytest.raises(UserError, match="the teacher's weights were changed"):
+        experiment.sweep(config, taught, "s", seeds=[0])
+
+
+def test_code_that_was_edited_in_a_notebook_is_compiled_anew(config, small, here, monkeypatch):
+    """As %autoreload does it, within one process."""
+    before, loss_fn = experiment.sweep(config, small, "a", seeds=[0]), step.loss_fn
+
+    def edited(*args, **options):
+        loss, _ = loss_fn(*args, **options)
+        return loss + 2, {"loss": loss + 2}
+
+    monkeypatch.setattr(step, "loss_fn", edited)
+    after = experiment.sweep(config, small, "b", seeds=[0])
+    assert before["train_loss"][0].as_py() + 1 < after["train_loss"][0].as_py()
+    programs = [directory.stored_metadata(Path(name)).program for name in ("a", "b")]
+    assert programs[0] != programs[1]
+
+
+def test_a_copy_of_a_data_set_is_not_its_newest_version(small_dir, tmp_path):
+    shutil.copytree(small_dir, tmp_path / "d")
+    version = next((tmp_path / "d/kmnist").iterdir())
+    cache = version / CACHE
+    mj.load_dataset("kmnist", tmp_path / "d")
+    for name in (" (1)", "-2024", "_backup3"):
+        copy = version.with_name(version.name + name)
+        copy.mkdir()
+        shutil.copy(cache, copy)
+    found = datasets._cached_directory("kmnist", tmp_path / "d")
+    assert found == version
+
+
 def test_a_stream_that_is_not_used_is_not_varied_from_python(config, small, here):
     still = dataclasses.replace(config, dropout=0.0)
     with pytest.raises(UserError, match="vary dropout: with these settings that stream is not"):
@@ -577,14 +637,14 @@ def test_a_report_does_not_replace_a_summary_of_somebody(swept, data):
     swept("--seeds", "0:2", "--out", "s")
     Path("mine").mkdir()
     Path("mine/summary.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"mine/summary\.json was not written by mlp_jax"):
+    with pytest.raises(UserError, match=r"mine/summary\.json may not be mlp_jax"):
         report_main(["s", "--out", "mine", *data])
     assert Path("mine/summary.json").read_text() == "[1]"
     Path("mine/summary.json").rename("mine/report.html")
-    with pytest.raises(UserError, match=r"mine/report\.html was not written by mlp_jax"):
+    with pytest.raises(UserError, match=r"mine/report\.html may not be mlp_jax's"):
         report_main(["s", "--html", "--out", "mine", *data])
     Path("mine/report.html").rename("mine/comparison.json")
-    with pytest.raises(UserError, match=r"mine/comparison\.json was not written by mlp_jax"):
+    with pytest.raises(UserError, match=r"mine/comparison\.json may not be mlp_jax's"):
         compare_main(["s", "s", "--out", "mine", *data])
     for _ in range(2):
         report_main(["s", "--html", "--out", "new", *data])

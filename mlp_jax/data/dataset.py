@@ -80,9 +80,10 @@ def _cached_directory(name: str, data_dir: Path) -> Path | None:
     """The directory of the newest cached version, found without importing TFDS."""
     if not sources.NAME.fullmatch(name):
         return None
-    # TFDS's unfinished directories do not begin with a digit.
-    directories = [cache.parent for cache in (data_dir / name).glob(f"[0-9]*.*.*/{CACHE}")]
-    return max(directories, key=lambda d: [*map(int, re.findall(r"\d+", d.name))], default=None)
+    caches = (data_dir / name).glob(f"*/{CACHE}")
+    # not TFDS's unfinished directories, nor copies such as "1.0.0 (1)"
+    found = [path.parent for path in caches if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)]
+    return max(found, key=lambda d: [*map(int, d.name.split("."))], default=None)
 
 
 def _decode(name: str, directory: Path, quiet: bool) -> Dataset:

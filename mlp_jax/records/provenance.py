@@ -102,6 +102,7 @@ FORMER_NUMERICS: dict[str, Any] = {
     "x64": False,
     "threefry_partitionable": True,
     "random_seed_offset": 0,
+    "disable_most_optimizations": False,
     "xla_flags": "",
     "lanes": 1,
 }

@@ -43,12 +43,23 @@ class Dataset(NamedTuple):
 
 
 def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Dataset:
-    """A Dataset with its fingerprints; UserError for fewer than two images, or over 256 classes."""
+    """A Dataset with its fingerprints, of read-only views of the arrays.
+
+    UserError for fewer than two images of a kind, over 256 classes, or arrays unlike Split's.
+    """
     if n_classes > 256:
         raise UserError(f"{name} has {n_classes} classes; at most 256 are supported")
-    for split, (images, _) in (("training", train), ("test", test)):
+    train, test = (Split(*map(_read_only, split)) for split in (train, test))
+    for split, (images, labels) in (("training", train), ("test", test)):
         if len(images) < 2:
             raise UserError(f"{name} has {len(images)} {split} images; at least two are needed")
+        if images.dtype != np.uint8 or images.shape[1:] != (N_PIXELS,):
+            given = f"{images.dtype} {list(images.shape)}"
+            raise UserError(f"{name}: {split} images must be uint8 [n, {N_PIXELS}], not {given}")
+        is_label = np.isin(labels, np.arange(n_classes))
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not is_label.all():
+            wanted = f"an integer from 0 to {n_classes - 1} for each image"
+            raise UserError(f"{name}: the {split} labels must be {wanted}")
     digest = hashlib.sha256(np.ascontiguousarray(train.images))
     images = digest.hexdigest()
     for array in (train.labels, *test):
@@ -56,9 +67,17 @@ def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Datase
     return Dataset(name, train, test, n_classes, digest.hexdigest(), images)
 
 
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = np.asarray(array).view()
+    view.flags.writeable = False  # on CPU the devices share its memory
+    return view
+
+
 def check_unchanged(dataset: Dataset) -> None:
-    """UserError if the arrays are no longer those of the fingerprint."""
+    """UserError if the arrays, or the teacher's, are no longer those of the fingerprint."""
     made = make_dataset(dataset.name, dataset.train, dataset.test, dataset.n_classes)
+    if dataset.teacher and params_digest(dataset.teacher.params) != dataset.teacher.digest:
+        raise UserError("the teacher's weights were changed: call with_teacher again")
     if made.fingerprint != dataset.fingerprint:
         raise UserError(
             f"the arrays of {dataset.name} were changed after it was loaded: pass them to"
@@ -90,11 +109,15 @@ def with_teacher(dataset: Dataset, config: Config, params: dict) -> Dataset:
             f"the teacher was trained with --dataset {config.dataset} --split {config.split}, but"
             f" this run has --dataset {dataset.name} --split {dataset.split}"
         )
+    return dataset._replace(teacher=Teacher(params, params_digest(params)))
+
+
+def params_digest(params: dict) -> str:
     digest = hashlib.sha256()
     for layer in sorted(params):
         for name in sorted(params[layer]):
             digest.update(np.ascontiguousarray(params[layer][name]))
-    return dataset._replace(teacher=Teacher(params, digest.hexdigest()[:32]))
+    return digest.hexdigest()[:32]
 
 
 def for_dataset(config: Config, dataset: Dataset) -> Config:

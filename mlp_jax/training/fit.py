@@ -6,6 +6,7 @@ and the epochs.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -148,6 +149,8 @@ def _epochs(
             name: np.concatenate([history[name], new], axis=1) if history else new
             for name, new in columns.items()
         }
+        for values in history.values():
+            values.flags.writeable = False  # a part of what later epochs yield
         yield Progress(config, runs, epoch + 1, history, predictions, list(states))
 
 
@@ -156,6 +159,7 @@ class Programs(NamedTuple):
 
     init: Callable
     epoch: Callable
+    fingerprint: str  # of the code that was compiled, see `fingerprint_code`
 
 
 def compile_programs(config: Config, placement: Placement, data: tuple) -> Programs:
@@ -166,6 +170,17 @@ def compile_programs(config: Config, placement: Placement, data: tuple) -> Progr
     leaves, tree = jax.tree.flatten(_shapes(data, placement.replicated))
     settings = tuple(numerics().values())
     return _compile(program_config(config), placement, tuple(leaves), tree, settings)
+
+
+def current_programs(config: Config, placement: Placement, data: tuple) -> Programs:
+    """As `compile_programs`, but compiled anew if this code was edited since, as in a notebook."""
+    compiled = _compile.cache_info().misses
+    programs = compile_programs(config, placement, data)
+    was_cached = _compile.cache_info().misses == compiled
+    if was_cached and programs.fingerprint != fingerprint_code(config, data):
+        _compile.cache_clear()
+        programs = compile_programs(config, placement, data)
+    return programs
 
 
 def _init(config: Config, _, run, shared):
@@ -201,6 +216,11 @@ def program_text(config: Config, data: tuple) -> str:
     return f"{init.jaxpr}\n{epoch.jaxpr}\n{constants}"
 
 
+def fingerprint_code(config: Config, data: tuple) -> str:
+    """The SHA-256 of `program_text`, in hex."""
+    return hashlib.sha256(program_text(config, data).encode()).hexdigest()
+
+
 def _shapes(tree: Any, sharding=None) -> Any:
     def shape(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -224,7 +244,8 @@ def _compile(
     """
     array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=placement.run_sharding)
     scalar = jax.ShapeDtypeStruct((), np.int32, sharding=placement.replicated)
-    width, shared = placement.width, (*jax.tree.unflatten(tree, leaves), scalar, scalar)
+    width, data = placement.width, jax.tree.unflatten(tree, leaves)
+    shared = (*data, scalar, scalar)
     runs = (array((width, len(STREAMS)), np.uint32), array((width,), np.float32))
     init_fn, epoch_fn = (
         jax.jit(map_runs(functools.partial(fn, config), placement), donate_argnums=0)
@@ -235,11 +256,12 @@ def _compile(
     # without it XLA's CPU backend copies two of the kernels in every step
     in_place: dict[str, Any] = {"xla_cpu_copy_insertion_use_region_analysis": True}
     options = in_place if placement.devices[0].platform == "cpu" else {}
-    with ThreadPoolExecutor(max_workers=1) as beside:
+    with ThreadPoolExecutor(max_workers=2) as beside:
         # init runs once, for milliseconds, but takes a second to optimise
         as_it_is: dict[str, Any] = {"xla_backend_optimization_level": 0}
-        quick = beside.submit(init.compile, as_it_is)
-        return Programs(epoch=epoch.compile(options), init=quick.result())
+        quick, slow = beside.submit(init.compile, as_it_is), beside.submit(epoch.compile, options)
+        fingerprint = fingerprint_code(config, data)  # while XLA compiles
+        return Programs(quick.result(), slow.result(), fingerprint)
 
 
 def state_shapes(config: Config) -> TrainState:

@@ -82,6 +82,7 @@ def numerics() -> dict[str, Any]:
         "x64": values["jax_enable_x64"],
         "threefry_partitionable": values["jax_threefry_partitionable"],
         "random_seed_offset": values["jax_random_seed_offset"],
+        "disable_most_optimizations": values["jax_disable_most_optimizations"],
     }
 
 

@@ -90,6 +90,9 @@ class Bar:
     def close(self) -> None:
         self._write_stored()
         self._bar.close()
+        if not self._bar.total and self._written < 0 and not self._bar.disable:
+            n_test = len(self._experiment.dataset.test.labels)
+            print("nothing to train;", accuracy_line(self._experiment.finished, n_test))
 
 
 def accuracy_line(finished: dict[Run, dict], n_test: int) -> str:

@@ -692,6 +692,13 @@ def test_sweeps_on_other_images_are_not_ranked(swept, data):
 # the command line ---------------------------------------------------------------------------------
 
 
+def test_a_finished_sweep_says_so(swept, data, capsys):
+    swept("--seeds", "0:2", "--out", "s")
+    loud = [flag for flag in TINY if flag != "--quiet"]
+    sweep_main([*loud, *data, "--seeds", "0:2", "--out", "s"])
+    assert capsys.readouterr().out.startswith("nothing to train; all at 0.1: 2 runs, mean ")
+
+
 def test_a_shard_without_runs_says_so(swept, capsys, monkeypatch):
     for name, value in {"ID": "5", "COUNT": "10", "MIN": "0", "STEP": "1"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)

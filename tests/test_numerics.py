@@ -131,9 +131,12 @@ def test_too_many_classes_are_refused(small):
         make_dataset("many", small.train, small.test, 257)
 
 
-def test_the_program_depends_on_what_changes_numbers_alone(small):
+def test_the_program_depends_on_what_changes_numbers_alone(small, monkeypatch):
     base = Config(hidden=(8,), batch_size=32)
+    monkeypatch.setattr("jax._src.pretty_printer.CAN_USE_COLOR", True)  # as on a terminal
     text = program_text(base, small.arrays)
+    monkeypatch.setattr("jax._src.pretty_printer.CAN_USE_COLOR", False)
+    assert text == program_text(base, small.arrays)
     same = [{"epochs": 3}, {"learning_rate": 0.5}, {"dataset": "kmnist"}]
     other = [{"dropout": 0.3}, {"schedule": "cosine"}, {"optimizer": "adam"}, {"batch_size": 64}]
     for changes in (*same, *other):

@@ -41,8 +41,8 @@ def read_digit(path: Path) -> np.ndarray:
 def read_grey(path: Path) -> np.ndarray:
     """Luminance [h, w] in 0 ... 1 of an image file, upright, reduced to LONGEST."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of odd metadata, and of half of Pillow's size limit
+        # warnings of odd metadata, and of half of Pillow's size limit
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             image.draft("L", (LONGEST, LONGEST))  # a JPEG is decoded at a fraction of its size
             upright = make_grey(ImageOps.exif_transpose(image))
             small = upright.reduce(-(-max(upright.size) // LONGEST))

@@ -133,16 +133,19 @@ def _instructions() -> str | None:
 
 
 def _git_state() -> dict | None:
-    """Commit of this code and whether it has changed since; None outside a git checkout."""
+    """Commit of this code and whether the package has changed since; None outside a checkout."""
 
     def git(*args):
-        command = ["git", "-C", str(Path(__file__).parent), *args]
+        command = ["git", "-C", str(Path(__file__).parents[1]), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         # a package installed into somebody else's repository is not at that repository's commit
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        git("ls-files", "--error-unmatch", __file__)
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", ".")),
+        }
     except (OSError, subprocess.CalledProcessError):
         return None
 

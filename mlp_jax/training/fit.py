@@ -213,7 +213,9 @@ def program_text(config: Config, data: tuple) -> str:
     init = jax.jit(functools.partial(_init, config)).trace((), run, ())
     epoch = jax.jit(functools.partial(_epoch, config)).trace(init.out_info[0], run, shared)
     constants = [np.asarray(each).tobytes() for part in (init, epoch) for each in part.jaxpr.consts]
-    return f"{init.jaxpr}\n{epoch.jaxpr}\n{constants}"
+    # str(jaxpr) is coloured on a terminal and in a notebook
+    init, epoch = (part.jaxpr.pretty_print(use_color=False) for part in (init, epoch))
+    return f"{init}\n{epoch}\n{constants}"
 
 
 def fingerprint_code(config: Config, data: tuple) -> str:

@@ -61,8 +61,8 @@ class Bar:
         self._written, self._last = -math.inf, ((), 0)  # the runs yielded last, and their epoch
         self._trained = 0  # epochs of runs, here
         shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
-        total = n_missing * self._epochs
-        self._bar = progress_bar(quiet=quiet, total=total, bar_format=shape)
+        total, self._idle = n_missing * self._epochs, not (quiet or n_missing)
+        self._bar = progress_bar(quiet=quiet or self._idle, total=total, bar_format=shape)
 
     def update(self, epoch) -> None:
         if clock() - self._written >= SECONDS_PER_LINE:  # it takes a second for a million runs
@@ -90,7 +90,7 @@ class Bar:
     def close(self) -> None:
         self._write_stored()
         self._bar.close()
-        if not self._bar.total and self._written < 0 and not self._bar.disable:
+        if self._idle and sys.stdout:
             n_test = len(self._experiment.dataset.test.labels)
             print("nothing to train;", accuracy_line(self._experiment.finished, n_test))
 

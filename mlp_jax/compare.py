@@ -254,7 +254,10 @@ def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> 
                 raise UserError("in every pair a run diverged: there is nothing to compare")
             decision = decide(pairs, margin=args.margin / 100)
             mean, low, high = (100 * end for end in decision.difference)
-            text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) points: {decision.verdict}"
+            ours, theirs = labels(*targets)
+            verdicts = {"better": f"{ours} is better", "worse": f"{theirs} is better"}
+            verdict = verdicts.get(decision.verdict, decision.verdict)
+            text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) points: {verdict}"
             of = f"{decision.pairs} of " * (decision.pairs < len(pairs))
             print(f"{of}{len(pairs)} pairs: {text}", flush=True)
             if decision.verdict != "undecided" or wanted >= args.max_seeds:

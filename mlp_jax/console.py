@@ -28,12 +28,13 @@ def header(experiment) -> str:
     )
 
 
-def table_line(lines: list[dict], epochs: int) -> str:
+def table_line(lines: list[dict], epochs: float) -> str:
     """The last of `lines`, one per epoch; the time left assumes the median epoch time."""
     last = lines[-1]
-    left = (epochs - last["epoch"]) * statistics.median(line["seconds"] for line in lines)
+    done = min(last["epoch"], epochs)  # the last may be a part of one
+    left = (epochs - done) * statistics.median(line["seconds"] for line in lines)
     return (
-        f"{last['epoch']:>10} / {epochs}{last['train_loss']:14.4f}{last['test_loss']:14.4f}"
+        f"{done:>10g} / {epochs:g}{last['train_loss']:14.4f}{last['test_loss']:14.4f}"
         f"{last['test_accuracy']:14.2%}{last['seconds']:14.2f}"
         f"{int(left) // 60:>11}:{int(left) % 60:02d}"
     )

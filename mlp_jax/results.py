@@ -138,7 +138,8 @@ def parse_target(text: str) -> Target:
     chosen = [each for each in rates if rate is None or np.float32(each) == np.float32(rate)]
     if len(chosen) != 1:
         found = ", ".join(f"{each:.9g}" for each in rates) or "none"
-        raise UserError(f"{text}: the learning rates of family {vary!r} are {found}: name one")
+        line = f"{text}: the learning rates of family {vary!r} are {found}: name one"
+        raise UserError(line + (f", as in {place}@{rates[0]:.9g}" if rates else ""))
     stored = map(rows.read_metadata, rows.row_files(directory))
     programs = [each.program for each in stored if each.program and not each.mixed]
     metadata = metadata._replace(program=programs[0] if programs else None)

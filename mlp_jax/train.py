@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         for epoch in log_run(epochs, experiment) if args.tensorboard else epochs:
             lines = metrics_by_epoch(epoch)
             files.write_text(out / "metrics.jsonl", "".join(map(json_line, lines)))
-            say(console.table_line(lines, config.n_epochs))
+            say(console.table_line(lines, config.epochs))
             check_finite(lines[-1], out)
         if run not in experiment.finished:
             more = () if args.out else ("--out", str(out))

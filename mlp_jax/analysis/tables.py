@@ -88,8 +88,9 @@ def format_table(summary: dict) -> str:
         p, interval = format_value(pair["probability"], "")
         lines.append(
             "\nvary {vary}, P(learning rate {a:.9g} beats {b:.9g})".format(**pair)
-            + f" = {p} ({interval}), {pair['pairs']} seeds, Holm's p {pair['p_holm']:.2g};"
-            f" significant: {pair['significant']}, meaningful: {pair['meaningful']}"
+            + f" = {p} ({interval}), {pair['pairs']} seeds: "
+            + ("" if pair["significant"] else "not ")
+            + f"significant (sign test, Holm's p {pair['p_holm']:.2g})"
         )
     return "\n".join(lines)
 

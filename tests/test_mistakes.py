@@ -547,6 +547,15 @@ def test_rows_of_other_settings_are_not_read_as_one_sweep(swept):
         mj.read_runs("a")
 
 
+def test_rows_of_other_code_are_not_read_as_one_sweep(swept):
+    for out, seeds in (("a", "0:2"), ("b", "2:4")):
+        swept("--seeds", seeds, "--out", out)
+    (path,) = rows.row_files(Path("b"))
+    write("a", other_code(path))
+    with pytest.raises(UserError, match="different training code"):
+        mj.read_runs("a")
+
+
 def test_a_run_in_two_files_is_not_read_twice(swept):
     for out, seeds in (("a", "0:2"), ("b", "1:3")):
         swept("--seeds", seeds, "--out", out)

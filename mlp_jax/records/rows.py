@@ -26,8 +26,7 @@ LOSSES = ("test_loss", "train_loss")
 ROW_ID = ("vary", "learning_rate", "seed")
 """The columns that identify a row of a sweep."""
 
-READ_ROWS = 255
-"""Runs whose predictions are in memory at a time: as many as predictions.py counts at once."""
+READ_ROWS = 255  # whose predictions are in memory at a time: what predictions.py counts at once
 
 MERGE = ".mlp_jax-merge.json"
 """While `compact` runs: the file that it writes, and those that it will remove."""
@@ -110,8 +109,7 @@ def encode(directory: Path, table) -> tuple[Path, Any]:
     import pyarrow.parquet as pq
 
     content = pa.BufferOutputStream()
-    # neighbouring rows predict nearly the same bytes, which zstd's window sees and a dictionary
-    # of whole values does not
+    # neighbours predict nearly the same, which zstd's window sees and a dictionary does not
     options = {"compression": "zstd", "compression_level": 9, "use_dictionary": ["recipe", "vary"]}
     pq.write_table(table, content, **options)
     content = content.getvalue()
@@ -214,14 +212,16 @@ def read_runs(directory: str | Path, columns: Sequence[str] | None = None):
 
 
 def checked_files(directory: Path) -> list[Path]:
-    """`row_files`, all intact; UserError if there are none, or of several settings; Damaged."""
+    """`row_files`, all intact; UserError if there are none, or they may not be pooled; Damaged."""
     if not (paths := row_files(directory)):
         raise UserError(f"{directory} has no finished runs")
     for path in paths:
         check_content(path)
-    first, *others = map(read_metadata, paths)
-    for path, other in zip(paths[1:], others, strict=True):
-        check_same(path, other, first._replace(mixed=True))  # whatever its numerics
+    known, *others = map(read_metadata, paths)
+    for path, stored in zip(paths[1:], others, strict=True):
+        check_same(path, stored, known)
+        if known.mixed or not (known.program or stored.mixed):
+            known = stored
     return paths
 
 

@@ -312,7 +312,9 @@ def test_a_cached_load_imports_nothing_and_says_nothing(mirrored):
 @pytest.mark.network
 def test_one_other_label_is_not_mnist(mirrored, tmp_path):
     dataset = load_dataset("mnist", mirrored[0])
-    dataset.test.labels[0] ^= 1
+    labels = dataset.test.labels.copy()
+    labels[0] ^= 1
+    dataset = dataset._replace(test=dataset.test._replace(labels=labels))
     (tmp_path / "mnist" / "3.0.1").mkdir(parents=True)
     data._write_cache(tmp_path / "mnist" / "3.0.1", dataset)
     with pytest.raises(UserError, match="does not hold MNIST as it was published"):

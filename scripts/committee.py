@@ -88,7 +88,8 @@ def draw(record: dict, name: str):
     ax.plot(members, mean, "o-", ms=3, color=BLUE)
     ax.axhline(mean[0], color=GRAY, linewidth=0.5)
     ax.locator_params("x", integer=True)
-    ax.set(xlabel="members", ylabel=f"{record['config']['split']} accuracy (%)")
+    label = "members (band: the central 95 % over which runs these are)"
+    ax.set(xlabel=label, ylabel=f"{record['config']['split']} accuracy (%)")
     return figure
 
 

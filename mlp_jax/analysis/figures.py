@@ -195,8 +195,7 @@ def draw_sources(spreads: list[dict], name: str) -> Any:
 def draw_indices(crossed: Any, name: str) -> Any:
     """First-order and total indices of each stream: a Crossed of `crossed_indices`."""
     streams, blocks = list(crossed.test.total), crossed.test.blocks
-    title = f"Which source of randomness makes test accuracy vary: {name},"
-    title += f" {blocks} blocks of {2 ** len(streams)} runs"
+    title = f"What makes test accuracy vary: {name}, {blocks} blocks of {2 ** len(streams)} runs"
     height = 2.2 + 0.5 * len(streams)
     figure, *axes = new_figure(title, height, 1, 2)
     for ax, of, where in zip(axes, crossed, ("this", "an infinite"), strict=True):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,11 @@ def results(directory):
     return rows, dict(zip([path.name for path in paths], weights, strict=True))
 
 
-def start(cluster, small_dir, out):
+def start(cluster, small_dir, out, command=COMMAND):
     flags = ["--data-dir", str(small_dir), "--out", str(out), "--ray", cluster.address]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     # Ray puts its directory on the path of all workers: not where a checkout's metadata lie
-    return subprocess.Popen([*COMMAND, *flags], **pipes, cwd=small_dir)
+    return subprocess.Popen([*command, *flags], **pipes, cwd=small_dir)
 
 
 def wait_for_rows(process, out, n_files):
@@ -98,6 +99,50 @@ def test_a_node_of_another_version_is_refused(cluster, small_dir, tmp_path):
     assert "error: node 1" in line
     assert "mlp_jax is 9.9.9, but 0." in line
     assert not (tmp_path / "out").exists()
+
+
+# a sweep whose tasks leave a line; a function of __main__ is sent to the nodes by value
+LOGGED = """
+import os, pickle, sys
+import mlp_jax.cluster
+from mlp_jax.sweep import main
+
+def logged(there, job, chunk):
+    from mlp_jax.cluster import _task  # on a node it is not replaced
+    runs, *_ = pickle.loads(chunk)
+    with open(sys.argv[1], "a") as file:
+        file.write(f"{os.environ['NODE']} {[run.seed for run in runs]}\\n")
+    return _task(there, job, chunk)
+
+mlp_jax.cluster._task = logged
+main(sys.argv[2:])
+"""
+
+
+def test_a_death_costs_what_was_not_stored(cluster, small_dir, tmp_path, plain):
+    out, begun = tmp_path / "out", tmp_path / "begun"
+    begun.touch()
+    log = LOGGED.replace("sys.argv[1]", repr(str(begun)))
+    node = cluster.add_node(num_cpus=1, env_vars={"NODE": "A"})
+    command = [sys.executable, "-c", log, "-", *COMMAND[3:]]
+    process = start(cluster, small_dir, out, command)
+    wait_for_rows(process, out, 4)
+    cluster.remove_node(node, allow_graceful=False)
+    stored = {run["seed"] for run in store.read_runs(out).to_pylist()}
+    node = cluster.add_node(num_cpus=1, env_vars={"NODE": "B"})
+    end(process)
+    cluster.remove_node(node)
+    assert results(out) == plain
+    lines = [line.split(" ", 1) for line in begun.read_text().splitlines()]
+    chunks = Counter(seeds for _, seeds in lines if seeds != "[]")  # that of `prepare` is empty
+    assert len(chunks) == 18
+    assert {node for node, _ in lines} == {"A", "B"}
+    # again: the chunk that the node was training, and those that were on their way to be stored
+    again = {seeds for seeds, times in chunks.items() if times > 1}
+    assert sum(chunks.values()) == 18 + len(again)
+    assert again <= {seeds for node, seeds in lines if node == "A"}
+    assert not again & {str([seed, seed + 1]) for seed in stored}
+    assert len(again) <= 3
 
 
 def test_nodes_die_and_join_and_the_command_is_stopped(cluster, small_dir, tmp_path, plain):

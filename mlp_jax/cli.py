@@ -50,9 +50,9 @@ class TrainingArgs:
     """Print only the result and errors."""
 
     def data_options(self) -> dict:
-        """The arguments of `load_data` other than the name."""
+        """The arguments of `load_data` other than the Config."""
         names = ("data_dir", "manual_dir", "quiet", "teacher")
-        return {name: getattr(self, name) for name in names} | {"split": self.config.split}
+        return {name: getattr(self, name) for name in names}
 
     def options(self, *more: str) -> dict:
         """Arguments of `open_experiment`, and the fields that the command adds."""

@@ -144,14 +144,17 @@ class Experiment:
         return self.directory / "checkpoints" / f"{digest}.npz"
 
 
-def load_data(name: str, *, teacher: Path | None = None, **options: Any) -> Dataset:
-    """`datasets.load_dataset(name, **options)`, with the committee in `teacher` as its teacher."""
-    dataset = datasets.load_dataset(name, **options)
+def load_data(config: Config, *, teacher: Path | None = None, **options: Any) -> Dataset:
+    """The data set and split of `config`, with the committee in `teacher` as its teacher.
+
+    The other options are those of `datasets.load_dataset`.
+    """
+    dataset = datasets.load_dataset(config.dataset, split=config.split, **options)
     if not teacher:
         return dataset
     committee = load_committee(teacher)
     if committee.fingerprint != dataset.fingerprint:
-        raise UserError(f"{teacher} was trained on different data from the {name} here")
+        raise UserError(f"{teacher} was trained on different data from the {dataset.name} here")
     return with_teacher(dataset, committee.config, committee.params)
 
 

@@ -125,7 +125,7 @@ def train_cell(
 
     if tensorboard:
         check_installed()
-    dataset = load_data(cell.config.dataset, **data)
+    dataset = load_data(cell.config, **data)
     opened = open_experiment(cell.directory, cell.config, dataset, cell.runs, **options)
     del dataset  # the devices have their own
     with opened as experiment:

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.tensorboard:
         check_installed()
-    dataset = load_data(args.config.dataset, **args.data_options())
+    dataset = load_data(args.config, **args.data_options())
     config = for_dataset(args.config, dataset)
     out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
     options = args.options("overwrite") | {"seed": args.seed, "devices": 1, "lanes": 1}

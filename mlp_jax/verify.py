@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     from mlp_jax.machine import prepare
     from mlp_jax.training.arrays import for_dataset
 
-    options = {"data_dir": args.data_dir, "quiet": False, "split": metadata.config.split}
-    dataset = load_data(metadata.config.dataset, teacher=args.teacher, **options)
+    options = {"data_dir": args.data_dir, "quiet": False}
+    dataset = load_data(metadata.config, teacher=args.teacher, **options)
     check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
     if for_dataset(metadata.config, dataset) != metadata.config:
         had = "a different teacher" if metadata.config.teacher else "no teacher"

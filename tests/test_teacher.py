@@ -1,6 +1,8 @@
 """Distillation: a committee's mean prediction in place of the labels."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,12 +12,16 @@ from scipy.special import softmax
 import mlp_jax as mj
 from mlp_jax.errors import UserError
 from mlp_jax.experiment import load_data
+from mlp_jax.records.checkpoint import load_committee
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.training.arrays import for_dataset, hold_out, with_teacher
 from mlp_jax.training.fit import fit
 from mlp_jax.training.model import committee_probabilities, predict
 from mlp_jax.training.parallel import Placement
 from mlp_jax.verify import main as verify_main
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+import ship_weights
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +82,12 @@ def test_a_teacher_that_has_seen_the_validation_images_is_refused(small, committ
 def test_the_commands_from_teacher_to_proof(small_dir, tmp_path, capsys):
     flags = ["--dataset", "kmnist", "--data-dir", str(small_dir), "--quiet", "--batch-size", "32"]
     flags += ["--epochs", "2", "--seeds", "0:2", "--learning-rate", "0.1"]
+    kmnist = mj.Config(dataset="kmnist")
     teacher, student = str(tmp_path / "teacher"), str(tmp_path / "student")
     sweep_main([*flags, "--hidden", "24", "--keep-weights", "--out", teacher])
     taught = [*flags, "--hidden", "8", "--out", student]
     sweep_main([*taught, "--teacher", teacher])
-    assert load_data("kmnist", teacher=tmp_path / "teacher", data_dir=small_dir).teacher
+    assert load_data(kmnist, teacher=tmp_path / "teacher", data_dir=small_dir).teacher
     for again in (taught, [*taught, "--teacher", student]):
         with pytest.raises(UserError, match=r"teacher|no weights"):
             sweep_main(again)
@@ -90,6 +97,18 @@ def test_the_commands_from_teacher_to_proof(small_dir, tmp_path, capsys):
     assert capsys.readouterr().out.count("equal bit for bit") == 2
     with pytest.raises(UserError, match="add --teacher DIR"):
         verify_main([student, *data])
+    # in one file, rounded to float16: another teacher
+    ship_weights.save_committee(tmp_path / "both.npz", load_committee(teacher))
+    again = load_data(kmnist, teacher=tmp_path / "both.npz", data_dir=small_dir).teacher
+    kernel = again.params["output"]["kernel"]
+    assert kernel.dtype == np.float32
+    exact = load_committee(teacher).params["output"]["kernel"]
+    np.testing.assert_array_equal(kernel, exact.astype(np.float16))
+    with pytest.raises(UserError, match="a different teacher"):
+        verify_main([student, "--teacher", str(tmp_path / "both.npz"), *data])
+    (one, _) = sorted((tmp_path / "teacher" / "weights").glob("*.npz"))
+    with pytest.raises(UserError, match="weights of one run: name its directory"):
+        load_committee(one)
     sweep_main([*flags, "--hidden", "16", "--keep-weights", "--out", f"{teacher}2"])
     with pytest.raises(UserError, match="a different teacher"):
         verify_main([student, "--teacher", f"{teacher}2", *data])

@@ -152,17 +152,14 @@ class Committee(NamedTuple):
 
 
 def load_committee(directory: str | Path | None = None) -> Committee:
-    """All runs whose weights are in `directory`; default: those shipped with mlp_jax.
+    """All runs whose weights are in `directory`, or in one file like that shipped with mlp_jax,
+    which is the default.
 
     Runs that diverged have no vote; a run that families share has one. UserError if none is left;
     Damaged.
     """
-    if directory is None:
-        arrays, fields = load_arrays(SHIPPED)
-        runs, metrics = zip(*fields["members"], strict=True)
-        params = traverse_util.unflatten_dict(arrays, sep="/")
-        runs = tuple(make_run(*run) for run in runs)
-        return Committee(Config.from_json(fields["config"]), runs, params, metrics)
+    if directory is None or expand(directory).is_file():
+        return _read_committee(expand(directory or SHIPPED))
     stored = {path: _read_weights(path) for path in _find_weights(directory)}
     (first, (_, shared)), *others = stored.items()
     for path, (_, metadata) in others:
@@ -178,6 +175,18 @@ def load_committee(directory: str | Path | None = None) -> Committee:
     configs, runs, params, metrics = zip(*members, strict=True)
     stacked = jax.tree.map(lambda *a: np.stack(a), *params)
     return Committee(configs[0], runs, stacked, metrics, shared.fingerprint)
+
+
+def _read_committee(path: Path) -> Committee:
+    arrays, fields = load_arrays(path)
+    if "members" not in fields:
+        raise UserError(f"{path} holds the weights of one run: name its directory")
+    runs, metrics = zip(*fields["members"], strict=True)
+    params = {name: array.astype(np.float32) for name, array in arrays.items()}
+    params = traverse_util.unflatten_dict(params, sep="/")
+    runs = tuple(make_run(*run) for run in runs)
+    fingerprint = fields.get("fingerprint", "")
+    return Committee(Config.from_json(fields["config"]), runs, params, metrics, fingerprint)
 
 
 def predict(run: TrainedRun | Committee, images: np.ndarray) -> np.ndarray:

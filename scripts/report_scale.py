@@ -119,7 +119,7 @@ def make_rows(first: int, n: int, labels, taken_for, chances, rng: np.random.Gen
     train_loss = ((0.1 + 1.2 / epochs) * (1 + 0.01 * noise[2])).astype(np.float32)
     history = {"train_loss": train_loss, "test_loss": test_loss, "test_correct": correct}
     runs = tuple(make_run(first + i, config.learning_rate) for i in range(n))
-    progress = Progress(config, runs, config.epochs, history, predictions, states=[])
+    progress = Progress(config, runs, config.epochs, history, predictions, [], "")
     return rows.make_rows(RECIPE, progress, seconds=1.44 * config.epochs)
 
 

@@ -348,6 +348,10 @@ def test_a_snapshot_starts_its_own_runs_alone(config, small):
     for elsewhere in (small._replace(name="mine"), with_teacher(small, *trained(config, small))):
         with pytest.raises(UserError, match="with different settings"):
             fit(config, elsewhere, seeds=(7, 8), start=snapshot)
+    labels = (small.train.labels + 1) % 4
+    wrong = make_dataset(small.name, small.train._replace(labels=labels), small.test, 4)
+    with pytest.raises(UserError, match="on different data"):
+        fit(config, wrong, seeds=(7, 8), start=snapshot)
     decayed = dataclasses.replace(config, schedule="linear")
     start = next(fit(decayed, small, seeds=(7,))).snapshot()
     with pytest.raises(UserError, match="with different settings"):

@@ -58,7 +58,7 @@ def load_checkpoint(
     state = jax.tree.map(arrays.__getitem__, names)
     prefix = "history/"
     history = {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
-    kept = (fields["epoch"], state, history, arrays["predictions"])
+    kept = (fields["epoch"], state, history, arrays["predictions"], metadata.fingerprint)
     return Snapshot(stored.config, tuple(runs), *kept), arrays["seconds"].tolist()
 
 

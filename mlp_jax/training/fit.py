@@ -47,6 +47,7 @@ class Snapshot(NamedTuple):
     state: TrainState  # leaves [runs, ...]
     history: dict[str, np.ndarray]  # by metric, [runs, epoch]
     predictions: np.ndarray  # uint8 [runs, n_test]
+    fingerprint: str  # of the data set
 
 
 class Progress(NamedTuple):
@@ -61,6 +62,7 @@ class Progress(NamedTuple):
     history: dict[str, np.ndarray]  # by metric (train_loss, test_correct, ...), [runs, epoch]
     predictions: np.ndarray  # classes predicted for the test images, uint8 [runs, n_test]
     states: list[TrainState]  # of groups of runs
+    fingerprint: str  # of the data set
 
     @property
     def test_accuracy(self) -> np.ndarray:
@@ -74,7 +76,7 @@ class Progress(NamedTuple):
 
     def snapshot(self) -> Snapshot:
         state = from_groups(self.states, len(self.runs))
-        kept = (self.epoch, state, self.history, self.predictions)
+        kept = (self.epoch, state, self.history, self.predictions, self.fingerprint)
         return Snapshot(self.config, self.runs, *kept)
 
 
@@ -92,7 +94,7 @@ def fit(
     The whole test set is evaluated after each epoch. To stop, leave the loop; to resume, pass the
     `Progress.snapshot()` of the same runs as `start`. `placement` defaults to all local devices.
     The learning rates are those of `runs`. UserError if the Config does not fit the data set, or
-    `start` is of other runs or settings.
+    `start` is of other runs, settings or data.
     """
     config = for_dataset(config, dataset)
     if runs is None:
@@ -101,6 +103,8 @@ def fit(
         raise UserError("the snapshot to start from belongs to other runs")
     if start and _without_length(start.config) != _without_length(config):
         raise UserError("the snapshot to start from was trained with different settings")
+    if start and start.fingerprint != dataset.fingerprint:
+        raise UserError("the snapshot to start from was trained on different data")
     if start and start.epoch > start.config.epochs != config.epochs:
         raise UserError(f"the snapshot to start from ends within an epoch: {start.config.epochs}")
     placement = placement or place(len(runs), run_bytes(config))
@@ -151,7 +155,8 @@ def _epochs(
         }
         for values in history.values():
             values.flags.writeable = False  # a part of what later epochs yield
-        yield Progress(config, runs, epoch + 1, history, predictions, list(states))
+        reached = (epoch + 1, history, predictions, list(states))
+        yield Progress(config, runs, *reached, dataset.fingerprint)
 
 
 class Programs(NamedTuple):

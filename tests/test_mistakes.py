@@ -26,7 +26,8 @@ from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, write_signed_json
 from mlp_jax.predict import main as predict_main
 from mlp_jax.records import compaction, directory, rows
-from mlp_jax.records.checkpoint import has_weights, load_committee
+from mlp_jax.records.checkpoint import has_weights, load_checkpoint, load_committee, save_checkpoint
+from mlp_jax.records.provenance import Metadata, describe_environment
 from mlp_jax.report import main as report_main
 from mlp_jax.results import count_processors, parse_target
 from mlp_jax.sweep import main as sweep_main
@@ -231,6 +232,43 @@ def test_compact_keeps_what_a_damaged_merge_merged(swept, caplog):
     compaction.compact(Path("s"))
     assert len(mj.read_runs("s")) == 4
     assert "renamed to" in caplog.text
+
+
+def test_a_sweep_keeps_what_a_damaged_merge_merged(swept, monkeypatch, caplog):
+    swept("--seeds", "0:4", "--chunk", "1", "--out", "s")
+    before = rows.read_runs("s")
+    monkeypatch.setattr(compaction, "_remove_merged", lambda directory: None)  # killed before it
+    compaction.compact(Path("s"))
+    (merged,) = rows.row_files(Path("s"))
+    merged.write_bytes(merged.read_bytes()[:-9])
+    swept("--seeds", "0:5", "--out", "s")
+    assert f"renamed to _{merged.name}.corrupt" in caplog.text
+    assert rows.read_runs("s").slice(0, 4).equals(before)  # with their seconds: not trained again
+    assert len(rows.read_runs("s")) == 5
+
+
+def test_a_checkpoint_of_other_runs_is_quarantined(config, small, tmp_path, caplog):
+    about = Metadata("custom", config, small.fingerprint, describe_environment(jax.devices()))
+    snapshot = next(fit(config, small, seeds=(3, 4))).snapshot()
+    path = tmp_path / "c.npz"
+    save_checkpoint(path, snapshot, [1.0], about)
+    assert load_checkpoint(path, snapshot.runs, about)
+    others = [make_run(seed, config.learning_rate) for seed in (5, 6)]
+    assert load_checkpoint(path, others, about) is None
+    assert "it belongs to other runs" in caplog.text
+
+
+def test_a_rate_does_not_depend_on_how_numpy_prints():
+    usual = make_run(0, 0.1234567891)
+    with np.printoptions(precision=3, legacy="1.13"):
+        assert make_run(0, 0.1234567891) == usual
+    assert np.float32(usual.learning_rate) == np.float32(0.1234567891)
+
+
+def test_weights_are_found_by_any_number_of_the_same_rate(swept):
+    swept("--learning-rate", "0.1234567891", "--seeds", "0:1", "--keep-weights", "--out", "s")
+    for rate in (0.1234567891, np.float32(0.1234567891)):
+        assert mj.load_run("s", 0, learning_rate=rate).run == make_run(0, 0.1234567891)
 
 
 def test_compact_refuses_a_run_in_two_files_and_names_them(swept):

@@ -34,7 +34,12 @@ def save_checkpoint(path: Path, snapshot: Snapshot, seconds: list[float], metada
     arrays |= {f"history/{name}": values for name, values in snapshot.history.items()}
     arrays |= {"predictions": snapshot.predictions, "seconds": np.array(seconds)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_arrays(path, arrays, {"epoch": snapshot.epoch, "run": metadata.to_json()})
+    fields = {"epoch": snapshot.epoch, "runs": _ids(snapshot.runs), "run": metadata.to_json()}
+    save_arrays(path, arrays, fields)
+
+
+def _ids(runs: Sequence[Run]) -> list:
+    return [[run.vary, run.learning_rate, run.seed] for run in runs]
 
 
 def load_checkpoint(
@@ -42,9 +47,17 @@ def load_checkpoint(
 ) -> tuple[Snapshot, list[float]] | None:
     """What `save_checkpoint` saved of these runs; None if missing or damaged.
 
-    A damaged file is quarantined. UserError if its numbers may not be pooled with `metadata`.
+    A damaged file is quarantined, and so is one of other runs. UserError if its numbers may not be
+    pooled with `metadata`.
     """
-    if not (content := read_or_quarantine(load_arrays, path)):
+
+    def read(path: Path) -> tuple:
+        content = load_arrays(path)
+        if content[1].get("runs", _ids(runs)) != _ids(runs):
+            raise Damaged(path, "it belongs to other runs")
+        return content
+
+    if not (content := read_or_quarantine(read, path)):
         return None
     arrays, fields = content
     check_same(path, stored := Metadata.from_json(fields["run"]), metadata)
@@ -113,7 +126,8 @@ def load_run(
     if vary is not None:
         paths = [path for path in paths if path.name.startswith(f"{vary}-lr")]
     if learning_rate is not None:
-        paths = [path for path in paths if f"-lr{learning_rate:.9g}-" in path.name]
+        rate = make_run(0, learning_rate).learning_rate  # as it is stored
+        paths = [path for path in paths if f"-lr{rate:.9g}-" in path.name]
     if not paths:
         raise UserError(f"{directory} has no weights of such a run")
     if len(paths) > 1:

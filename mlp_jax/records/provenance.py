@@ -90,6 +90,7 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         "cores": parallel.n_cores(),  # XLA's threads: their number can change roundings
         **parallel.numerics(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "onednn": " ".join(sorted(f"{k}={v}" for k, v in os.environ.items() if _is_onednn(k))),
         "git": _git_state(),
     }
 
@@ -104,8 +105,14 @@ FORMER_NUMERICS: dict[str, Any] = {
     "random_seed_offset": 0,
     "disable_most_optimizations": False,
     "xla_flags": "",
+    "onednn": "",
     "lanes": 1,
 }
+
+
+def _is_onednn(variable: str) -> bool:
+    """Whether it sets oneDNN, which XLA calls for products on CPU."""
+    return variable.startswith(("ONEDNN_", "DNNL_")) and "VERBOSE" not in variable
 
 
 def version(package: str) -> str | None:

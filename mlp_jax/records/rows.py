@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlp_jax.errors import UserError
-from mlp_jax.files import Damaged, atomic_write, expand, log, quarantine, read_signed_json
+from mlp_jax.files import Damaged, atomic_write, expand, log, read_or_quarantine, read_signed_json
 from mlp_jax.records.provenance import Metadata, check_same
 from mlp_jax.training.run import STREAMS, Run, make_run
 
@@ -231,14 +231,7 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
     UserError for rows that may not be pooled with `metadata`.
     """
     finished = {}
-    for path in row_files(directory):
-        try:
-            check_content(path)
-        except Damaged as damaged:
-            quarantine(damaged)
-            continue
-        except FileNotFoundError:  # another shard quarantined it
-            continue
+    for path in _intact_files(directory):
         check_same(path, read_metadata(path), metadata)
         last = ["test_correct", *LOSSES, "seconds"]
         table = read_table([path], [*last, *(f"{name}_by_epoch" for name in LOSSES)])
@@ -248,6 +241,13 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
         ):
             finished[make_run(seed, rate, vary)] = row | {"finite": ok}
     return finished
+
+
+def _intact_files(directory: Path) -> list[Path]:
+    """`row_files` once damaged ones are quarantined, which brings back those merged into them."""
+    while not all([read_or_quarantine(check_content, path) for path in row_files(directory)]):
+        pass
+    return row_files(directory)
 
 
 def run_ids(table) -> list[tuple[str, float, int]]:

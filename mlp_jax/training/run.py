@@ -71,7 +71,9 @@ def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
         seeds = Streams(*(2 * block + (cell >> i) % 2 for i in range(len(STREAMS))))
     else:
         seeds = Streams(*(seed if vary in ("all", name) else HELD_SEED for name in STREAMS))
-    return Run(seeds, float(str(np.float32(learning_rate))), vary)
+    # str would depend on NumPy's print options
+    rate = np.format_float_scientific(np.float32(learning_rate))
+    return Run(seeds, float(rate), vary)
 
 
 def make_runs(

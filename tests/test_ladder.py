@@ -1,0 +1,85 @@
+"""README's ladder follows from results/ladder.json, and this from the records."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlp_jax.records.directory import read_metadata
+from mlp_jax.records.rows import predictions, read_runs
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+import ladder
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def read(path):
+    return json.loads((ROOT / "results" / path).read_text())
+
+
+def points(interval, digits=2):
+    return "{} ({} to {})".format(*(f"{100 * end:.{digits}f}" for end in interval.values()))
+
+
+def ladder_lines():
+    """README's table, from the lowest rung to the highest."""
+    rungs = read("ladder.json")["rungs"]
+    for rung in sorted(rungs, key=lambda rung: rung["accuracy"]["estimate"]):
+        members, _, name = rung["rung"].rpartition(" of ")
+        cells = [f"{members} runs of `{name}` together" if members else f"`{name}`"]
+        sd = f"{100 * rung['sd']['estimate']:.3f}" if "sd" in rung else "-"
+        cells += [points(rung["accuracy"]), sd, str(rung["runs"])]
+        cells += [f"{rung['epochs']:g}", f"{rung['seconds']:.3g}"]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def test_the_readme_quotes_the_ladder():
+    for line in ladder_lines():
+        assert line in README
+
+
+def test_rungs_follow_from_the_records():
+    record = read("ladder.json")
+    timed = record["timed"]["seconds an epoch"]
+    recipes = {rung["rung"]: rung for rung in record["rungs"] if " of " not in rung["rung"]}
+    assert list(recipes) == ladder.recorded((*ladder.RECIPES, *ladder.UPPERMOST))
+    for name, rung in recipes.items():
+        table = read_runs(ROOT / "results" / name, ["vary", "test_correct"]).to_pylist()
+        accuracies = [row["test_correct"] / 1e4 for row in table if row["vary"] == "all"]
+        assert rung["runs"] == len(accuracies)
+        assert rung["accuracy"]["estimate"] == pytest.approx(np.mean(accuracies))
+        assert rung["sd"]["estimate"] == pytest.approx(np.std(accuracies, ddof=1))
+        assert rung["epochs"] == read_metadata(ROOT / "results" / name).config.epochs
+        assert rung["seconds"] == pytest.approx(rung["epochs"] * timed[name])
+
+
+def test_confusion_and_hardest_images_follow_from_the_rows():
+    record = read("ladder.json")
+    counts = np.array([980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009])  # of the test labels
+    predicted = {}
+    for name, matrix in record["confusion"].items():
+        table = read_runs(ROOT / "results" / name, ["test_correct", "predictions"])
+        predicted[name] = predictions(table["predictions"])
+        np.testing.assert_allclose(np.sum(matrix, axis=1), counts, atol=0.06)
+        right = np.mean(table["test_correct"].to_pylist())
+        assert np.trace(matrix) == pytest.approx(right, abs=0.06)
+        shares = np.bincount(predicted[name].ravel(), minlength=10) / len(table)
+        np.testing.assert_allclose(np.sum(matrix, axis=0), shares, atol=0.06)
+    together = np.concatenate(list(predicted.values()))
+    for each in record["missed by all"]:
+        of_image = together[:, each["image"]]
+        assert each["label"] not in of_image
+        assert np.bincount(of_image, minlength=10).argmax() == each["taken for"]
+
+
+def test_images_that_all_runs_miss():
+    labels = np.array([1, 2, 3, 3])
+    predicted = np.array([[1, 5, 4, 0], [7, 5, 3, 9], [1, 2, 4, 9]])
+    assert ladder.missed(predicted, labels) == [{"image": 3, "label": 3, "taken for": 9}]
+    matrix = np.array(ladder.confusion(predicted, labels))
+    assert matrix[1].tolist() == [0, 0.67, 0, 0, 0, 0, 0, 0.33, 0, 0]
+    assert matrix[3, [0, 3, 4, 9]].tolist() == [0.33, 0.33, 0.67, 0.67]

@@ -244,7 +244,7 @@ def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> 
             for target in targets:
                 config, recipe = target.metadata.config, target.metadata.recipe
                 runs = make_runs(seeds, [target.vary], [target.rate])
-                data = {"data_dir": args.data_dir, "split": config.split, "quiet": True}
+                data = {"data_dir": args.data_dir, "quiet": True}
                 cell = Cell(target.directory, config, runs)
                 if train_cell(cell, data, {"recipe": recipe}, stop):
                     stop.exit(f"what is finished is stored; resume with: {again}")

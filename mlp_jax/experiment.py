@@ -153,9 +153,10 @@ def load_data(config: Config, *, teacher: Path | None = None, **options: Any) ->
     if not teacher:
         return dataset
     committee = load_committee(teacher)
+    taught = with_teacher(dataset, committee.config, committee.params)
     if committee.fingerprint != dataset.fingerprint:
         raise UserError(f"{teacher} was trained on different data from the {dataset.name} here")
-    return with_teacher(dataset, committee.config, committee.params)
+    return taught
 
 
 @contextlib.contextmanager
@@ -212,7 +213,7 @@ def open_experiment(
 
 def _with_weights(directory: Path, stored: dict[Run, dict], metadata: Metadata) -> dict[Run, dict]:
     """The stored runs whose weights are stored, too."""
-    return {run: row for run, row in stored.items() if has_weights(directory, run, metadata)}
+    return {run: row for run, row in stored.items() if has_weights(directory, run, metadata, row)}
 
 
 def chunk_size(chunk: Literal["auto"] | int, epochs: float, width: int) -> int:

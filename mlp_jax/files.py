@@ -145,9 +145,8 @@ def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:
 
 
 def expand(path: str | Path) -> Path:
-    """`path`, of which a leading ~/ is the home directory, as in a shell."""
-    path = Path(path)
-    return path.expanduser() if path.parts[:1] == ("~",) else path
+    """`path`, of which a leading ~ or ~user is a home directory, as in a shell and in pyarrow."""
+    return Path(os.path.expanduser(path))
 
 
 def check_writable(directory: Path) -> None:

@@ -107,6 +107,7 @@ def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:
     summary = summarize(families, metadata.recipe, config, processors, crossed)
     drawn = list(figures(families, summary, dataset.test.images, crossed, metadata.title()))
     settings = dataclasses.asdict(config) | {"data, SHA-256": metadata.fingerprint}
+    settings["learning_rate"] = ", ".join(f"{rate:.9g}" for rate in {f.rate: 0 for f in families})
     settings |= {f"runs on {name}": count for name, count in processors.items()}
     settings |= metadata.environment["versions"]
     return Report(format_table(summary), summary, drawn, settings)

@@ -172,6 +172,8 @@ def wanted_runs(args: Args, config: Config, rates: Sequence[float]) -> list[Run]
             raise UserError(f"--vary {name}: with these settings that stream is not used")
     if args.crossed and (args.vary, args.seeds) != (("all",), Args.seeds):
         raise UserError("--crossed sets all seeds: leave out --seeds and --vary")
+    if args.crossed > MAX_RUNS:
+        raise UserError(f"--crossed must be at most {MAX_RUNS:,}, not {args.crossed:,}")
     seeds = range(args.crossed * 2 ** len(used_streams(config)))
     seeds = seeds if args.crossed else parse_seeds(args.seeds)
     if (n_runs := len(seeds) * len(set(args.vary)) * len(rates)) > MAX_RUNS:

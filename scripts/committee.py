@@ -21,6 +21,7 @@ import mlp_jax as mj
 from mlp_jax.analysis.figures import BLUE, GRAY, new_figure
 from mlp_jax.analysis.stats import jeffreys
 from mlp_jax.data.dataset import check_dataset
+from mlp_jax.errors import UserError
 from mlp_jax.files import save_figure, write_json
 from mlp_jax.records.checkpoint import load_committee
 
@@ -94,8 +95,12 @@ def draw(record: dict, name: str):
 
 
 def main(args: Args) -> None:
+    if args.out.suffix != ".json":
+        raise UserError(f"--out must end in .json, not {args.out}")
     committee = load_committee(args.directory)
     config = committee.config
+    if len({run.learning_rate for run in committee.runs}) > 1:
+        raise UserError(f"{args.directory} has runs of several learning rates")
     dataset = mj.load_dataset(config.dataset, args.data_dir, split=config.split)
     check_dataset(args.directory, committee.fingerprint, committee.fingerprint, dataset)
     command = shlex.join(["python", "scripts/committee.py", *sys.argv[1:]])

@@ -7,12 +7,12 @@ scored on the other 10,000. Its settings are given where they differ from those 
 """
 
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 
 from mlp_jax.files import write_json
-from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.rows import read_runs
+from mlp_jax.records.rows import read_metadata, read_runs, read_scores, row_files
 from mlp_jax.training.config import RECIPES, Config
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -33,9 +33,11 @@ def main() -> None:
 
 def line_of(directory: Path) -> dict:
     """Settings, and the mean and SD of the validation accuracies in percent."""
-    config = read_metadata(directory).config
+    config = read_metadata(row_files(directory)[0]).config
     rows = read_runs(directory, ["test_correct", "seconds"]).to_pylist()
+    assert all(map(math.isfinite, read_scores(directory).values())), directory
     assert config.split == "validation", directory
+    assert {row["learning_rate"] for row in rows} == {config.learning_rate}, directory
     scores = [100 * row["test_correct"] / N_VALIDATION for row in rows]
     return {
         "sweep": directory.name,

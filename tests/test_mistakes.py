@@ -23,7 +23,7 @@ from mlp_jax.data import dataset as datasets
 from mlp_jax.data.dataset import CACHE
 from mlp_jax.demo import main as demo_main
 from mlp_jax.errors import UserError
-from mlp_jax.files import Damaged, write_signed_json
+from mlp_jax.files import Damaged, load_arrays, save_arrays, write_signed_json
 from mlp_jax.predict import main as predict_main
 from mlp_jax.records import compaction, directory, rows
 from mlp_jax.records.checkpoint import has_weights, load_checkpoint, load_committee, save_checkpoint
@@ -258,6 +258,55 @@ def test_a_checkpoint_of_other_runs_is_quarantined(config, small, tmp_path, capl
     assert "it belongs to other runs" in caplog.text
 
 
+def test_a_damaged_file_that_cannot_be_renamed_is_trained_again(swept, caplog):
+    swept("--seeds", "0:2", "--chunk", "1", "--devices", "1", "--out", "s")
+    path = rows.row_files(Path("s"))[0]
+    path.write_bytes(path.read_bytes()[:-9])
+    path.with_name(f"_{path.name}.corrupt").mkdir()
+    swept("--seeds", "0:2", "--devices", "1", "--out", "s")
+    assert "left where it is" in caplog.text
+    assert rows.row_files(Path("s"))
+
+
+def test_weights_of_other_numbers_are_made_again(swept):
+    swept("--seeds", "0:2", "--keep-weights", "--out", "s")
+    swept("--seeds", "0:2", "--dropout", "0.5", "--keep-weights", "--out", "t")
+    right, wrong = (sorted(Path(name, "weights").iterdir()) for name in "st")
+    arrays, fields = load_arrays(wrong[1])
+    ours = load_arrays(right[1])[1]["run"]
+    save_arrays(right[1], arrays, fields | {"run": ours})  # as trained with other numerics
+    Path("s/weights/._all-lr0.1-seed0.npz").write_text("of macOS")
+    swept("--seeds", "0:2", "--keep-weights", "--out", "s")
+    table = mj.read_runs("s", ["test_loss"])["test_loss"].to_pylist()
+    assert [mj.load_run("s", seed).metrics["test_loss"] for seed in (0, 1)] == table
+
+
+def test_the_settings_of_a_run_have_its_own_rate(swept):
+    swept("--learning-rate", "0.1", "0.3", "--seeds", "0:1", "--keep-weights", "--out", "s")
+    run = mj.load_run("s", 0, learning_rate=0.3)
+    assert run.config.learning_rate == 0.3
+
+
+def test_a_data_set_is_a_copy(small):
+    images = small.train.images.copy()
+    made = make_dataset("mine", small.train._replace(images=images), small.test, 4)
+    images[:] = 0
+    np.testing.assert_array_equal(made.train.images, small.train.images)
+
+
+@pytest.mark.parametrize("flags", [["--elastic-sigma", "1e200"], ["--crossed", "9" * 20]])
+def test_a_number_that_is_much_too_large(flags, swept):
+    with pytest.raises(UserError, match="at most"):
+        swept(*flags, "--out", "s")
+
+
+def test_xla_flags_may_be_in_a_file(tmp_path, monkeypatch):
+    (tmp_path / "flags").write_text("--xla_cpu_enable_fast_math=true\n")
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
+    environment = describe_environment(jax.devices())
+    assert environment["xla_flags"] == "--xla_cpu_enable_fast_math=true"
+
+
 def test_a_rate_does_not_depend_on_how_numpy_prints():
     usual = make_run(0, 0.1234567891)
     with np.printoptions(precision=3, legacy="1.13"):
@@ -433,8 +482,8 @@ def test_weights_under_another_runs_name_are_damaged(swept):
     with pytest.raises(Damaged, match="it holds the weights of seed 0"):
         mj.load_run("s", 1)
     metadata = directory.read_metadata(Path("s"))
-    assert has_weights(Path("s"), make_run(0, 0.1), metadata)
-    assert not has_weights(Path("s"), make_run(1, 0.1), metadata)
+    assert has_weights(Path("s"), make_run(0, 0.1), metadata, {})
+    assert not has_weights(Path("s"), make_run(1, 0.1), metadata, {})
     swept("--seeds", "0:2", "--keep-weights", "--out", "s")
     assert mj.load_run("s", 1).run.seed == 1
 
@@ -445,7 +494,7 @@ def test_weights_of_other_settings_do_not_vote(swept):
     swept(*flags, "--dropout", "0.5", "--out", "t")
     other = "weights/all-lr0.1-seed1.npz"
     shutil.copy(Path("t", other), Path("s", other))
-    assert not has_weights(Path("s"), make_run(1, 0.1), directory.read_metadata(Path("s")))
+    assert not has_weights(Path("s"), make_run(1, 0.1), directory.read_metadata(Path("s")), {})
     with pytest.raises(UserError, match="differ in settings or data: remove one of them"):
         load_committee("s")
     swept(*flags, "--out", "s")

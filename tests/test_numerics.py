@@ -74,7 +74,7 @@ def test_an_edited_optimizer_is_refused_and_an_edited_comment_is_not(swept, smal
         ("JAX_ENABLE_X64", "1", "x64=False"),
         ("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16", "matmul_precision=default"),
         ("XLA_FLAGS", "--xla_cpu_enable_fast_math=true", "xla_flags="),
-        ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", "onednn="),
+        ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", "library_flags="),
     ],
 )
 def test_other_numerics_are_refused(variable, value, name, swept, small_dir):

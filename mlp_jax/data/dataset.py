@@ -115,6 +115,8 @@ def _read_cache(name: str, directory: Path) -> Dataset | None:
     with contextlib.suppress(OSError):  # another user's
         if content := read_or_quarantine(load_arrays, directory / CACHE):
             arrays, metadata = content
+            for array in arrays.values():
+                array.flags.writeable = False  # make_dataset need not copy it
             train, test = (
                 Split(*(arrays[f"{split}_{part}"] for part in Split._fields)) for split in SPLITS
             )

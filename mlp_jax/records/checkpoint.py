@@ -4,7 +4,9 @@ Both are .npz files of named arrays. A checkpoint resumes only where the numbers
 weights may be used on any device and version of JAX.
 """
 
+import dataclasses
 import operator
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from mlp_jax.errors import UserError
-from mlp_jax.files import Damaged, expand, load_arrays, read_or_quarantine, save_arrays
+from mlp_jax.files import Damaged, expand, load_arrays, log, read_or_quarantine, save_arrays
 from mlp_jax.records.provenance import Metadata, check_same, settings
 from mlp_jax.records.rows import LOSSES
 from mlp_jax.training.arrays import N_PIXELS
@@ -25,6 +27,8 @@ from mlp_jax.training.run import Run, make_run
 
 SHIPPED = Path(__file__).parents[1] / "weights" / "mnist.npz"
 """The committee shipped with mlp_jax, made by scripts/ship_weights.py."""
+
+WEIGHTS_NAME = re.compile(r"[a-z]+-lr[0-9.e+-]+-seed\d+\.npz")
 
 
 def save_checkpoint(path: Path, snapshot: Snapshot, seconds: list[float], metadata: Metadata):
@@ -97,11 +101,14 @@ def save_weights(directory: Path, run: Run, params: dict, metrics: dict, metadat
     save_arrays(path, traverse_util.flatten_dict(params, sep="/"), fields)
 
 
-def has_weights(directory: Path, run: Run, metadata: Metadata) -> bool:
-    """Whether the weights of a run with these settings and data are there and intact."""
+def has_weights(directory: Path, run: Run, metadata: Metadata, row: dict) -> bool:
+    """Whether the weights of a run with these settings, data and metrics are there and intact."""
     if not (found := read_or_quarantine(_read_weights, weights_path(directory, run))):
         return False
-    return _origin(found[1]) == _origin(metadata)
+    trained, origin = found
+    shared = {name: value for name, value in trained.metrics.items() if name in row}
+    same = all(value == row[name] or value != value for name, value in shared.items())  # or nan
+    return same and _origin(origin) == _origin(metadata)
 
 
 def _origin(metadata: Metadata) -> tuple:
@@ -137,7 +144,10 @@ def load_run(
 
 
 def _find_weights(directory: str | Path) -> list[Path]:
-    paths = sorted((expand(directory) / "weights").glob("*.npz"))
+    found = sorted((expand(directory) / "weights").glob("*.npz"))
+    paths = [path for path in found if WEIGHTS_NAME.fullmatch(path.name)]
+    for path in {*found} - {*paths}:
+        log.warning("%s is ignored: not a name that mlp_jax gives", path)
     if not paths:
         raise UserError(
             f"{directory} has no weights of a finished run; a sweep needs --keep-weights"
@@ -152,7 +162,9 @@ def _read_weights(path: Path) -> tuple[TrainedRun, Metadata]:
         raise Damaged(path, f"it holds the weights of seed {run.seed}, family {run.vary}")
     params = traverse_util.unflatten_dict(arrays, sep="/")
     metadata = Metadata.from_json(fields["run"])
-    return TrainedRun(metadata.config, run, params, fields["metrics"]), metadata
+    # a sweep may have several learning rates
+    config = dataclasses.replace(metadata.config, learning_rate=run.learning_rate)
+    return TrainedRun(config, run, params, fields["metrics"]), metadata
 
 
 class Committee(NamedTuple):
@@ -179,6 +191,8 @@ def load_committee(directory: str | Path | None = None) -> Committee:
     for path, (_, metadata) in others:
         if _origin(metadata) != _origin(shared):
             raise UserError(f"{first} and {path} differ in settings or data: remove one of them")
+    if any(metadata.mixed for _, metadata in stored.values()):
+        log.warning("%s has weights stored by --allow-mixed", directory)
     members = sorted((member for member, _ in stored.values()), key=lambda member: member.run)
     members = [each for each in members if np.isfinite([each.metrics[n] for n in LOSSES]).all()]
     if not members:

@@ -89,8 +89,8 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         "instructions": _instructions(),
         "cores": parallel.n_cores(),  # XLA's threads: their number can change roundings
         **parallel.numerics(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "onednn": " ".join(sorted(f"{k}={v}" for k, v in os.environ.items() if _is_onednn(k))),
+        "xla_flags": _xla_flags(),
+        "library_flags": _library_flags(),
         "git": _git_state(),
     }
 
@@ -105,14 +105,24 @@ FORMER_NUMERICS: dict[str, Any] = {
     "random_seed_offset": 0,
     "disable_most_optimizations": False,
     "xla_flags": "",
-    "onednn": "",
+    "library_flags": "",
     "lanes": 1,
 }
 
 
-def _is_onednn(variable: str) -> bool:
-    """Whether it sets oneDNN, which XLA calls for products on CPU."""
-    return variable.startswith(("ONEDNN_", "DNNL_")) and "VERBOSE" not in variable
+def _xla_flags() -> str:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flags and not flags.lstrip().startswith("-"):  # the name of a file that has them
+        with contextlib.suppress(OSError):
+            return Path(flags).read_text().strip()
+    return flags
+
+
+def _library_flags() -> str:
+    """The variables that set what XLA calls for products: oneDNN on CPU, cuBLAS, libtpu."""
+    names = ("ONEDNN_", "DNNL_", "NVIDIA_TF32_OVERRIDE", "LIBTPU_INIT_ARGS")
+    found = (f"{name}={value}" for name, value in os.environ.items() if name.startswith(names))
+    return " ".join(sorted(each for each in found if "VERBOSE" not in each))
 
 
 def version(package: str) -> str | None:

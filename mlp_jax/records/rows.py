@@ -244,10 +244,10 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
 
 
 def _intact_files(directory: Path) -> list[Path]:
-    """`row_files` once damaged ones are quarantined, which brings back those merged into them."""
-    while not all([read_or_quarantine(check_content, path) for path in row_files(directory)]):
-        pass
-    return row_files(directory)
+    """The intact ones of `row_files`; quarantines the others."""
+    if merge := read_merge(directory):  # once quarantined, it no longer hides what it merged
+        read_or_quarantine(check_content, directory / "runs" / merge["into"])
+    return [path for path in row_files(directory) if read_or_quarantine(check_content, path)]
 
 
 def run_ids(table) -> list[tuple[str, float, int]]:

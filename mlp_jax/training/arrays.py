@@ -68,7 +68,7 @@ def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Datase
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
-    view = np.asarray(array).view()
+    view = np.array(array) if np.asarray(array).flags.writeable else np.asarray(array).view()
     view.flags.writeable = False  # on CPU the devices share its memory
     return view
 

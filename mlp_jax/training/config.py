@@ -117,8 +117,9 @@ class Config:
         for name, least in LEAST.items():
             if not least <= (value := getattr(self, name)) < math.inf:
                 raise UserError(f"{_in_words(name)} must be at least {least}, not {value}")
-        if self.cycles > MAX_CYCLES:
-            raise UserError(f"cycles must be at most {MAX_CYCLES:,}, not {self.cycles:,}")
+        for name, most in MOST.items():
+            if (value := getattr(self, name)) > most:
+                raise UserError(f"{_in_words(name)} must be at most {most:,}, not {value:,}")
         check_learning_rate(self.learning_rate)
         if any(width < 1 for width in self.hidden):
             raise UserError(f"hidden widths must be at least 1, not {self.hidden}")
@@ -146,8 +147,8 @@ class Config:
         return cls(**settings | lists)
 
 
-MAX_CYCLES = 2**24
-"""The largest number up to which float32 holds all integers."""
+# cycles: up to here float32 holds all integers
+MOST = {"cycles": 2**24, "elastic_sigma": 10**6}
 
 FROM_DATA = ("n_classes", "teacher")
 """The settings that are known once the data are loaded."""

@@ -33,13 +33,28 @@ def ladder_lines():
         cells = [f"{members} runs of `{name}` together" if members else f"`{name}`"]
         sd = f"{100 * rung['sd']['estimate']:.3f}" if "sd" in rung else "-"
         cells += [points(rung["accuracy"]), sd, str(rung["runs"])]
-        cells += [f"{rung['epochs']:g}", f"{rung['seconds']:.3g}"]
+        seconds = rung["seconds"]
+        cells += [f"{rung['epochs']:g}", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"]
         yield "| " + " | ".join(cells) + " |"
 
 
 def test_the_readme_quotes_the_ladder():
     for line in ladder_lines():
         assert line in README
+
+
+def test_the_readme_quotes_the_committee_and_the_hardest_images():
+    record = read("committee-best-augmented.json")
+    rows = read_runs(ROOT / "results" / "best-augmented", ["test_correct"]).to_pylist()
+    assert record["seeds"] == [row["seed"] for row in rows]
+    assert record["correct_alone"] == [row["test_correct"] for row in rows]
+    two, ten = record["by_members"][1], record["by_members"][9]
+    assert 1e4 * two["mean"] >= max(record["correct_alone"])
+    assert ten["mean"] == record["correct_together"] / 1e4
+    reached = f"[ten](results/committee-best-augmented.png) reach {100 * ten['mean']:.2f} %"
+    missed = f"All ten miss [{len(read('ladder.json')['missed by all'])} images]"
+    assert reached in README.replace("\n", " ")
+    assert missed in README.replace("\n", " ")
 
 
 def test_rungs_follow_from_the_records():

@@ -1,0 +1,195 @@
+"""The ladder: what each recipe reaches on the test set, from the Keras README's 97.26 % upwards.
+
+    python scripts/ladder.py              results/ladder.json, its figure, one of the hardest images
+    python scripts/ladder.py --rounds 9   the same, and times an epoch of each recipe, in minutes
+
+It reads the records in results/ that are there. A rung is a recipe, whose runs are scored once, or
+their committee (`committee.py`). Its seconds are those of a single run on this machine: its epochs
+times the median epoch of that many rounds, in which the recipes take turns. The hardest images are
+those that no run of the uppermost recipes gets right.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from statistics import median
+
+import jax
+import numpy as np
+import tyro
+
+import mlp_jax as mj
+from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure, show_images
+from mlp_jax.experiment import load_data
+from mlp_jax.files import save_figure, write_json
+from mlp_jax.records.directory import read_metadata
+from mlp_jax.records.provenance import describe_environment
+from mlp_jax.records.rows import predictions
+
+RESULTS = Path(__file__).parents[1] / "results"
+OUT = RESULTS / "ladder.json"
+RECIPES = ("keras-sgd", "sprint", "keras-rmsprop", "sprint-98", "best")
+UPPERMOST = ("best-augmented", "best-distilled")
+PUBLISHED = {
+    "this net, Keras README": 97.26,
+    "this net, Keras' mnist_mlp": 98.40,
+    "512-512, L2-SVM (Tang 2013)": 99.13,
+    "ladder network (2015)": 99.43,
+    "1000-500, deformed (Ciresan 2010)": 99.51,
+    "12 million parameters (Ciresan 2010)": 99.65,
+}
+"""Test accuracy in % of fully connected networks; the last three are larger than this one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    rounds: int = 0
+    """Epochs of each recipe to time; 0: keep the seconds of the last timing."""
+    teacher: Path | None = None
+    """Directory of the teacher of best-distilled, for its timing."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+
+def read_predictions(name: str) -> np.ndarray:
+    """Predicted classes [runs, images] of a recipe's record."""
+    table = mj.read_runs(RESULTS / name, ["vary", "predictions"])
+    rows = [i for i, vary in enumerate(table["vary"].to_pylist()) if vary == "all"]
+    return predictions(table["predictions"].take(rows))
+
+
+def make_rungs(seconds: dict[str, float]) -> list[dict]:
+    """A rung for each recipe and committee that has a record; accuracies are fractions.
+
+    `seconds` are those of an epoch of each recipe.
+    """
+    rungs = []
+    for name in recorded((*RECIPES, *UPPERMOST)):
+        family = json.loads((RESULTS / name / "summary.json").read_text())["families"][0]
+        config = read_metadata(RESULTS / name).config
+        took = config.epochs * seconds[name] if name in seconds else None
+        rung = {"rung": name, "runs": family["runs"], "epochs": config.epochs, "seconds": took}
+        columns = ("sd", "independent_sd", "distribution_sd")
+        rung |= {"accuracy": family["mean"]} | {column: family[column] for column in columns}
+        rungs.append(rung)
+        if (path := RESULTS / f"committee-{name}.json").exists():
+            record = json.loads(path.read_text())
+            members = len(record["seeds"])
+            several = {"rung": f"{members} of {name}", "runs": 1, "epochs": config.epochs}
+            several |= {"seconds": took and members * took, "accuracy": record["accuracy"]}
+            rungs.append(several)
+    return rungs
+
+
+def recorded(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if (RESULTS / name / "summary.json").exists()]
+
+
+def time_epochs(names: list[str], args: Args) -> dict[str, float]:
+    """Median seconds of a whole epoch of each recipe, one run at a time, in turns."""
+    trainings = {}
+    for name in names:
+        config = read_metadata(RESULTS / name).config
+        teacher = args.teacher if config.teacher else None
+        data = load_data(config, teacher=teacher, data_dir=args.data_dir)
+        # the epochs of all turns, and one to compile
+        config = dataclasses.replace(config, epochs=args.rounds + 1, teacher="")
+        trainings[name] = mj.fit(config, data)
+        next(trainings[name])
+    seconds = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name, training in trainings.items():
+            start = time.perf_counter()
+            next(training)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(each) for name, each in seconds.items()}
+
+
+def confusion(predicted: np.ndarray, labels: np.ndarray) -> list[list[float]]:
+    """How many images of each class (row) a run puts into each class (column), on average."""
+    matrix = np.zeros((10, 10))
+    for row in predicted:
+        np.add.at(matrix, (labels, row), 1 / len(predicted))
+    return matrix.round(2).tolist()
+
+
+def missed(predicted: np.ndarray, labels: np.ndarray) -> list[dict]:
+    """The test images that no run gets right, and what most runs take them for."""
+    wrong = np.flatnonzero((predicted != labels).all(axis=0))
+    taken = [int(np.bincount(predicted[:, i]).argmax()) for i in wrong]
+    columns = zip(wrong.tolist(), labels[wrong].tolist(), taken, strict=True)
+    return [{"image": i, "label": label, "taken for": other} for i, label, other in columns]
+
+
+def draw(rungs: list[dict]):
+    """Test error of each rung with its interval, above those published."""
+    published = list(PUBLISHED.items())
+    rows = len(rungs) + len(published)
+    figure, ax = new_figure("Test error of fully connected networks on MNIST", 0.9 + 0.3 * rows)
+    names = [*(rung["rung"] for rung in rungs), *(name for name, _ in published)]
+    error = [100 * (1 - rung["accuracy"]["estimate"]) for rung in rungs]
+    ends = [
+        [100 * abs(rung["accuracy"][end] - rung["accuracy"]["estimate"]) for rung in rungs]
+        for end in ("high", "low")
+    ]
+    order = np.argsort([-x for x in [*error, *(100 - a for _, a in published)]], kind="stable")
+    y = np.empty(rows)
+    y[order] = np.arange(rows)
+    label = "mlp_jax, 95 % interval"
+    ax.errorbar(error, y[: len(rungs)], xerr=ends, fmt="o", color=BLUE, capsize=3, label=label)
+    known = [100 - accuracy for _, accuracy in published]
+    ax.plot(known, y[len(rungs) :], "D", color=ORANGE, label="published")
+    ax.set_yticks(y, names)
+    ticks = (3, 2, 1, 0.5, 0.3)
+    ax.set(xscale="log", xlabel="test error (%)", ylim=(-0.6, rows - 0.4))
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.invert_xaxis()
+    ax.grid(axis="y", color=GRAY, alpha=0.2)
+    return add_legend(figure, 2, ax)
+
+
+def draw_missed(images: np.ndarray, each: list[dict], title: str):
+    """Images above their label and what they are taken for."""
+    columns = 8
+    rows = -(-len(each) // columns)
+    figure, *axes = new_figure(title, 0.5 + 1.1 * rows, rows, columns)
+    text = "#{image}: {label} \N{RIGHTWARDS ARROW} {taken for}"
+    captions = [text.format_map(one) for one in each]
+    show_images(axes, images[[one["image"] for one in each]], captions, "gray_r")
+    return figure
+
+
+def main(args: Args) -> None:
+    test = mj.load_dataset("mnist", args.data_dir).test
+    old = json.loads(OUT.read_text()) if OUT.exists() else {"timed": {"seconds an epoch": {}}}
+    timed = old["timed"]
+    if args.rounds:
+        took = time_epochs(recorded((*RECIPES, *UPPERMOST)), args)
+        timed = {
+            "environment": describe_environment(jax.devices()),
+            "rounds": args.rounds,
+            "seconds an epoch": took,
+        }
+    predicted = {name: read_predictions(name) for name in recorded(UPPERMOST)}
+    together = np.concatenate(list(predicted.values()))
+    record = {
+        "command": "python scripts/ladder.py --rounds 9",
+        "timed": timed,
+        "rungs": make_rungs(timed["seconds an epoch"]),
+        "confusion": {name: confusion(each, test.labels) for name, each in predicted.items()},
+        "missed by all": missed(together, test.labels),
+    }
+    write_json(OUT, record)
+    save_figure(OUT.with_suffix(".png"), draw(record["rungs"]))
+    hardest, n_runs = record["missed by all"], len(together)
+    title = f"Test images that none of {n_runs} runs gets right: {' and '.join(predicted)}"
+    save_figure(RESULTS / "ladder-hardest.png", draw_missed(test.images, hardest, title))
+    for rung in record["rungs"]:
+        print(f"{100 * rung['accuracy']['estimate']:.2f} %  {rung['rung']}")
+    print(f"{len(hardest)} images are missed by all")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

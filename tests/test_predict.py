@@ -62,6 +62,22 @@ def test_drawings_are_read(committee):
     assert wrong.mean() <= 0.03
 
 
+def test_a_sheet_on_a_table_is_read(committee):
+    """Paper on something darker, straight or turned, with or without grain."""
+    digits, images = [], []
+    for digit, ink, rng in cases():
+        for turn, table, grain in ((0, (70, 50, 40), 0), (8, (60, 60, 70), 0.03)):
+            paper = drawings.on_paper(ink, grain=grain, rng=rng)
+            width = round(paper.width * rng.uniform(0.15, 0.5))
+            photo = ImageOps.expand(paper, width, table).rotate(turn, fillcolor=table)
+            noise = rng.normal(0, 255 * grain, (photo.height, photo.width))
+            grey = np.asarray(photo.convert("L")) + noise
+            images.append(to_mnist(find_ink(grey.clip(0, 255) / 255)))
+            digits.append(digit)
+    wrong = predict(committee, np.stack(images)).argmax(-1) != digits
+    assert wrong.mean() <= 0.03
+
+
 def test_it_has_mnists_form():
     """20 pixels of the longer side, its aspect kept; the centre of mass between 14 and 15."""
     for _, ink, _ in cases():

@@ -74,12 +74,15 @@ def make_grey(image: Image.Image) -> Image.Image:
 
 
 def find_ink(grey: np.ndarray) -> np.ndarray:
-    """How much of each pixel is ink, [h, w] in 0 ... 1; `grey` is luminance, its border paper.
+    """How much of each pixel is ink, [h, w] in 0 ... 1; `grey` is luminance.
 
     UserError if there is none.
     """
+    whole, grey = grey, only_sheet(grey)
     paper = grey[0, 0]
-    if all(np.ptp(side) == 0 for side in (grey[0], grey[-1], grey[:, 0], grey[:, -1])):
+    if grey is whole and all(
+        np.ptp(side) == 0 for side in (grey[0], grey[-1], grey[:, 0], grey[:, -1])
+    ):
         ink = np.abs(grey - paper)  # drawn, not photographed: used unchanged
         if ink.max() < CONTRAST:
             raise UserError("shows no digit")
@@ -94,6 +97,20 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
         raise UserError("shows no digit")
     strength = np.median(ink[ink >= least])
     return keep_digit(np.clip(2 * ink / strength - 0.5, 0, 1))
+
+
+def only_sheet(grey: np.ndarray) -> np.ndarray:
+    """`grey` with its surroundings made paper, if a bright sheet lies on something darker."""
+    side = max(grey.shape)
+    blank = ndimage.grey_closing(grey, max(3, side // 8))  # without dark lines
+    dark, bright = np.percentile(blank, (5, 95))
+    # wide, unlike a digit in chalk, which is lines on a dark ground
+    sheet = ndimage.grey_opening(blank, side // 3) > (dark + bright) / 2
+    border = np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]])
+    if bright - dark < 3 * CONTRAST or not sheet.any() or border.mean() > 0.15:
+        return grey
+    inside = ndimage.minimum_filter(sheet, max(3, side // 40))  # off its edge
+    return np.where(inside, grey, np.median(grey[sheet]))
 
 
 def ink_is_dark(grey: np.ndarray) -> bool:

@@ -79,11 +79,9 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
     UserError if there is none.
     """
     whole, grey = grey, only_sheet(grey)
-    paper = grey[0, 0]
-    if grey is whole and all(
-        np.ptp(side) == 0 for side in (grey[0], grey[-1], grey[:, 0], grey[:, -1])
-    ):
-        ink = np.abs(grey - paper)  # drawn, not photographed: used unchanged
+    sides = (grey[0], grey[-1], grey[:, 0], grey[:, -1])
+    if grey is whole and all(np.ptp(side) == 0 for side in sides):
+        ink = np.abs(grey - grey[0, 0])  # drawn, not photographed: used unchanged
         if ink.max() < CONTRAST:
             raise UserError("shows no digit")
         return ink / ink.max()

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import drawings
 import numpy as np
@@ -60,6 +61,16 @@ def test_drawings_are_read(committee):
     assert len(digits) == 13 * 3 * 4
     wrong = predict(committee, np.stack(images)).argmax(-1) != digits
     assert wrong.mean() <= 0.03
+
+
+def test_colours_of_equal_luminance_are_told_apart(here, committee):
+    looks = {"colour": (200, 30, 30), "paper": (30, 115, 40), "grain": 0.01}
+    images = []
+    for digit in range(10):
+        rng = np.random.default_rng(digit)
+        drawings.on_paper(drawings.draw(digit), rng=rng, **looks).save("red.jpg", quality=90)
+        images.append(read_digit(Path("red.jpg")))
+    assert (predict(committee, np.stack(images)).argmax(-1) == range(10)).mean() >= 0.97
 
 
 def test_a_sheet_on_a_table_is_read(committee):

@@ -43,7 +43,7 @@ def read_grey(path: Path) -> np.ndarray:
     try:
         # warnings of odd metadata, and of half of Pillow's size limit
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            image.draft("L", (LONGEST, LONGEST))  # a JPEG is decoded at a fraction of its size
+            image.draft("RGB", (LONGEST, LONGEST))  # a JPEG is decoded at a fraction of its size
             upright = make_grey(ImageOps.exif_transpose(image))
             small = upright.reduce(-(-max(upright.size) // LONGEST))
     except Image.DecompressionBombError:
@@ -65,12 +65,20 @@ def make_grey(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return image.convert("F")
     if not ("A" in image.getbands() or "transparency" in image.info):
-        return image.convert("L")
+        return find_contrast(image)
     image = image.convert("RGBA")
     grey, alpha = image.convert("L"), image.getchannel("A")
     shown = np.asarray(alpha, float)
     bright = (np.asarray(grey) * shown).sum() > 128 * shown.sum()
     return Image.composite(grey, Image.new("L", grey.size, 0 if bright else 255), alpha)
+
+
+def find_contrast(image: Image.Image) -> Image.Image:
+    """Luminance, or red, green or blue if that varies more than twice as much."""
+    bands = [image.convert("L"), *image.convert("RGB").split()]
+    spreads = [np.std(np.asarray(band)) for band in bands]
+    most = int(np.argmax(spreads))
+    return bands[most if spreads[most] > 2 * spreads[0] else 0]
 
 
 def find_ink(grey: np.ndarray) -> np.ndarray:

@@ -46,6 +46,17 @@ B = (SMALL["bytes a row"] - LARGE["bytes a row"]) * 10_000 / FEWER
 A = LARGE["bytes a row"] - B * LARGE["files"] / 10_000
 
 
+def test_the_page_quotes_what_more_devices_cost():
+    rows = {
+        row["seeds"]: row for row in json.loads((RESULTS / "devices.json").read_text())["devices"]
+    }
+    ratios = [f"{rows[n]['seconds'] / rows[2]['seconds']:.2f}" for n in (8, 16, 64)]
+    page = PAGE.replace("\n", " ")
+    assert "take {}, {} and {} times as long on 8, 16 and 64 devices".format(*ratios) in page
+    megabytes = (rows[64]["peak MB"] - rows[2]["peak MB"]) / 62
+    assert f"Memory grows by {megabytes:.0f} MB per device" in page
+
+
 def short(x, digits=3):
     return f"{float(f'{x:.{digits}g}'):,.9g}"
 

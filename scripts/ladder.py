@@ -6,7 +6,7 @@
 It reads the records in results/ that are there. A rung is a recipe, whose runs are scored once, or
 their committee (`committee.py`). Its seconds are those of a single run on this machine: its epochs
 times the median epoch of that many rounds, in which the recipes take turns. The hardest images are
-those that no run of the uppermost recipes gets right.
+those that no run of the uppermost recipe gets right.
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ import tyro
 
 import mlp_jax as mj
 from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure, show_images
-from mlp_jax.experiment import load_data
 from mlp_jax.files import save_figure, write_json
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import describe_environment
@@ -29,8 +28,8 @@ from mlp_jax.records.rows import predictions
 
 RESULTS = Path(__file__).parents[1] / "results"
 OUT = RESULTS / "ladder.json"
-RECIPES = ("keras-sgd", "sprint", "keras-rmsprop", "sprint-98", "best")
-UPPERMOST = ("best-augmented", "best-distilled")
+UPPERMOST = "best-augmented"
+RECIPES = ("keras-sgd", "sprint", "keras-rmsprop", "sprint-98", UPPERMOST)
 PUBLISHED = {
     "this net, Keras README": 97.26,
     "this net, Keras' mnist_mlp": 98.40,
@@ -46,8 +45,6 @@ PUBLISHED = {
 class Args:
     rounds: int = 0
     """Epochs of each recipe to time; 0: keep the seconds of the last timing."""
-    teacher: Path | None = None
-    """Directory of the teacher of best-distilled, for its timing."""
     data_dir: Path | None = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
@@ -60,12 +57,12 @@ def read_predictions(name: str) -> np.ndarray:
 
 
 def make_rungs(seconds: dict[str, float]) -> list[dict]:
-    """A rung for each recipe and committee that has a record; accuracies are fractions.
+    """A rung for each recipe, and each committee that has a record; accuracies are fractions.
 
     `seconds` are those of an epoch of each recipe.
     """
     rungs = []
-    for name in recorded((*RECIPES, *UPPERMOST)):
+    for name in RECIPES:
         family = json.loads((RESULTS / name / "summary.json").read_text())["families"][0]
         config = read_metadata(RESULTS / name).config
         took = config.epochs * seconds[name] if name in seconds else None
@@ -82,22 +79,15 @@ def make_rungs(seconds: dict[str, float]) -> list[dict]:
     return rungs
 
 
-def recorded(names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if (RESULTS / name / "summary.json").exists()]
-
-
-def time_epochs(names: list[str], args: Args) -> dict[str, float]:
+def time_epochs(args: Args) -> dict[str, float]:
     """Median seconds of a whole epoch of each recipe, one run at a time, in turns."""
-    trainings = {}
-    for name in names:
-        config = read_metadata(RESULTS / name).config
-        teacher = args.teacher if config.teacher else None
-        data = load_data(config, teacher=teacher, data_dir=args.data_dir)
+    trainings, data = {}, mj.load_dataset("mnist", args.data_dir)
+    for name in RECIPES:
         # the epochs of all turns, and one to compile
-        config = dataclasses.replace(config, epochs=args.rounds + 1, teacher="")
+        config = dataclasses.replace(mj.RECIPES[name], epochs=args.rounds + 1)
         trainings[name] = mj.fit(config, data)
         next(trainings[name])
-    seconds = {name: [] for name in names}
+    seconds = {name: [] for name in RECIPES}
     for _ in range(args.rounds):
         for name, training in trainings.items():
             start = time.perf_counter()
@@ -166,25 +156,24 @@ def main(args: Args) -> None:
     old = json.loads(OUT.read_text()) if OUT.exists() else {"timed": {"seconds an epoch": {}}}
     timed = old["timed"]
     if args.rounds:
-        took = time_epochs(recorded((*RECIPES, *UPPERMOST)), args)
+        took = time_epochs(args)
         timed = {
             "environment": describe_environment(jax.devices()),
             "rounds": args.rounds,
             "seconds an epoch": took,
         }
-    predicted = {name: read_predictions(name) for name in recorded(UPPERMOST)}
-    together = np.concatenate(list(predicted.values()))
+    predicted = read_predictions(UPPERMOST)
     record = {
         "command": "python scripts/ladder.py --rounds 9",
         "timed": timed,
         "rungs": make_rungs(timed["seconds an epoch"]),
-        "confusion": {name: confusion(each, test.labels) for name, each in predicted.items()},
-        "missed by all": missed(together, test.labels),
+        "confusion": {UPPERMOST: confusion(predicted, test.labels)},
+        "missed by all": missed(predicted, test.labels),
     }
     write_json(OUT, record)
     save_figure(OUT.with_suffix(".png"), draw(record["rungs"]))
-    hardest, n_runs = record["missed by all"], len(together)
-    title = f"Test images that none of {n_runs} runs gets right: {' and '.join(predicted)}"
+    hardest = record["missed by all"]
+    title = f"Test images that none of {len(predicted)} runs gets right: {UPPERMOST}"
     save_figure(RESULTS / "ladder-hardest.png", draw_missed(test.images, hardest, title))
     for rung in record["rungs"]:
         print(f"{100 * rung['accuracy']['estimate']:.2f} %  {rung['rung']}")

@@ -109,10 +109,13 @@ from mlp_jax.sweep import main
 
 def logged(there, job, chunk):
     from mlp_jax.cluster import _task  # on a node it is not replaced
+    from mlp_jax.cluster import _machine
     runs, *_ = pickle.loads(chunk)
     with open(sys.argv[1], "a") as file:
         file.write(f"{os.environ['NODE']} {[run.seed for run in runs]}\\n")
-    return _task(there, job, chunk)
+    done = _task(there, job, chunk)
+    assert _machine.cache_info().misses == 1, "compiled, or loaded the data, again"
+    return done
 
 mlp_jax.cluster._task = logged
 main(sys.argv[2:])
@@ -143,6 +146,36 @@ def test_a_death_costs_what_was_not_stored(cluster, small_dir, tmp_path, plain):
     assert again <= {seeds for node, seeds in lines if node == "A"}
     assert not again & {str([seed, seed + 1]) for seed in stored}
     assert len(again) <= 3
+
+
+@pytest.mark.parametrize(
+    ("node", "share"),
+    [({"num_gpus": 2}, ("GPU", 1)), ({"resources": {"TPU": 4}}, ("TPU", 4))],
+    ids=["a GPU of two", "a TPU host"],
+)
+def test_a_task_takes_an_accelerator(node, share, cluster, small_dir, tmp_path, plain):
+    """Said to be there, on a node that has none: the numbers are those of its CPU."""
+    out, taken = tmp_path / "out", tmp_path / "taken"
+    log = """
+import sys
+import mlp_jax.cluster
+from mlp_jax.sweep import main
+
+def logged(*args):
+    import ray
+    from mlp_jax.cluster import _task
+    with open(TAKEN, "a") as file:
+        file.write(f"{ray.get_runtime_context().get_assigned_resources()[KIND]:g}\\n")
+    return _task(*args)
+
+mlp_jax.cluster._task = logged
+main(sys.argv[2:])
+""".replace("TAKEN", repr(str(taken))).replace("KIND", repr(share[0]))
+    added = cluster.add_node(num_cpus=1, **node)
+    end(start(cluster, small_dir, out, [sys.executable, "-c", log, "-", *COMMAND[3:]]))
+    cluster.remove_node(added)
+    assert results(out) == plain
+    assert set(taken.read_text().split()) == {str(share[1])}
 
 
 def test_nodes_die_and_join_and_the_command_is_stopped(cluster, small_dir, tmp_path, plain):

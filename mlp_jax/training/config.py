@@ -190,25 +190,6 @@ SPRINT = Config(
     label_smoothing=0.1,
 )
 
-BEST_AUGMENTED = Config(
-    dropout=0.0,
-    optimizer="adam",
-    learning_rate=3e-3,
-    schedule="cosine",
-    warmup=0.1,
-    batch_size=256,
-    epochs=400,
-    init="he",
-    label_smoothing=0.05,
-    ema=0.999,
-    rotation=15.0,
-    shear=0.15,
-    scale=0.15,
-    shift=1.5,
-    elastic=1.0,
-    elastic_sigma=6.0,
-)
-
 RECIPES: dict[str, Config] = {
     # The README that this project starts from.
     "keras-sgd": Config(),
@@ -221,7 +202,24 @@ RECIPES: dict[str, Config] = {
     "sprint-98": dataclasses.replace(SPRINT, learning_rate=0.004, epochs=2),
     # Deformed images, for hundreds of epochs, as in Ciresan et al. (arXiv 1003.0358); the settings
     # were chosen on validation images (results/search.json).
-    "best-augmented": BEST_AUGMENTED,
+    "best-augmented": Config(
+        dropout=0.0,
+        optimizer="adam",
+        learning_rate=3e-3,
+        schedule="cosine",
+        warmup=0.1,
+        batch_size=256,
+        epochs=400,
+        init="he",
+        label_smoothing=0.05,
+        ema=0.999,
+        rotation=15.0,
+        shear=0.15,
+        scale=0.15,
+        shift=1.5,
+        elastic=1.0,
+        elastic_sigma=6.0,
+    ),
 }
 DEFAULT_RECIPE: RecipeName = "keras-sgd"
 

@@ -287,11 +287,29 @@ def test_the_settings_of_a_run_have_its_own_rate(swept):
     assert run.config.learning_rate == 0.3
 
 
-def test_a_data_set_is_a_copy(small):
+def test_a_data_set_is_a_copy(small, tmp_path):
+    np.save(tmp_path / "images.npy", small.train.images)
     images = small.train.images.copy()
-    made = make_dataset("mine", small.train._replace(images=images), small.test, 4)
-    images[:] = 0
-    np.testing.assert_array_equal(made.train.images, small.train.images)
+    frozen = images.view()
+    frozen.flags.writeable = False
+    in_file = np.load(tmp_path / "images.npy", mmap_mode="r+")
+    read_only = np.load(tmp_path / "images.npy", mmap_mode="r")
+    made = [
+        make_dataset("mine", small.train._replace(images=given), small.test, 4).train.images
+        for given in (images, frozen, in_file, read_only)
+    ]
+    images[:] = in_file[:] = 0
+    assert not frozen.any()
+    assert not read_only.any()
+    for each in made:
+        np.testing.assert_array_equal(each, small.train.images)
+
+
+def test_labels_of_another_byte_order_are_the_same_labels(config, small):
+    labels = small.train.labels.astype(">i4")
+    made = make_dataset(small.name, small.train._replace(labels=labels), small.test, 4)
+    assert made.fingerprint == small.fingerprint
+    next(fit(config, made))
 
 
 @pytest.mark.parametrize("flags", [["--elastic-sigma", "1e200"], ["--crossed", "9" * 20]])

@@ -43,7 +43,7 @@ class Dataset(NamedTuple):
 
 
 def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Dataset:
-    """A Dataset with its fingerprints, of read-only views of the arrays.
+    """A Dataset with its fingerprints, of read-only arrays.
 
     UserError for fewer than two images of a kind, over 256 classes, or arrays unlike Split's.
     """
@@ -68,9 +68,12 @@ def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Datase
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
-    view = np.array(array) if np.asarray(array).flags.writeable else np.asarray(array).view()
-    view.flags.writeable = False  # on CPU the devices share its memory
-    return view
+    """An array whose memory nothing else can change: on CPU the devices share it."""
+    array = np.asarray(array)
+    if array.flags.writeable or not (array.flags.owndata and array.dtype.isnative):
+        array = array.astype(array.dtype.newbyteorder("="))  # a copy
+        array.flags.writeable = False
+    return array
 
 
 def check_unchanged(dataset: Dataset) -> None:

@@ -39,7 +39,8 @@ class TrainingArgs:
     manual_dir: Path | None = None
     """Directory with four IDX files: published ones, or your own under a new --dataset name."""
     teacher: Path | None = None
-    """Distillation: directory of runs with weights, whose mean prediction replaces the labels."""
+    """Distillation: directory of runs with weights, whose mean prediction replaces the labels;
+    default: for best-distilled the networks that come with mlp_jax."""
     checkpoint_every: int = 10
     """Epochs between checkpoints; 0: save only when stopped."""
     allow_mixed: bool = False

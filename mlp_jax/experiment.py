@@ -29,7 +29,13 @@ from mlp_jax.records.checkpoint import (
     save_weights,
 )
 from mlp_jax.records.provenance import Metadata, check_same
-from mlp_jax.training.arrays import Dataset, check_unchanged, for_dataset, with_teacher
+from mlp_jax.training.arrays import (
+    Dataset,
+    check_unchanged,
+    for_dataset,
+    params_digest,
+    with_teacher,
+)
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.parallel import n_cores, use_cores
 from mlp_jax.training.run import STREAMS, Run, crossed_seeds, make_runs, used_streams
@@ -147,15 +153,18 @@ class Experiment:
 def load_data(config: Config, *, teacher: Path | None = None, **options: Any) -> Dataset:
     """The data set and split of `config`, with the committee in `teacher` as its teacher.
 
-    The other options are those of `datasets.load_dataset`.
+    By default that shipped with mlp_jax, if it is the teacher of `config`, else none. The other
+    options are those of `datasets.load_dataset`.
     """
     dataset = datasets.load_dataset(config.dataset, split=config.split, **options)
-    if not teacher:
+    if not (teacher or config.teacher):
         return dataset
     committee = load_committee(teacher)
+    if not teacher and params_digest(committee.params) != config.teacher:
+        return dataset
     taught = with_teacher(dataset, committee.config, committee.params)
     if committee.fingerprint != dataset.fingerprint:
-        raise UserError(f"{teacher} was trained on different data from the {dataset.name} here")
+        raise UserError(f"the teacher was trained on different data from the {dataset.name} here")
     return taught
 
 

@@ -9,6 +9,7 @@
     python scripts/seed_sweep.py sprint          200 seeds of half an epoch
     python scripts/seed_sweep.py sprint-98       200 seeds of two epochs
     python scripts/seed_sweep.py best-augmented  10 seeds of 400 epochs, and their weights
+    python scripts/seed_sweep.py best-distilled  10 seeds of that, taught by the shipped networks
 
     python scripts/seed_sweep.py dropout         keras-sgd for 10 epochs: no dropout, or some?
     python scripts/seed_sweep.py products        sprint-98 with bfloat16 products, or float32?
@@ -42,6 +43,7 @@ SWEEPS = {
     "sprint": ["--recipe sprint --seeds 1000:1200"],
     "sprint-98": ["--recipe sprint-98 --seeds 1000:1200"],
     "best-augmented": ["--recipe best-augmented --seeds 200:210 --keep-weights"],
+    "best-distilled": ["--recipe best-distilled --seeds 300:310 --keep-weights"],
 }
 QUESTIONS = {
     "dropout": ("--recipe keras-sgd --epochs 10 --dropout 0 0.2", "dropout=0.0", "dropout=0.2"),

@@ -12,9 +12,12 @@ from scipy.special import softmax
 import mlp_jax as mj
 from mlp_jax.errors import UserError
 from mlp_jax.experiment import load_data
+from mlp_jax.records import checkpoint
 from mlp_jax.records.checkpoint import load_committee
+from mlp_jax.records.directory import read_metadata
 from mlp_jax.sweep import main as sweep_main
-from mlp_jax.training.arrays import for_dataset, hold_out, with_teacher
+from mlp_jax.train import main as train_main
+from mlp_jax.training.arrays import for_dataset, hold_out, params_digest, with_teacher
 from mlp_jax.training.fit import fit
 from mlp_jax.training.model import committee_probabilities, predict
 from mlp_jax.training.parallel import Placement
@@ -77,6 +80,36 @@ def test_a_teacher_is_part_of_the_settings(config, small, taught):
 def test_a_teacher_that_has_seen_the_validation_images_is_refused(small, committee):
     with pytest.raises(UserError, match=r"--split test, but this run has .* --split validation"):
         with_teacher(hold_out(small), *committee)
+
+
+def test_the_shipped_committee_is_the_teacher_of_best_distilled():
+    committee = load_committee()
+    assert params_digest(committee.params) == mj.RECIPES["best-distilled"].teacher
+    assert (committee.config.dataset, committee.config.split) == ("mnist", "test")
+
+
+def test_a_recipe_finds_its_teacher(small_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data-dir", str(small_dir)]
+    flags = [*data, "--dataset", "kmnist", "--quiet", "--batch-size", "32", "--epochs", "1"]
+    sweep_main([*flags, "--seeds", "0:2", "--keep-weights", "--out", "teacher"])
+    committee = load_committee("teacher")
+    ship_weights.save_committee(tmp_path / "shipped.npz", committee)
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "shipped.npz")
+    shipped = load_committee()
+    recipe = mj.RECIPES["best-distilled"]
+    recipe = dataclasses.replace(recipe, teacher=params_digest(shipped.params))
+    monkeypatch.setitem(mj.RECIPES, "best-distilled", recipe)
+    flags += ["--recipe", "best-distilled", "--hidden", "8"]
+    sweep_main([*flags, "--seeds", "0:2", "--out", "student"])
+    verify_main(["student", *data])
+    assert capsys.readouterr().out.count("equal bit for bit") == 2
+    # another may be named; and if the shipped one is replaced, the students still ask for theirs
+    train_main([*flags, "--teacher", "teacher", "--out", "other"])
+    assert read_metadata(Path("other")).config.teacher == params_digest(committee.params)
+    ship_weights.save_committee(tmp_path / "shipped.npz", ship_weights.first(committee, 1))
+    with pytest.raises(UserError, match="add --teacher DIR"):
+        verify_main(["student", *data])
 
 
 def test_the_commands_from_teacher_to_proof(small_dir, tmp_path, capsys):

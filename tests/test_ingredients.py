@@ -10,8 +10,8 @@ from scipy.special import log_softmax, softmax
 
 from mlp_jax.errors import UserError
 from mlp_jax.training import losses, model, optim, step
-from mlp_jax.training.arrays import hold_out
-from mlp_jax.training.config import Config
+from mlp_jax.training.arrays import hold_out, make_dataset
+from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.fit import fit
 from mlp_jax.training.losses import Batch
 from mlp_jax.training.model import MLP
@@ -213,6 +213,36 @@ def test_virtual_adversarial_direction_of_a_linear_classifier():
         d = weights @ (softmax((x + 0.1 * start / np.linalg.norm(start)) @ weights) - p)
         moved = log_softmax((x + 0.5 * d / np.linalg.norm(d)) @ weights)
         assert float(divergence) == pytest.approx((p * (log_p - moved)).sum(), rel=1e-3)
+
+
+def compare_orders(config, data, seeds):
+    """Mean accuracy on pixels in a fixed random order less that in their own, and its SE."""
+    order = np.random.default_rng(0).permutation(784)
+    train, test = (s._replace(images=s.images[:, order]) for s in (data.train, data.test))
+    shuffled = make_dataset(data.name, train, test, data.n_classes)
+    (*_, own), (*_, other) = (fit(config, each, seeds=seeds) for each in (data, shuffled))
+    difference = other.test_accuracy.mean() - own.test_accuracy.mean()
+    variances = [each.test_accuracy.var(ddof=1) for each in (own, other)]
+    return difference, np.sqrt(sum(variances) / len(seeds))
+
+
+def test_the_order_of_the_pixels_matters_to_deformed_images_alone(config, small):
+    """Trained in another order, runs of `best` are as accurate in distribution."""
+    changes = {"hidden": (16, 8), "batch_size": 32, "epochs": 4, "ema": 0.9}
+    best, augmented = (
+        dataclasses.replace(RECIPES[name], **changes) for name in ("best", "best-augmented")
+    )
+    difference, error = compare_orders(best, small, range(60))
+    assert abs(difference) < 3 * error < 0.1
+    difference, error = compare_orders(augmented, small, range(20))
+    assert difference < -5 * error
+
+
+@pytest.mark.network
+def test_best_is_as_accurate_with_the_pixels_in_another_order(mnist):
+    config = dataclasses.replace(RECIPES["best"], epochs=1)
+    difference, error = compare_orders(config, mnist, range(8))
+    assert abs(difference) < 3 * error < 0.003
 
 
 def test_he_weights_have_their_variance(config):

@@ -200,7 +200,7 @@ def open_experiment(
         metadata, width = cluster.prepare(metadata, dataset, len(runs), lanes)
     else:
         machine = prepare(metadata, dataset, len(runs), devices=devices, lanes=lanes)
-        metadata, dataset, placement = machine  # so the host's arrays can be freed
+        metadata, dataset, placement, _ = machine  # so the host's arrays can be freed
         width = placement.width
     directories.check_out_dir(directory)
     with files.locked(directory, *shard):

@@ -10,7 +10,14 @@ import jax
 
 from mlp_jax.records.provenance import Metadata, describe_environment
 from mlp_jax.training.arrays import Dataset
-from mlp_jax.training.fit import Progress, current_programs, fingerprint_code, fit, run_bytes
+from mlp_jax.training.fit import (
+    Programs,
+    Progress,
+    current_programs,
+    fingerprint_code,
+    fit,
+    run_bytes,
+)
 from mlp_jax.training.parallel import Placement, place
 from mlp_jax.training.run import Run
 
@@ -36,20 +43,24 @@ class Machine(NamedTuple):
     metadata: Metadata
     dataset: Dataset
     placement: Placement
+    programs: Programs | None = None
 
     def compile(self) -> "Machine":
         """Compile the programs; the metadata gain the fingerprint of their code."""
-        metadata, dataset, placement = self
+        metadata, dataset, placement, _ = self
         programs = current_programs(metadata.config, placement, dataset.arrays)
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)  # a hundred MB that glibc would keep
-        return self._replace(metadata=metadata._replace(program=programs.fingerprint))
+        metadata = metadata._replace(program=programs.fingerprint)
+        return self._replace(metadata=metadata, programs=programs)
 
     def train(self, runs: Sequence[Run], saved: tuple | None = None) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from what `load_checkpoint` gave."""
-        (metadata, dataset, placement), (start, seconds) = self, saved or (None, [])
+        metadata, dataset, placement, programs = self
+        start, seconds = saved or (None, [])
+        options = {"placement": placement, "start": start, "programs": programs}
         began = clock()
-        for progress in fit(metadata.config, dataset, runs, placement=placement, start=start):
+        for progress in fit(metadata.config, dataset, runs, **options):
             seconds.append(clock() - began)
             yield Epoch(progress, seconds)
             began = clock()

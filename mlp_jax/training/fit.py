@@ -88,13 +88,15 @@ def fit(
     seeds: Iterable[int] = (0,),
     placement: Placement | None = None,
     start: Snapshot | None = None,
+    programs: "Programs | None" = None,
 ) -> Iterator[Progress]:
     """Train `runs`, or one run per seed, yielding all of them after each epoch.
 
     The whole test set is evaluated after each epoch. To stop, leave the loop; to resume, pass the
     `Progress.snapshot()` of the same runs as `start`. `placement` defaults to all local devices.
-    The learning rates are those of `runs`. UserError if the Config does not fit the data set, or
-    `start` is of other runs, settings or data.
+    The learning rates are those of `runs`. `programs` may be given if they are compiled already.
+    UserError if the Config does not fit the data set, or `start` is of other runs, settings or
+    data.
     """
     config = for_dataset(config, dataset)
     if runs is None:
@@ -108,7 +110,8 @@ def fit(
     if start and start.epoch > start.config.epochs != config.epochs:
         raise UserError(f"the snapshot to start from ends within an epoch: {start.config.epochs}")
     placement = placement or place(len(runs), run_bytes(config))
-    return _epochs(config, dataset, tuple(runs), placement, start)
+    programs = programs or current_programs(config, placement, dataset.arrays)
+    return _epochs(config, dataset, tuple(runs), placement, start, programs)
 
 
 def _without_length(config: Config) -> Config:
@@ -125,8 +128,8 @@ def _epochs(
     runs: tuple[Run, ...],
     placement: Placement,
     start: Snapshot | None,
+    programs: "Programs",
 ) -> Iterator[Progress]:
-    programs = compile_programs(config, placement, dataset.arrays)
     data = jax.device_put(dataset.arrays, placement.replicated)
     seeds = np.array([run.seeds for run in runs], np.uint32)
     rates = np.array([run.learning_rate for run in runs], np.float32)

@@ -152,7 +152,7 @@ def differences(a: "Target", b: "Target") -> dict[str, tuple]:
     found = {n: (ours[n], theirs.get(n)) for n in ours if ours[n] != theirs.get(n)}
     # an older record's is not known; and other settings make another program of the same code
     programs = [program_config(each.metadata.config) for each in (a, b)]
-    if None in found.get("program", ()) or programs[0] != programs[1]:
+    if None in found.get("program", ()) or programs[0] != programs[1] or "teacher" in found:
         found.pop("program", None)
     return found
 

@@ -99,8 +99,8 @@ def main(args: Args) -> None:
         raise UserError(f"--out must end in .json, not {args.out}")
     committee = load_committee(args.directory)
     config = committee.config
-    if len({run.learning_rate for run in committee.runs}) > 1:
-        raise UserError(f"{args.directory} has runs of several learning rates")
+    if len({(run.learning_rate, run.vary) for run in committee.runs}) > 1:
+        raise UserError(f"{args.directory} has runs of several learning rates or families")
     dataset = mj.load_dataset(config.dataset, args.data_dir, split=config.split)
     check_dataset(args.directory, committee.fingerprint, committee.fingerprint, dataset)
     command = shlex.join(["python", "scripts/committee.py", *sys.argv[1:]])

@@ -17,6 +17,7 @@ import tyro
 from flax import traverse_util
 
 import mlp_jax as mj
+from mlp_jax.errors import UserError
 from mlp_jax.files import save_arrays
 from mlp_jax.records import checkpoint
 from mlp_jax.training.arrays import params_digest
@@ -47,7 +48,10 @@ def save_committee(path: Path, committee: checkpoint.Committee) -> None:
 
 
 def main(args: Args) -> None:
-    exact = first(checkpoint.load_committee(args.directory), args.members)
+    committee = checkpoint.load_committee(args.directory)
+    if not 1 <= args.members <= len(committee.runs):
+        raise UserError(f"--members must be from 1 to {len(committee.runs)}, not {args.members}")
+    exact = first(committee, args.members)
     checkpoint.SHIPPED.parent.mkdir(exist_ok=True)
     save_committee(checkpoint.SHIPPED, exact)
     test = mj.load_dataset(exact.config.dataset).test

@@ -294,11 +294,14 @@ def test_a_data_set_is_a_copy(small, tmp_path):
     frozen.flags.writeable = False
     in_file = np.load(tmp_path / "images.npy", mmap_mode="r+")
     read_only = np.load(tmp_path / "images.npy", mmap_mode="r")
+    owner = small.train.images.copy()
+    writable = owner[:]
+    owner.flags.writeable = False
     made = [
         make_dataset("mine", small.train._replace(images=given), small.test, 4).train.images
-        for given in (images, frozen, in_file, read_only)
+        for given in (images, frozen, in_file, read_only, owner)
     ]
-    images[:] = in_file[:] = 0
+    images[:] = in_file[:] = writable[:] = 0
     assert not frozen.any()
     assert not read_only.any()
     for each in made:
@@ -439,6 +442,7 @@ def test_settings_that_are_misspelt_are_refused(settings, message):
 
 
 def test_numbers_of_numpy_are_settings():
+    assert json.dumps(dataclasses.asdict(Config(hidden=(np.int64(8), 4))))
     config = Config(batch_size=np.int64(32), learning_rate=np.float32(0.5))
     assert json.loads(json.dumps(dataclasses.asdict(config)))["batch_size"] == 32
 
@@ -593,14 +597,18 @@ def test_a_teacher_that_was_changed_does_not_teach(config, small, here):
 def test_code_that_was_edited_in_a_notebook_is_compiled_anew(config, small, here, monkeypatch):
     """As %autoreload does it, within one process."""
     before, loss_fn = experiment.sweep(config, small, "a", seeds=[0]), step.loss_fn
+    *_, first = fit(config, small, seeds=[0])
 
     def edited(*args, **options):
         loss, _ = loss_fn(*args, **options)
         return loss + 2, {"loss": loss + 2}
 
     monkeypatch.setattr(step, "loss_fn", edited)
+    *_, second = fit(config, small, seeds=[0])
     after = experiment.sweep(config, small, "b", seeds=[0])
     assert before["train_loss"][0].as_py() + 1 < after["train_loss"][0].as_py()
+    assert first.history["train_loss"][0, -1] == before["train_loss"][0].as_py()
+    assert second.history["train_loss"][0, -1] == after["train_loss"][0].as_py()
     programs = [directory.stored_metadata(Path(name)).program for name in ("a", "b")]
     assert programs[0] != programs[1]
 

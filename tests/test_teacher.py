@@ -1,6 +1,7 @@
 """Distillation: a committee's mean prediction in place of the labels."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from scipy.special import softmax
 
 import mlp_jax as mj
+from mlp_jax.compare import main as compare_main
 from mlp_jax.errors import UserError
 from mlp_jax.experiment import load_data
 from mlp_jax.records import checkpoint
@@ -108,6 +110,9 @@ def test_a_recipe_finds_its_teacher(small_dir, tmp_path, monkeypatch, capsys):
     train_main([*flags, "--teacher", "teacher", "--out", "other"])
     assert read_metadata(Path("other")).config.teacher == params_digest(committee.params)
     ship_weights.save_committee(tmp_path / "shipped.npz", ship_weights.first(committee, 1))
+    for members in (0, 3):
+        with pytest.raises(UserError, match="from 1 to 2"):
+            ship_weights.main(ship_weights.Args(Path("teacher"), members))
     with pytest.raises(UserError, match="add --teacher DIR"):
         verify_main(["student", *data])
 
@@ -120,6 +125,10 @@ def test_the_commands_from_teacher_to_proof(small_dir, tmp_path, capsys):
     sweep_main([*flags, "--hidden", "24", "--keep-weights", "--out", teacher])
     taught = [*flags, "--hidden", "8", "--out", student]
     sweep_main([*taught, "--teacher", teacher])
+    untaught = str(tmp_path / "untaught")
+    sweep_main([*flags, "--hidden", "8", "--out", untaught])
+    compare_main([student, untaught, "--data-dir", str(small_dir)])
+    assert re.search(r"They differ in teacher \(\w+, \);", capsys.readouterr().out)
     assert load_data(kmnist, teacher=tmp_path / "teacher", data_dir=small_dir).teacher
     for again in (taught, [*taught, "--teacher", student]):
         with pytest.raises(UserError, match=r"teacher|no weights"):

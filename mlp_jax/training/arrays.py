@@ -43,13 +43,13 @@ class Dataset(NamedTuple):
 
 
 def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Dataset:
-    """A Dataset with its fingerprints, of read-only arrays.
+    """A Dataset with its fingerprints, of read-only copies of the arrays.
 
     UserError for fewer than two images of a kind, over 256 classes, or arrays unlike Split's.
     """
     if n_classes > 256:
         raise UserError(f"{name} has {n_classes} classes; at most 256 are supported")
-    train, test = (Split(*map(_read_only, split)) for split in (train, test))
+    train, test = (Split(*map(_copy, split)) for split in (train, test))
     for split, (images, labels) in (("training", train), ("test", test)):
         if len(images) < 2:
             raise UserError(f"{name} has {len(images)} {split} images; at least two are needed")
@@ -60,28 +60,30 @@ def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Datase
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not is_label.all():
             wanted = f"an integer from 0 to {n_classes - 1} for each image"
             raise UserError(f"{name}: the {split} labels must be {wanted}")
-    digest = hashlib.sha256(np.ascontiguousarray(train.images))
+    return Dataset(name, train, test, n_classes, *fingerprints(train, test))
+
+
+def _copy(array: np.ndarray) -> np.ndarray:
+    copy = np.array(array, np.asarray(array).dtype.newbyteorder("="), order="C")
+    copy.flags.writeable = False  # on CPU the devices share its memory
+    return copy
+
+
+def fingerprints(train: Split, test: Split) -> tuple[str, str]:
+    """SHA-256 (hex) of all four arrays, and of the training images alone."""
+    digest = hashlib.sha256(train.images)
     images = digest.hexdigest()
     for array in (train.labels, *test):
-        digest.update(np.ascontiguousarray(array))
-    return Dataset(name, train, test, n_classes, digest.hexdigest(), images)
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    """An array whose memory nothing else can change: on CPU the devices share it."""
-    array = np.asarray(array)
-    if array.flags.writeable or not (array.flags.owndata and array.dtype.isnative):
-        array = array.astype(array.dtype.newbyteorder("="))  # a copy
-        array.flags.writeable = False
-    return array
+        digest.update(array)
+    return digest.hexdigest(), images
 
 
 def check_unchanged(dataset: Dataset) -> None:
     """UserError if the arrays, or the teacher's, are no longer those of the fingerprint."""
-    made = make_dataset(dataset.name, dataset.train, dataset.test, dataset.n_classes)
     if dataset.teacher and params_digest(dataset.teacher.params) != dataset.teacher.digest:
         raise UserError("the teacher's weights were changed: call with_teacher again")
-    if made.fingerprint != dataset.fingerprint:
+    splits = (Split(*map(np.ascontiguousarray, each)) for each in (dataset.train, dataset.test))
+    if fingerprints(*splits)[0] != dataset.fingerprint:
         raise UserError(
             f"the arrays of {dataset.name} were changed after it was loaded: pass them to"
             " mlp_jax.training.arrays.make_dataset"

@@ -3,7 +3,8 @@
     python scripts/search_log.py
 
 Each directory is a sweep with `--split validation`: trained on 50,000 of the training images and
-scored on the other 10,000. Its settings are given where they differ from those of the recipe.
+scored on the other 10,000. Its settings are given where they differ from those of the recipe that
+was sought: with deformed images or without.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from mlp_jax.records.rows import read_metadata, read_runs, read_scores, row_file
 from mlp_jax.training.config import RECIPES, Config
 
 RESULTS = Path(__file__).parents[1] / "results"
-RECIPE = "best-augmented"
 N_VALIDATION = 10_000
 
 
@@ -24,8 +24,7 @@ def main() -> None:
     lines = sorted(map(line_of, (RESULTS / "search").iterdir()), key=lambda line: line["sweep"])
     command = "python scripts/search_log.py"
     write_json(
-        RESULTS / "search.json",
-        {"command": command, "recipe": RECIPE, "scored": "validation", "sweeps": lines},
+        RESULTS / "search.json", {"command": command, "scored": "validation", "sweeps": lines}
     )
     for line in lines:
         print(line)
@@ -34,14 +33,17 @@ def main() -> None:
 def line_of(directory: Path) -> dict:
     """Settings, and the mean and SD of the validation accuracies in percent."""
     config = read_metadata(row_files(directory)[0]).config
-    rows = read_runs(directory, ["test_correct", "seconds"]).to_pylist()
+    rows = read_runs(directory, ["vary", "test_correct", "seconds"]).to_pylist()
+    assert {row["vary"] for row in rows} == {"all"}, directory
+    assert config.dataset == "mnist", directory
     assert all(map(math.isfinite, read_scores(directory).values())), directory
     assert config.split == "validation", directory
     assert {row["learning_rate"] for row in rows} == {config.learning_rate}, directory
     scores = [100 * row["test_correct"] / N_VALIDATION for row in rows]
     return {
         "sweep": directory.name,
-        "settings": differences(config),
+        "recipe": (recipe := "best-augmented" if config.augments else "best"),
+        "settings": differences(config, recipe),
         "runs": len(rows),
         "mean": statistics.mean(scores),
         "sd": statistics.stdev(scores) if len(scores) > 1 else None,
@@ -49,12 +51,10 @@ def line_of(directory: Path) -> dict:
     }
 
 
-def differences(config: Config) -> dict:
+def differences(config: Config, recipe: str) -> dict:
     """The settings that differ from the recipe's, but for the split."""
-    recipe = dataclasses.asdict(dataclasses.replace(RECIPES[RECIPE], split=config.split))
-    return {
-        name: value for name, value in dataclasses.asdict(config).items() if value != recipe[name]
-    }
+    own = dataclasses.asdict(dataclasses.replace(RECIPES[recipe], split=config.split))
+    return {name: value for name, value in dataclasses.asdict(config).items() if value != own[name]}
 
 
 if __name__ == "__main__":

@@ -620,7 +620,7 @@ def test_the_search_is_that_of_its_rows():
     for line in search["sweeps"]:
         directory = ROOT / "results" / "search" / line["sweep"]
         config = read_metadata(directory).config
-        recipe = dataclasses.replace(RECIPES[search["recipe"]], split="validation")
+        recipe = dataclasses.replace(RECIPES[line["recipe"]], split="validation")
         assert Config.from_json(dataclasses.asdict(recipe) | line["settings"]) == config
         correct = read_runs(directory, ["test_correct"])["test_correct"].to_pylist()
         assert line["runs"] == len(correct)

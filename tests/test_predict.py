@@ -7,6 +7,7 @@ from pathlib import Path
 
 import drawings
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image, ImageOps
 from scipy import ndimage
@@ -148,6 +149,7 @@ FORMATS = {
     "cmyk.jpg": lambda path: save(picture().convert("CMYK"), path),
     "bits.bmp": lambda path: save(picture().convert("1"), path),
     "photo.webp": lambda path: save(picture(), path),
+    "phone.heic": lambda path: pillow_heif.from_pillow(picture()).save(path),
     "scan.tiff": lambda path: save(picture(), path),
     "inverted.png": lambda path: save(ImageOps.invert(picture()), path),
     "huge.png": lambda path: save(picture().resize((6000, 4000)), path),
@@ -169,6 +171,14 @@ def test_formats(here, capsys, name):
     assert np.sum(answer["probabilities"]) == pytest.approx(1, abs=1e-6)
     assert np.argmax(answer["probabilities"]) == 7
     assert sum(answer["votes"]) == 5
+
+
+def test_heic_without_its_library_is_a_line_that_names_it(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (here / "phone.heic").write_bytes(b"ftypheic")
+    with pytest.raises(SystemExit):
+        predict_main(["phone.heic"])
+    assert "HEIC needs pip install pillow-heif" in capsys.readouterr().err
 
 
 UNREADABLE = {

@@ -4,6 +4,7 @@ demo.html repeats `to_mnist` in JavaScript, to the same pixels, so it uses only 
 maxima, written out here.
 """
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def read_digit(path: Path) -> np.ndarray:
 
 def read_grey(path: Path) -> np.ndarray:
     """Luminance [h, w] in 0 ... 1 of an image file, upright, reduced to LONGEST."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     try:
         # warnings of odd metadata, and of half of Pillow's size limit
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
@@ -50,6 +55,8 @@ def read_grey(path: Path) -> np.ndarray:
         raise UserError("has too many pixels to be read: make it smaller") from None
     except OSError as error:
         reason = error.strerror or "not an image that Pillow knows, or truncated"
+        if path.suffix.lower() in (".heic", ".heif"):
+            reason += "; HEIC needs pip install pillow-heif"
         raise UserError(f"cannot be read: {reason}") from None
     except Exception as error:  # each of Pillow's decoders raises its own
         raise UserError(f"cannot be read: {one_line(error)}") from None

@@ -122,6 +122,12 @@ def picture():
     return drawings.on_paper(ink)
 
 
+def coloured():
+    """Ink that is as bright as its paper."""
+    ink = drawings.draw(7, way=1, offset=(0.6, -0.8))
+    return drawings.on_paper(ink, colour=(200, 30, 30), paper=(30, 115, 40))
+
+
 def transparent():
     ink = Image.fromarray(np.uint8(255 * drawings.draw(7, way=1)))
     empty = Image.new("L", ink.size)
@@ -156,6 +162,10 @@ FORMATS = {
     "small.png": lambda path: save(picture().resize((40, 40)), path),
     "transparent.png": lambda path: save(transparent(), path),
     "turned.jpg": turned,
+    "opaque.png": lambda path: save(coloured().convert("RGBA"), path),
+    "dark.tiff": lambda path: save(
+        Image.fromarray(np.float32(0.05 / 255) * np.asarray(picture().convert("L"))), path
+    ),
     "animated.gif": lambda path: save(
         picture(), path, save_all=True, append_images=[Image.new("RGB", (320, 320), "white")]
     ),

@@ -61,7 +61,7 @@ def read_grey(path: Path) -> np.ndarray:
     except Exception as error:  # each of Pillow's decoders raises its own
         raise UserError(f"cannot be read: {one_line(error)}") from None
     grey = np.nan_to_num(np.asarray(small, float))
-    return grey / (255 if small.mode == "L" else max(grey.max(), 1))
+    return grey / (255 if small.mode == "L" else grey.max() or 1)
 
 
 def make_grey(image: Image.Image) -> Image.Image:
@@ -74,6 +74,8 @@ def make_grey(image: Image.Image) -> Image.Image:
     if not ("A" in image.getbands() or "transparency" in image.info):
         return find_contrast(image)
     image = image.convert("RGBA")
+    if image.getchannel("A").getextrema()[0] == 255:  # opaque
+        return find_contrast(image.convert("RGB"))
     grey, alpha = image.convert("L"), image.getchannel("A")
     shown = np.asarray(alpha, float)
     bright = (np.asarray(grey) * shown).sum() > 128 * shown.sum()

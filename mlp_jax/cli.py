@@ -50,6 +50,10 @@ class TrainingArgs:
     quiet: bool = False
     """Print only the result and errors."""
 
+    def __post_init__(self):
+        if self.teacher:  # instead of the recipe's own
+            object.__setattr__(self, "config", dataclasses.replace(self.config, teacher=""))
+
     def data_options(self) -> dict:
         """The arguments of `load_data` other than the Config."""
         names = ("data_dir", "manual_dir", "quiet", "teacher")

@@ -52,9 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     options = {"data_dir": args.data_dir, "quiet": False}
     dataset = load_data(metadata.config, teacher=args.teacher, **options)
     check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
-    if for_dataset(metadata.config, dataset) != metadata.config:
-        had = "a different teacher" if metadata.config.teacher else "no teacher"
-        raise UserError(f"{args.directory} had {had}: leave out or change --teacher {args.teacher}")
+    if for_dataset(metadata.config, dataset).teacher != metadata.config.teacher:
+        raise UserError(f"{args.directory} had no teacher: leave out --teacher {args.teacher}")
     machine = prepare(metadata, dataset, 1, devices=1, lanes=1)
     ids = rows.run_ids(rows.read_table(paths, []))
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(args.rows, len(ids))).round().astype(int))

@@ -79,6 +79,19 @@ def test_a_teacher_is_part_of_the_settings(config, small, taught):
         for_dataset(settings, small)
 
 
+def test_a_teacher_is_a_copy_and_no_other_takes_its_place(config, small, committee):
+    own, params = committee
+    given = jax.tree.map(np.array, params)
+    taught = with_teacher(small, own, given)
+    given["output"]["bias"][:] = 9
+    np.testing.assert_array_equal(taught.teacher.params["output"]["bias"], params["output"]["bias"])
+    with pytest.raises(ValueError, match="read-only"):
+        taught.teacher.params["output"]["bias"][:] = 9
+    other = with_teacher(small, own, given)
+    with pytest.raises(UserError, match=r"learn from committee \w+\.\.\., not \w+"):
+        fit(for_dataset(config, taught), other)
+
+
 def test_a_teacher_that_has_seen_the_validation_images_is_refused(small, committee):
     with pytest.raises(UserError, match=r"--split test, but this run has .* --split validation"):
         with_teacher(hold_out(small), *committee)
@@ -146,11 +159,11 @@ def test_the_commands_from_teacher_to_proof(small_dir, tmp_path, capsys):
     assert kernel.dtype == np.float32
     exact = load_committee(teacher).params["output"]["kernel"]
     np.testing.assert_array_equal(kernel, exact.astype(np.float16))
-    with pytest.raises(UserError, match="a different teacher"):
+    with pytest.raises(UserError, match="name another --teacher"):
         verify_main([student, "--teacher", str(tmp_path / "both.npz"), *data])
     (one, _) = sorted((tmp_path / "teacher" / "weights").glob("*.npz"))
     with pytest.raises(UserError, match="weights of one run: name its directory"):
         load_committee(one)
     sweep_main([*flags, "--hidden", "16", "--keep-weights", "--out", f"{teacher}2"])
-    with pytest.raises(UserError, match="a different teacher"):
+    with pytest.raises(UserError, match="name another --teacher"):
         verify_main([student, "--teacher", f"{teacher}2", *data])

@@ -106,7 +106,10 @@ def hold_out(dataset: Dataset) -> Dataset:
 
 
 def with_teacher(dataset: Dataset, config: Config, params: dict) -> Dataset:
-    """`dataset` with a teacher of that Config; UserError if it learned from other data."""
+    """`dataset` with a copy of `params` as its teacher, which had that Config.
+
+    UserError if it learned from other data.
+    """
     own = config.dataset, config.split, config.n_classes
     # else a teacher that has seen the validation images would give them away
     if own != (dataset.name, dataset.split, dataset.n_classes):
@@ -114,7 +117,11 @@ def with_teacher(dataset: Dataset, config: Config, params: dict) -> Dataset:
             f"the teacher was trained with --dataset {config.dataset} --split {config.split}, but"
             f" this run has --dataset {dataset.name} --split {dataset.split}"
         )
-    return dataset._replace(teacher=Teacher(params, params_digest(params)))
+    copies = {
+        layer: {name: _copy(array) for name, array in leaves.items()}
+        for layer, leaves in params.items()
+    }
+    return dataset._replace(teacher=Teacher(copies, params_digest(copies)))
 
 
 def params_digest(params: dict) -> str:
@@ -144,12 +151,18 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
         raise UserError(
             f"these runs learn from committee {config.teacher[:12]}...: add --teacher DIR"
         )
+    digest = dataset.teacher.digest if dataset.teacher else ""
+    if config.teacher and config.teacher != digest:
+        raise UserError(
+            f"these runs learn from committee {config.teacher[:12]}..., not {digest[:12]}...:"
+            " name another --teacher"
+        )
     return dataclasses.replace(
         config,
         dataset=dataset.name,
         split=dataset.split,
         n_classes=dataset.n_classes,
-        teacher=dataset.teacher.digest if dataset.teacher else "",
+        teacher=digest,
     )
 
 

@@ -28,7 +28,7 @@ from mlp_jax.records.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from mlp_jax.records.provenance import Metadata, check_same
+from mlp_jax.records.provenance import Metadata, check_same, git_state
 from mlp_jax.training.arrays import (
     Dataset,
     check_unchanged,
@@ -39,6 +39,8 @@ from mlp_jax.training.arrays import (
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.parallel import n_cores, use_cores
 from mlp_jax.training.run import STREAMS, Run, crossed_seeds, make_runs, used_streams
+
+git_state()  # now, when the code that will train has just been read
 
 
 @dataclasses.dataclass

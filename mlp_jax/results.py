@@ -49,11 +49,26 @@ def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int
     for path in paths:
         stored = rows.read_metadata(path)
         check_same(path, stored, metadata)
+        check_seeds(path)
         if stored.program and not stored.mixed:  # older rows, and config.json, may lack it
             metadata = metadata._replace(program=stored.program)
         name = "{processor}, {cores} cores, {device_kind}".format(**stored.environment)
         counts[name + " (--allow-mixed)" * stored.mixed] += rows.count_rows(path)
     return dict(counts)
+
+
+def check_seeds(path: Path) -> None:
+    """UserError if the streams of a row have other seeds than those of its run."""
+    import pyarrow.parquet as pq
+
+    columns = [f"{stream}_seed" for stream in STREAMS]
+    if not {*columns} <= {*pq.read_schema(path).names}:  # older rows
+        return
+    for batch in rows.read_batches([path], columns):
+        seeds = zip(*(batch[name].to_pylist() for name in columns), strict=True)
+        for (vary, rate, seed), found in zip(rows.run_ids(batch), seeds, strict=True):
+            if found != make_run(seed, rate, vary).seeds:
+                raise UserError(f"{path}: seed {seed}, family {vary} has seeds {found}")
 
 
 def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> list[Family]:

@@ -27,7 +27,7 @@ from mlp_jax.files import Damaged, load_arrays, save_arrays, write_signed_json
 from mlp_jax.predict import main as predict_main
 from mlp_jax.records import compaction, directory, rows
 from mlp_jax.records.checkpoint import has_weights, load_checkpoint, load_committee, save_checkpoint
-from mlp_jax.records.provenance import Metadata, describe_environment
+from mlp_jax.records.provenance import Metadata, describe_environment, git_state
 from mlp_jax.report import main as report_main
 from mlp_jax.results import count_processors, parse_target
 from mlp_jax.sweep import main as sweep_main
@@ -285,6 +285,39 @@ def test_the_settings_of_a_run_have_its_own_rate(swept):
     swept("--learning-rate", "0.1", "0.3", "--seeds", "0:1", "--keep-weights", "--out", "s")
     run = mj.load_run("s", 0, learning_rate=0.3)
     assert run.config.learning_rate == 0.3
+
+
+def test_rows_whose_held_seeds_differ_are_not_one_family(swept, data, monkeypatch):
+    swept("--vary", "order", "--seeds", "0:2", "--out", "s")
+    monkeypatch.setattr("mlp_jax.training.run.HELD_SEED", 1)
+    swept("--vary", "order", "--seeds", "0:4", "--out", "s")
+    with pytest.raises(UserError, match="seed 0, family order has seeds"):
+        report_main(["s", *data])
+
+
+def test_the_commit_is_that_of_the_code_in_memory(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)  # not asked again
+    assert describe_environment(jax.devices())["git"] == git_state()
+
+
+def test_weights_that_are_left_say_whose_they_are(swept, data):
+    swept("--keep-weights", "--seeds", "0:2", "--out", "s")
+    shutil.rmtree("s/runs")
+    Path("s/config.json").unlink()
+    with pytest.raises(UserError, match="s has a sweep"):
+        train_main(["--recipe", "short", "--seed", "9", "--overwrite", "--out", "s", *data])
+    with pytest.raises(UserError, match="s has dropout="):
+        swept("--keep-weights", "--dropout", "0.5", "--out", "s")
+    assert len(load_committee("s").runs) == 2
+
+
+def test_a_broken_row_beside_a_broken_config_is_set_aside(swept, caplog):
+    swept("--seeds", "0:2", "--chunk", "1", "--out", "s")
+    path = min(Path("s/runs").iterdir())
+    path.write_bytes(path.read_bytes()[:-40])
+    Path("s/config.json").write_text("{")
+    swept("--seeds", "0:2", "--chunk", "1", "--out", "s")
+    assert len(mj.read_runs("s")) == 2
 
 
 def test_a_data_set_is_a_copy(small, tmp_path):
@@ -589,7 +622,7 @@ def test_arrays_in_use_cannot_be_changed(config, small):
 def test_a_teacher_that_was_changed_does_not_teach(config, small, here):
     committee, params = trained(config, small)
     taught = with_teacher(small, committee, params)
-    params["output"]["bias"] = params["output"]["bias"] + 1
+    taught.teacher.params["output"]["bias"] = params["output"]["bias"] + 1
     with pytest.raises(UserError, match="the teacher's weights were changed"):
         experiment.sweep(config, taught, "s", seeds=[0])
 
@@ -644,7 +677,7 @@ def test_a_teacher_is_not_overwritten(swept, data):
     with pytest.raises(UserError, match="--teacher and --out are both a"):
         train_main([*TINY, *data, "--teacher", "b", "--out", "a", "--overwrite"])
     assert mj.load_run("a").run.seed == 0
-    with pytest.raises(UserError, match="a had no teacher: leave out or change --teacher a"):
+    with pytest.raises(UserError, match="a had no teacher: leave out --teacher a"):
         verify_main(["a", "--teacher", "a", *data])
 
 

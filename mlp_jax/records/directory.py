@@ -1,8 +1,8 @@
 """Whether a directory is ours, and what it holds.
 
-A directory is ours if something in it proves so: config.json, rows or a checkpoint that match their
-hash, the sweeps of a grid, or the lock that mlp_jax leaves in a directory that was empty or ours. A
-damaged file proves nothing, and what is not ours is left alone.
+A directory is ours if something in it proves so: config.json, rows, a checkpoint or weights that
+match their hash, the sweeps of a grid, or the lock that mlp_jax leaves in a directory that was
+empty or ours. A damaged file proves nothing, and what is not ours is left alone.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def _from_config(directory: Path) -> Metadata:
 
 
 def _from_files(directory: Path) -> Metadata | None:
-    """Metadata of the first intact rows, if possible not marked as mixed; else of a checkpoint."""
+    """Metadata of the first intact rows, if possible not marked as mixed; else of other files."""
     mixed = None
     for path in rows.row_files(directory):
         with contextlib.suppress(UserError):
@@ -73,7 +73,8 @@ def _from_files(directory: Path) -> Metadata | None:
             mixed = mixed or metadata._replace(program=None)
     if mixed:
         return mixed
-    for path in sorted((directory / "checkpoints").glob("*.npz")):
+    arrays = [sorted((directory / name).glob("*.npz")) for name in ("checkpoints", "weights")]
+    for path in itertools.chain(*arrays):
         with contextlib.suppress(UserError, KeyError):
             return Metadata.from_json(load_arrays(path)[1]["run"])
     return None
@@ -147,7 +148,7 @@ def claim(directory: Path, metadata: Metadata) -> None:
         check_same(directory, stored, metadata)
     path, kept = directory / CONFIG, stored or metadata
     if not kept.program:  # as in older records: that of their newer rows, or of the next
-        every = map(rows.read_metadata, rows.row_files(directory))
+        every = map(rows.read_metadata, rows.intact_files(directory))
         known = (each.program for each in every if not each.mixed and each.program)
         kept = kept._replace(program=next(known, metadata.program))
     gained = stored and kept.program != stored.program

@@ -6,6 +6,7 @@ and checkpoints. It has all that can change a number; rows that differ there are
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
@@ -91,7 +92,7 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         **parallel.numerics(),
         "xla_flags": _xla_flags(),
         "library_flags": _library_flags(),
-        "git": _git_state(),
+        "git": git_state(),
     }
 
 
@@ -149,7 +150,8 @@ def _instructions() -> str | None:
     return None
 
 
-def _git_state() -> dict | None:
+@functools.cache  # what is on the disk may change later, and this process keeps what it loaded
+def git_state() -> dict | None:
     """Commit of this code and whether the package has changed since; None outside a checkout."""
 
     def git(*args):

@@ -231,7 +231,7 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
     UserError for rows that may not be pooled with `metadata`.
     """
     finished = {}
-    for path in _intact_files(directory):
+    for path in intact_files(directory):
         check_same(path, read_metadata(path), metadata)
         last = ["test_correct", *LOSSES, "seconds"]
         table = read_table([path], [*last, *(f"{name}_by_epoch" for name in LOSSES)])
@@ -243,7 +243,7 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
     return finished
 
 
-def _intact_files(directory: Path) -> list[Path]:
+def intact_files(directory: Path) -> list[Path]:
     """The intact ones of `row_files`; quarantines the others."""
     if merge := read_merge(directory):  # once quarantined, it no longer hides what it merged
         read_or_quarantine(check_content, directory / "runs" / merge["into"])

@@ -33,6 +33,8 @@ from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure
 from mlp_jax.errors import UserError
 from mlp_jax.files import write_json, write_text
 from mlp_jax.records.directory import read_metadata
+from mlp_jax.training.fit import current_programs, run_bytes
+from mlp_jax.training.parallel import place
 
 RESULTS = Path(__file__).parents[1] / "results"
 OUT = RESULTS / "speedruns.json"
@@ -100,9 +102,12 @@ def clocked(turn: Callable, seed: int, train: Callable, *args) -> None:
 def train_recipe(turn: Callable, seed: int, data_dir: Path | None, recipe: str) -> None:
     """Trainings of a recipe without end, each of a fresh seed."""
     config, data = mj.RECIPES[recipe], mj.load_dataset("mnist", data_dir)
-    turn(list(next(mj.fit(config, data)).test_accuracy))
+    placement = place(1, run_bytes(config))
+    programs = current_programs(config, placement, data.arrays)
+    compiled = {"placement": placement, "programs": programs}
+    turn(list(next(mj.fit(config, data, **compiled)).test_accuracy))
     for fresh_seed in itertools.count(seed):
-        for progress in mj.fit(config, data, seeds=[fresh_seed]):
+        for progress in mj.fit(config, data, seeds=[fresh_seed], **compiled):
             turn(list(progress.test_accuracy))
 
 

@@ -6,7 +6,7 @@
 It reads the records in results/ that are there. A rung is a recipe, whose runs are scored once, or
 their committee (`committee.py`). Its seconds are those of a single run on this machine: its epochs
 times the median epoch of that many rounds, in which the recipes take turns. The hardest images are
-those that no run of the uppermost recipe gets right.
+those that most runs get wrong, all recipes counting alike.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import tyro
 
 import mlp_jax as mj
 from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure, show_images
+from mlp_jax.experiment import load_data
 from mlp_jax.files import save_figure, write_json
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import describe_environment
@@ -28,8 +29,9 @@ from mlp_jax.records.rows import predictions
 
 RESULTS = Path(__file__).parents[1] / "results"
 OUT = RESULTS / "ladder.json"
-UPPERMOST = "best-augmented"
-RECIPES = ("keras-sgd", "sprint", "keras-rmsprop", "sprint-98", UPPERMOST)
+UPPER = ("best", "best-augmented")
+RECIPES = ("keras-sgd", "sprint", "keras-rmsprop", "sprint-98", *UPPER)
+HARDEST = 24
 PUBLISHED = {
     "this net, Keras README": 97.26,
     "this net, Keras' mnist_mlp": 98.40,
@@ -73,6 +75,9 @@ def make_rungs(seconds: dict[str, float]) -> list[dict]:
         if (path := RESULTS / f"committee-{name}.json").exists():
             record = json.loads(path.read_text())
             members = len(record["seeds"])
+            rows = mj.read_runs(RESULTS / name, ["seed", "test_correct"]).to_pylist()
+            scores = {row["seed"]: row["test_correct"] for row in rows}
+            assert record["correct_alone"] == [scores[seed] for seed in record["seeds"]], path
             several = {"rung": f"{members} of {name}", "runs": 1, "epochs": config.epochs}
             several |= {"seconds": took and members * took, "accuracy": record["accuracy"]}
             rungs.append(several)
@@ -81,11 +86,11 @@ def make_rungs(seconds: dict[str, float]) -> list[dict]:
 
 def time_epochs(args: Args) -> dict[str, float]:
     """Median seconds of a whole epoch of each recipe, one run at a time, in turns."""
-    trainings, data = {}, mj.load_dataset("mnist", args.data_dir)
+    trainings = {}
     for name in RECIPES:
         # the epochs of all turns, and one to compile
         config = dataclasses.replace(mj.RECIPES[name], epochs=args.rounds + 1)
-        trainings[name] = mj.fit(config, data)
+        trainings[name] = mj.fit(config, load_data(config, data_dir=args.data_dir))
         next(trainings[name])
     seconds = {name: [] for name in RECIPES}
     for _ in range(args.rounds):
@@ -105,11 +110,29 @@ def confusion(predicted: np.ndarray, labels: np.ndarray) -> list[list[float]]:
 
 
 def missed(predicted: np.ndarray, labels: np.ndarray) -> list[dict]:
-    """The test images that no run gets right, and what most runs take them for."""
-    wrong = np.flatnonzero((predicted != labels).all(axis=0))
-    taken = [int(np.bincount(predicted[:, i]).argmax()) for i in wrong]
-    columns = zip(wrong.tolist(), labels[wrong].tolist(), taken, strict=True)
-    return [{"image": i, "label": label, "taken for": other} for i, label, other in columns]
+    """The test images that no run gets right, and what most runs take them for.
+
+    `predicted` are classes [runs, images].
+    """
+    return describe_images(np.flatnonzero((predicted != labels).all(axis=0)), predicted, labels)
+
+
+def hardest(predicted: dict[str, np.ndarray], labels: np.ndarray) -> list[dict]:
+    """The HARDEST test images, those with the largest mean, over recipes, of the share of runs."""
+    shares = np.mean([(each != labels).mean(axis=0) for each in predicted.values()], axis=0)
+    images = np.argsort(-shares, kind="stable")[:HARDEST]
+    described = describe_images(images, np.concatenate(list(predicted.values())), labels)
+    return [one | {"missed": float(shares[one["image"]])} for one in described]
+
+
+def describe_images(images: np.ndarray, predicted: np.ndarray, labels: np.ndarray) -> list[dict]:
+    """Each image with its label, and the other class that most runs take it for."""
+    described = []
+    for i in images.tolist():
+        counts = np.bincount(predicted[:, i], minlength=10)
+        counts[labels[i]] = 0
+        described += [{"image": i, "label": int(labels[i]), "taken for": int(counts.argmax())}]
+    return described
 
 
 def draw(rungs: list[dict]):
@@ -162,22 +185,25 @@ def main(args: Args) -> None:
             "rounds": args.rounds,
             "seconds an epoch": took,
         }
-    predicted = read_predictions(UPPERMOST)
+    predicted = {name: read_predictions(name) for name in RECIPES}
+    upper = {name: predicted[name] for name in UPPER}
     record = {
         "command": "python scripts/ladder.py --rounds 9",
         "timed": timed,
         "rungs": make_rungs(timed["seconds an epoch"]),
-        "confusion": {UPPERMOST: confusion(predicted, test.labels)},
-        "missed by all": missed(predicted, test.labels),
+        "confusion": {name: confusion(each, test.labels) for name, each in upper.items()},
+        "missed by all": {name: missed(each, test.labels) for name, each in upper.items()},
+        "hardest": hardest(predicted, test.labels),
     }
     write_json(OUT, record)
     save_figure(OUT.with_suffix(".png"), draw(record["rungs"]))
-    hardest = record["missed by all"]
-    title = f"Test images that none of {len(predicted)} runs gets right: {UPPERMOST}"
-    save_figure(RESULTS / "ladder-hardest.png", draw_missed(test.images, hardest, title))
+    title = f"The {HARDEST} test images that most runs of {len(RECIPES)} recipes get wrong"
+    figure = draw_missed(test.images, record["hardest"], title)
+    save_figure(RESULTS / "ladder-hardest.png", figure)
     for rung in record["rungs"]:
         print(f"{100 * rung['accuracy']['estimate']:.2f} %  {rung['rung']}")
-    print(f"{len(hardest)} images are missed by all")
+    for name, images in record["missed by all"].items():
+        print(f"{len(images)} images are missed by all runs of {name}")
 
 
 if __name__ == "__main__":

@@ -216,15 +216,14 @@ def open_experiment(
         saving = {"chunk": size, "checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
         trainer = cluster or machine._replace(metadata=metadata)
         stored = rows.finished_runs(directory, metadata)
-        finished = _with_weights(directory, stored, metadata) if keep_weights else dict(stored)
+        finished = {
+            run: row
+            for run, row in stored.items()
+            if not keep_weights or has_weights(directory, run, metadata, row)
+        }
         yield Experiment(directory, metadata, dataset, trainer, stored, finished, **saving)
         if shard[1] == 1:  # else another shard may be about to write there
             files.remove_if_empty(directory / "checkpoints")
-
-
-def _with_weights(directory: Path, stored: dict[Run, dict], metadata: Metadata) -> dict[Run, dict]:
-    """The stored runs whose weights are stored, too."""
-    return {run: row for run, row in stored.items() if has_weights(directory, run, metadata, row)}
 
 
 def chunk_size(chunk: Literal["auto"] | int, epochs: float, width: int) -> int:

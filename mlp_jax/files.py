@@ -114,28 +114,24 @@ def _array_digest(arrays: dict[str, np.ndarray]) -> bytes:
     return digest.digest()
 
 
-def quarantine(damaged: Damaged) -> None:
-    """Rename a damaged file, so that it is rewritten but can still be inspected.
+def read_or_quarantine(read: Callable[[Path], T], path: Path) -> T | None:
+    """What `read` makes of a file; None if it is missing or damaged, and then renamed, so that it
+    is rewritten but can still be inspected.
 
     Readers of Parquet skip names that begin with an underscore.
     """
-    path, name = damaged.path, f"_{damaged.path.name}.corrupt"
-    try:
-        path.replace(path.with_name(name))
-        done = f"renamed to {name}"
-    except OSError:  # read-only, or another process was first
-        done = "left where it is"
-    log.warning("%s is damaged (%s): %s", path, damaged.reason, done)
-
-
-def read_or_quarantine(read: Callable[[Path], T], path: Path) -> T | None:
-    """What `read` makes of a file; None if it is missing or damaged, and then quarantined."""
     try:
         return read(path)
     except FileNotFoundError:
         return None
     except Damaged as damaged:
-        quarantine(damaged)
+        name = f"_{path.name}.corrupt"
+        try:
+            path.replace(path.with_name(name))
+            done = f"renamed to {name}"
+        except OSError:  # read-only, or another process was first
+            done = "left where it is"
+        log.warning("%s is damaged (%s): %s", path, damaged.reason, done)
         return None
 
 

@@ -3,7 +3,6 @@
 Rewriting, after a resume or for more runs, replaces what was there.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from time import perf_counter as clock
@@ -22,11 +21,9 @@ Curves = dict[str, np.ndarray]  # by metric, [epoch] or [runs, epoch]
 
 def log_run(epochs: Iterable, experiment: Any) -> Iterator:
     """Pass on the epochs of one run, writing each to tensorboard/ in its directory."""
-    epochs, written = iter(epochs), 0
-    if not (first := next(epochs, None)):  # a finished run, whose curves are to stay
-        return
+    written = 0
     with open_writer(experiment.directory / DIRECTORY) as writer:
-        for each in itertools.chain([first], epochs):
+        for each in epochs:
             history = {name: by_run[0] for name, by_run in each.progress.history.items()}
             write(writer, with_accuracy(history, experiment), written)
             written = each.progress.epoch

@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         say = (lambda *_: None) if args.quiet else functools.partial(print, flush=True)
         say(console.header(experiment))
         epochs = experiment.train([run], lambda: stop.requested)
-        for epoch in log_run(epochs, experiment) if args.tensorboard else epochs:
+        if args.tensorboard and experiment.missing([run]):  # else its curves are to stay
+            epochs = log_run(epochs, experiment)
+        for epoch in epochs:
             lines = metrics_by_epoch(epoch)
             files.write_text(out / "metrics.jsonl", "".join(map(json_line, lines)))
             say(console.table_line(lines, config.epochs))

@@ -105,17 +105,11 @@ def draw_run(lines: list[dict], name: str) -> Any:
     """Losses and test accuracy of one run by epoch, from the objects in metrics.jsonl."""
     figure, left, right = new_figure(f"One run: {name}", 3.6, 1, 2)
     epochs = [line["epoch"] for line in lines]
-    for ax, keys, unit in (
-        (left, ("train_loss", "test_loss"), 1),
-        (right, ("test_accuracy",), 100),
-    ):
-        for key, color in zip(keys, (BLUE, ORANGE), strict=False):
-            values = unit * np.array([line[key] for line in lines], float)  # null: not finite
-            label, style = (
-                key.replace("_", " "),
-                {"marker": "o", "ms": 3} if len(lines) < 30 else {},
-            )
-            ax.plot(epochs, values, color=color, label=label, **style)
+    style = {"marker": "o", "ms": 3} if len(lines) < 30 else {}
+    of_losses = [(left, "train_loss", 1, BLUE), (left, "test_loss", 1, ORANGE)]
+    for ax, key, unit, color in [*of_losses, (right, "test_accuracy", 100, BLUE)]:
+        values = unit * np.array([line[key] for line in lines], float)  # null: not finite
+        ax.plot(epochs, values, color=color, label=key.replace("_", " "), **style)
         ax.locator_params("x", integer=True)
         ax.set_xlabel("epoch")
     left.set_ylabel("loss")
@@ -126,11 +120,8 @@ def draw_run(lines: list[dict], name: str) -> Any:
 def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
     """Histogram of test accuracy, with normal curves of the observed and the binomial SD."""
     correct, n_test = family.correct, len(family.counts.labels)
-    mean, sd, binomial = (
-        statistics["mean"]["estimate"],
-        statistics["sd"]["estimate"],
-        statistics["binomial_sd"],
-    )
+    mean, sd = (statistics[name]["estimate"] for name in ("mean", "sd"))
+    binomial = statistics["binomial_sd"]
     figure, ax = new_figure(f"Test accuracy: {name}", 4)
     # whole images per bin, and finer than Scott's rule (3.5): the curve shows the smooth shape
     width = max(1, round(2 * sd * n_test / len(correct) ** (1 / 3)))
@@ -232,15 +223,12 @@ def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> 
     margin = 100 * comparison.margin
     right.axvspan(-margin, margin, color="#E5E5E5", lw=0, label=f"margin, {margin:g} points")
     right.axvline(0, color=GRAY, lw=0.8)
-    rows = {
-        "these\ntest images": comparison.difference,
-        "all such\nimages": comparison.over_test_sets,
-    }
-    draw_intervals(right, rows.values(), range(len(rows)), "black")
-    right.set_yticks(range(len(rows)), rows)
+    intervals = (comparison.difference, comparison.over_test_sets)
+    draw_intervals(right, intervals, range(2), "black")
+    right.set_yticks(range(2), ["these\ntest images", "all such\nimages"])
     right.locator_params("x", nbins=5)
     label = "difference A - B (points), 95 % intervals"
-    right.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
+    right.set(ylim=(1.5, -0.5), xlabel=label)
     return add_legend(figure, 1, left, right)  # long names
 
 

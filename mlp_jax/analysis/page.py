@@ -48,9 +48,8 @@ def make_page(text: str, summary: dict, figures: Iterable[tuple[str, Any]], sett
         parts.append(f'<figure><img src="{to_data_url(figure)}" alt="{escape(alt)}"></figure>')
     # the tables leave out which runs diverged, and the pairs of learning rates
     parts.append(f'<h2>All of it as text</h2>\n<pre class="scroll">{escape(text)}</pre>')
-    if settings:
-        shown = [f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in settings.items()]
-        parts += ["<h2>Settings and origin</h2>", f"<dl>{''.join(shown)}</dl>"]
+    shown = [f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in settings.items()]
+    parts += ["<h2>Settings and origin</h2>", f"<dl>{''.join(shown)}</dl>"]
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'

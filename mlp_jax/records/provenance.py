@@ -79,6 +79,7 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
     """Versions, hardware, numerics, and the commit of the code."""
     from mlp_jax.training import parallel  # imports jax
 
+    flags = _cpuinfo("flags")
     packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "versions": {"python": platform.python_version()}
@@ -86,8 +87,9 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         "backend": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "n_devices": len(devices),
-        "processor": _processor(),
-        "instructions": _instructions(),
+        # its name: equal bytes are promised on one machine only
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "instructions": flags and " ".join(each for each in INSTRUCTIONS if each in flags.split()),
         "cores": parallel.n_cores(),  # XLA's threads: their number can change roundings
         **parallel.numerics(),
         "xla_flags": _xla_flags(),
@@ -132,21 +134,12 @@ def version(package: str) -> str | None:
     return None
 
 
-def _processor() -> str:
-    """The processor's name: equal bytes are promised on one machine only."""
+def _cpuinfo(field: str) -> str | None:
+    """What Linux says of the first processor; None elsewhere."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(field):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _instructions() -> str | None:
-    """Which sets of vector instructions the processor has; None where Linux does not say."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next(line for line in lines if line.startswith("flags")).split()
-        return " ".join(name for name in INSTRUCTIONS if name in flags)
     return None
 
 
@@ -161,10 +154,8 @@ def git_state() -> dict | None:
     try:
         # a package installed into somebody else's repository is not at that repository's commit
         git("ls-files", "--error-unmatch", __file__)
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", ".")),
-        }
+        changes = git("status", "--porcelain", ".")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return None
 

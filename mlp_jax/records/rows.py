@@ -16,7 +16,7 @@ import numpy as np
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, atomic_write, expand, log, read_or_quarantine, read_signed_json
 from mlp_jax.records.provenance import Metadata, check_same
-from mlp_jax.training.run import STREAMS, Run, make_run
+from mlp_jax.training.run import Run, make_run
 
 if TYPE_CHECKING:  # reading does without jax
     from mlp_jax.training.fit import Progress
@@ -41,9 +41,9 @@ def make_rows(recipe: str, progress: "Progress", seconds: float) -> list[dict]:
     """
     rows = []
     for i, run in enumerate(progress.runs):
-        row = {"recipe": recipe, "vary": run.vary, "seed": run.seed}
+        row = {"recipe": recipe, "vary": run.vary, "seed": np.uint32(run.seed)}
         row |= {"learning_rate": run.learning_rate}
-        row |= {f"{stream}_seed": seed for stream, seed in run.seeds._asdict().items()}
+        row |= {f"{stream}_seed": np.uint32(seed) for stream, seed in run.seeds._asdict().items()}
         row |= {name: values[i, -1] for name, values in progress.history.items()}
         row |= {f"{name}_by_epoch": values[i] for name, values in progress.history.items()}
         # one byte a test image, in the order of the data set
@@ -71,33 +71,12 @@ def finite_runs(*losses: np.ndarray) -> np.ndarray:
     return np.all(np.isfinite(losses), axis=(0, 2))
 
 
-def _schema(row: dict, metadata: Metadata):
-    import pyarrow as pa
-
-    known = {
-        "recipe": pa.string(),
-        "vary": pa.string(),
-        "seed": pa.uint32(),
-        "learning_rate": pa.float64(),
-        **dict.fromkeys((f"{stream}_seed" for stream in STREAMS), pa.uint32()),
-        "predictions": pa.binary(),
-        "seconds": pa.float64(),
-    }
-
-    def metric_type(value):
-        by_epoch = isinstance(value, np.ndarray)
-        kind = pa.from_numpy_dtype(value.dtype)
-        return pa.list_(kind) if by_epoch else kind
-
-    fields = [(name, known.get(name) or metric_type(value)) for name, value in row.items()]
-    return pa.schema(fields, metadata={"about": json.dumps(metadata.to_json())})
-
-
 def write_rows(directory: Path, rows: list[dict], metadata: Metadata) -> Path:
     """Write rows of `make_rows` to one Parquet file."""
     import pyarrow as pa
 
-    path, content = encode(directory, pa.Table.from_pylist(rows, _schema(rows[0], metadata)))
+    about = {"about": json.dumps(metadata.to_json())}
+    path, content = encode(directory, pa.Table.from_pylist(rows).replace_schema_metadata(about))
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     return path

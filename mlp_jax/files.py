@@ -150,6 +150,8 @@ def check_writable(directory: Path) -> None:
     existing = directory
     try:
         str(directory).encode()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            directory.stat()  # exists() hides what is wrong with a name, from Python 3.14 on
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
     except (OSError, ValueError) as error:  # a name that is too long or not text

@@ -152,7 +152,7 @@ def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:
     shared = [{k: v for k, v in each.items() if k not in per_run} for each in shared]
     cell_of: dict[str, Path] = {}
     data_of: dict[tuple[str, str], str] = {}
-    names = [name or cell.name for name, cell in zip(cell_names(shared), cells, strict=True)]
+    names = cell_names(shared) if len(cells) > 1 else [cells[0].name]
     for cell, metadata, name in zip(cells, stored, names, strict=True):
         if (other := cell_of.setdefault(name, cell)) != cell:
             raise UserError(f"{other} and {cell} have the same settings: move one of them away")

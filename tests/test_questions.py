@@ -112,7 +112,10 @@ def test_a_ranking_says_what_the_records_say(sweep, small, tmp_path, monkeypatch
     shutil.copytree("g/dropout=0.5", "g/copy=1")
     with pytest.raises(mj.UserError, match=r"g/copy=1 and g/dropout=0.5 have the same settings"):
         mj.report("g")
-    shutil.rmtree("g/copy=1")
+    shutil.copytree("g/dropout=0.5", "h/dropout=0.5")  # alone with its copy
+    shutil.move("g/copy=1", "h/copy=1")
+    with pytest.raises(mj.UserError, match=r"h/copy=1 and h/dropout=0.5 have the same settings"):
+        mj.report("h")
     other = make_dataset(small.name, small.test, small.test, small.n_classes)
     config = mj.Config(hidden=(16, 8), batch_size=32, epochs=1, dropout=0.7, learning_rate=0.1)
     mj.sweep(config, other, "g/dropout=0.7", seeds=[0])

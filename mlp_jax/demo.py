@@ -37,9 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {args.out} exists and is no .html file: name another")
 
     # --help does without
-    from mlp_jax.records.checkpoint import load_committee
+    from mlp_jax.records.checkpoint import for_upright, load_committee
 
-    files.write_text(args.out, make_page(load_committee(args.run), args.members))
+    committee = for_upright(load_committee(args.run))
+    files.write_text(args.out, make_page(committee, args.members))
     print(args.out)
 
 

@@ -22,6 +22,7 @@ from mlp_jax.machine import Epoch, Machine, prepare, split, with_program
 from mlp_jax.records import directory as directories
 from mlp_jax.records import rows
 from mlp_jax.records.checkpoint import (
+    check_predictions,
     has_weights,
     load_checkpoint,
     load_committee,
@@ -167,6 +168,7 @@ def load_data(config: Config, *, teacher: Path | None = None, **options: Any) ->
     taught = with_teacher(dataset, committee.config, committee.params)
     if committee.fingerprint != dataset.fingerprint:
         raise UserError(f"the teacher was trained on different data from the {dataset.name} here")
+    check_predictions(committee, dataset)
     return taught
 
 

@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # slow to import, so after bad flags are answered
     from mlp_jax.data.photo import read_digit
-    from mlp_jax.records.checkpoint import load_committee, predict
+    from mlp_jax.records.checkpoint import for_upright, load_committee, predict
 
-    committee = load_committee(args.run)
+    committee = for_upright(load_committee(args.run))
     digits = {}
     for path in dict.fromkeys(args.images):
         try:

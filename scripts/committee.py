@@ -23,7 +23,7 @@ from mlp_jax.analysis.stats import jeffreys
 from mlp_jax.data.dataset import check_dataset
 from mlp_jax.errors import UserError
 from mlp_jax.files import save_figure, write_json
-from mlp_jax.records.checkpoint import load_committee
+from mlp_jax.records.checkpoint import check_predictions, load_committee
 
 ORDERS = 500
 
@@ -103,6 +103,7 @@ def main(args: Args) -> None:
         raise UserError(f"{args.directory} has runs of several learning rates or families")
     dataset = mj.load_dataset(config.dataset, args.data_dir, split=config.split)
     check_dataset(args.directory, committee.fingerprint, committee.fingerprint, dataset)
+    check_predictions(committee, dataset)
     command = shlex.join(["python", "scripts/committee.py", *sys.argv[1:]])
     record = {"command": command} | make_record(committee, dataset)
     write_json(args.out, record)

@@ -26,7 +26,14 @@ from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, load_arrays, save_arrays, write_signed_json
 from mlp_jax.predict import main as predict_main
 from mlp_jax.records import compaction, directory, rows
-from mlp_jax.records.checkpoint import has_weights, load_checkpoint, load_committee, save_checkpoint
+from mlp_jax.records.checkpoint import (
+    check_predictions,
+    for_upright,
+    has_weights,
+    load_checkpoint,
+    load_committee,
+    save_checkpoint,
+)
 from mlp_jax.records.provenance import Metadata, describe_environment, git_state
 from mlp_jax.report import main as report_main
 from mlp_jax.results import count_processors, parse_target
@@ -318,6 +325,32 @@ def test_a_broken_row_beside_a_broken_config_is_set_aside(swept, caplog):
     Path("s/config.json").write_text("{")
     swept("--seeds", "0:2", "--chunk", "1", "--out", "s")
     assert len(mj.read_runs("s")) == 2
+
+
+def test_weights_under_another_network_are_not_used(swept, data, monkeypatch):
+    swept("--keep-weights", "--seeds", "0:2", "--out", "s")
+    dataset, committee = mj.load_dataset("kmnist", data[1]), load_committee("s")
+    check_predictions(committee, dataset)
+    edited = committee._replace(params=jax.tree.map(lambda leaf: leaf[::-1], committee.params))
+    edited = edited._replace(params=edited.params | {"output": committee.params["output"]})
+    with pytest.raises(UserError, match=r"seed 0 had .* the code of the network has changed"):
+        check_predictions(edited, dataset)
+    monkeypatch.setattr("mlp_jax.experiment.load_committee", lambda teacher: edited)
+    with pytest.raises(UserError, match="the code of the network has changed"):
+        experiment.load_data(Config(dataset="kmnist"), teacher=Path("s"), data_dir=data[1])
+
+
+def test_photos_are_turned_for_networks_of_emnist(swept, data, small):
+    swept("--keep-weights", "--seeds", "0:2", "--out", "s")
+    committee = load_committee("s")
+    assert for_upright(committee) is committee
+    emnist = committee._replace(
+        config=dataclasses.replace(committee.config, dataset="emnist/digits")
+    )
+    turned = small.test.images.reshape(-1, 28, 28).transpose(0, 2, 1)
+    np.testing.assert_allclose(
+        mj.predict(for_upright(emnist), turned), mj.predict(emnist, small.test.images), atol=1e-5
+    )
 
 
 def test_a_data_set_is_a_copy(small, tmp_path):

@@ -19,7 +19,7 @@ from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, expand, load_arrays, log, read_or_quarantine, save_arrays
 from mlp_jax.records.provenance import Metadata, check_same, settings
 from mlp_jax.records.rows import LOSSES
-from mlp_jax.training.arrays import N_PIXELS
+from mlp_jax.training.arrays import N_PIXELS, Dataset
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import Snapshot, state_shapes
 from mlp_jax.training.model import predict as predict_logits
@@ -215,6 +215,35 @@ def _read_committee(path: Path) -> Committee:
     runs = tuple(make_run(*run) for run in runs)
     fingerprint = fields.get("fingerprint", "")
     return Committee(Config.from_json(fields["config"]), runs, params, metrics, fingerprint)
+
+
+def check_predictions(committee: Committee, dataset: Dataset) -> None:
+    """UserError if its runs no longer get as many of the images they were scored on right.
+
+    They are given one in 500 for roundings of other hardware and of float16.
+    """
+    classes = predict(committee, dataset.test.images).argmax(axis=-1)
+    for run, right, stored in zip(
+        committee.runs,
+        (classes == dataset.test.labels).sum(axis=-1),
+        committee.metrics,
+        strict=True,
+    ):
+        if abs(right - stored["test_correct"]) > 1 + len(dataset.test.labels) / 500:
+            raise UserError(
+                f"the weights of seed {run.seed} had {stored['test_correct']} correct when they"
+                f" were trained and have {right} now: the code of the network has changed"
+            )
+
+
+def for_upright(committee: Committee) -> Committee:
+    """The same networks for images that are upright: in TFDS those of EMNIST are transposed."""
+    if not committee.config.dataset.startswith("emnist"):
+        return committee
+    name = "hidden_0" if committee.config.hidden else "output"
+    first, pixels = committee.params[name], np.arange(N_PIXELS).reshape(28, 28).T.ravel()
+    turned = first | {"kernel": first["kernel"][:, pixels]}
+    return committee._replace(params=committee.params | {name: turned})
 
 
 def predict(run: TrainedRun | Committee, images: np.ndarray) -> np.ndarray:

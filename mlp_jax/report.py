@@ -147,12 +147,15 @@ def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:
 
     UserError if two have the same settings, or different data under one name.
     """
-    per_run = ("seed", "learning_rate", "program")  # the settings determine the program
-    shared = [settings(each) | numerics(each) for each in stored]
-    shared = [{k: v for k, v in each.items() if k not in per_run} for each in shared]
+    left_out = ("seed", "program")  # the settings determine the program
+    known = [settings(each) | numerics(each) for each in stored]
+    known = [{k: v for k, v in each.items() if k not in left_out} for each in known]
     cell_of: dict[str, Path] = {}
     data_of: dict[tuple[str, str], str] = {}
-    names = cell_names(shared) if len(cells) > 1 else [cells[0].name]
+    names = cell_names(known) if len(cells) > 1 else [cells[0].name]
+    if len(set(names)) < len(names):  # a sweep for each learning rate
+        rates = [{"learning_rate": each.config.learning_rate} for each in stored]
+        names = cell_names([own | rate for own, rate in zip(known, rates, strict=True)])
     for cell, metadata, name in zip(cells, stored, names, strict=True):
         if (other := cell_of.setdefault(name, cell)) != cell:
             raise UserError(f"{other} and {cell} have the same settings: move one of them away")

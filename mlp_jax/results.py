@@ -61,13 +61,13 @@ def check_seeds(path: Path) -> None:
     """UserError if the streams of a row have other seeds than those of its run."""
     import pyarrow.parquet as pq
 
-    columns = [f"{stream}_seed" for stream in STREAMS]
-    if not {*columns} <= {*pq.read_schema(path).names}:  # older rows
-        return
-    for batch in rows.read_batches([path], columns):
-        seeds = zip(*(batch[name].to_pylist() for name in columns), strict=True)
-        for (vary, rate, seed), found in zip(rows.run_ids(batch), seeds, strict=True):
-            if found != make_run(seed, rate, vary).seeds:
+    stored = pq.read_schema(path).names  # older rows lack some
+    streams = [stream for stream in STREAMS if f"{stream}_seed" in stored]
+    for batch in rows.read_batches([path], [f"{stream}_seed" for stream in streams]):
+        columns = [batch[f"{stream}_seed"].to_pylist() for stream in streams]
+        for (vary, rate, seed), *found in zip(rows.run_ids(batch), *columns, strict=True):
+            seeds = make_run(seed, rate, vary).seeds
+            if found != [getattr(seeds, stream) for stream in streams]:
                 raise UserError(f"{path}: seed {seed}, family {vary} has seeds {found}")
 
 

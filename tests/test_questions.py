@@ -116,6 +116,12 @@ def test_a_ranking_says_what_the_records_say(sweep, small, tmp_path, monkeypatch
     shutil.move("g/copy=1", "h/copy=1")
     with pytest.raises(mj.UserError, match=r"h/copy=1 and h/dropout=0.5 have the same settings"):
         mj.report("h")
+    for rate in ("0.1", "0.2"):
+        sweep("--seeds", "0:2", "--learning-rate", rate, "--out", f"r/lr={rate}")
+    report_main(["r"])
+    found = json.loads(Path("r/summary.json").read_text())
+    names = [cell["settings"] for cell in found["cells"]]
+    assert sorted(names) == ["learning_rate=0.1", "learning_rate=0.2"]
     other = make_dataset(small.name, small.test, small.test, small.n_classes)
     config = mj.Config(hidden=(16, 8), batch_size=32, epochs=1, dropout=0.7, learning_rate=0.1)
     mj.sweep(config, other, "g/dropout=0.7", seeds=[0])

@@ -24,6 +24,7 @@ _HOMES = {
     "UserError": "errors",
     "compare": "compare",
     "fit": "training.fit",
+    "load_data": "experiment",
     "load_dataset": "data.dataset",
     "load_run": "records.checkpoint",
     "predict": "records.checkpoint",

@@ -1,6 +1,7 @@
 from mlp_jax.compare import compare as compare
 from mlp_jax.data.dataset import load_dataset as load_dataset
 from mlp_jax.errors import UserError as UserError
+from mlp_jax.experiment import load_data as load_data
 from mlp_jax.experiment import sweep as sweep
 from mlp_jax.records.checkpoint import load_run as load_run
 from mlp_jax.records.checkpoint import predict as predict

@@ -40,7 +40,7 @@ class TrainingArgs:
     """Directory with four IDX files: published ones, or your own under a new --dataset name."""
     teacher: Path | None = None
     """Distillation: directory of runs with weights, whose mean prediction replaces the labels;
-    default: for best-distilled the networks that come with mlp_jax."""
+    default: for best-distilled the committee that comes with mlp_jax."""
     checkpoint_every: int = 10
     """Epochs between checkpoints; 0: save only when stopped."""
     allow_mixed: bool = False
@@ -99,7 +99,9 @@ def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
 
     `--hidden 512 512` is one network, and `--hidden 512x512 1024x1024` are two.
     """
-    words = list(_words(argv))
+    # --flag=value is --flag value
+    parts = (word.split("=", 1) if word.startswith("--") else [word] for word in _words(argv))
+    words = list(itertools.chain(*parts))
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
     groups = [words[i:j] for i, j in itertools.pairwise([0, *starts, len(words)])]
     several = {f.name for f in dataclasses.fields(Config)} - {"hidden", "split", *FROM_DATA}
@@ -173,10 +175,16 @@ def parse_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> tu
 
 
 def _job_shard(environ: Mapping[str, str]) -> tuple[int, int]:
+    found = []
     for names in JOBS.values():
         index, count, first, step = (environ.get(name, "") for name in names)
         if index.isdecimal() and count.isdecimal() and int(count) > 1:
-            return (int(index) - int(first or 0)) // int(step or 1), int(count)
+            found.append(((int(index) - int(first or 0)) // int(step or 1), int(count)))
+    if len(found) > 1 and "SLURM_ARRAY_TASK_ID" in environ:  # the processes of a task of an array
+        (task, n_tasks), (process, n_processes) = found[:2]
+        return task * n_processes + process, n_tasks * n_processes
+    if found:
+        return found[0]
     if "JOB_COMPLETION_INDEX" in environ:
         raise UserError(
             "an indexed Kubernetes job does not say how many completions it has:"

@@ -156,8 +156,8 @@ class Experiment:
 def load_data(config: Config, *, teacher: Path | None = None, **options: Any) -> Dataset:
     """The data set and split of `config`, with the committee in `teacher` as its teacher.
 
-    By default that shipped with mlp_jax, if it is the teacher of `config`, else none. The other
-    options are those of `datasets.load_dataset`.
+    By default that shipped with mlp_jax, if it is the teacher of `config` (`best-distilled`), else
+    none. The other options are those of `load_dataset`.
     """
     dataset = datasets.load_dataset(config.dataset, split=config.split, **options)
     if not (teacher or config.teacher):
@@ -218,14 +218,15 @@ def open_experiment(
         saving = {"chunk": size, "checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
         trainer = cluster or machine._replace(metadata=metadata)
         stored = rows.finished_runs(directory, metadata)
-        finished = {
-            run: row
-            for run, row in stored.items()
-            if not keep_weights or has_weights(directory, run, metadata, row)
-        }
+        finished = _with_weights(directory, stored, metadata) if keep_weights else dict(stored)
         yield Experiment(directory, metadata, dataset, trainer, stored, finished, **saving)
         if shard[1] == 1:  # else another shard may be about to write there
             files.remove_if_empty(directory / "checkpoints")
+
+
+def _with_weights(directory: Path, stored: dict[Run, dict], metadata: Metadata) -> dict[Run, dict]:
+    """The stored runs whose weights are stored, too."""
+    return {run: row for run, row in stored.items() if has_weights(directory, run, metadata, row)}
 
 
 def chunk_size(chunk: Literal["auto"] | int, epochs: float, width: int) -> int:

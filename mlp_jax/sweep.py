@@ -36,7 +36,7 @@ class Args(cli.TrainingArgs):
     seeds: str = "0:100"
     """A range, as in 0:100 for 0 ... 99, or a list, as in 3,5,8."""
     vary: tuple[Literal["all", "init", "order", "dropout", "augment", "data"], ...] = ("all",)
-    """Random streams that the seed determines; the others keep seed 0.
+    """Random streams to seed with the run's seed; all others stay at seed 0.
     Several values train several families of runs, interleaved."""
     crossed: int = 0
     """Number of blocks to train instead of --seeds; report then shows which random stream matters.

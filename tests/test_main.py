@@ -1,5 +1,6 @@
 """The console script: every command under one name, and an answer before anything is imported."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,12 @@ def test_an_error_is_one_line_and_status_2(monkeypatch, capsys):
             run(monkeypatch, *argv)
         assert stop.value.code == 2
         assert capsys.readouterr().err == line
+
+
+def test_files_and_functions_fit_a_screen_or_a_few():
+    for path in Path(mlp_jax.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, (path, node.name)

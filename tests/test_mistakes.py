@@ -34,7 +34,7 @@ from mlp_jax.records.checkpoint import (
     load_committee,
     save_checkpoint,
 )
-from mlp_jax.records.provenance import Metadata, describe_environment, git_state
+from mlp_jax.records.provenance import FORMER_NUMERICS, Metadata, describe_environment, git_state
 from mlp_jax.report import main as report_main
 from mlp_jax.results import count_processors, parse_target
 from mlp_jax.sweep import main as sweep_main
@@ -43,6 +43,7 @@ from mlp_jax.training import step
 from mlp_jax.training.arrays import Split, for_dataset, make_dataset, with_teacher
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import fit
+from mlp_jax.training.parallel import COMPILER_OPTIONS, numerics
 from mlp_jax.training.run import make_run
 from mlp_jax.verify import main as verify_main
 
@@ -353,6 +354,20 @@ def test_photos_are_turned_for_networks_of_emnist(swept, data, small):
     )
 
 
+def test_options_of_the_compiler_are_numerics(monkeypatch):
+    assert numerics()["compiler_options"] == FORMER_NUMERICS["compiler_options"]
+    monkeypatch.setitem(COMPILER_OPTIONS, "init", {})
+    assert (
+        describe_environment(jax.devices())["compiler_options"]
+        != (FORMER_NUMERICS["compiler_options"])
+    )
+
+
+def test_fit_needs_a_run(config, small):
+    with pytest.raises(UserError, match="at least one run"):
+        fit(config, small, seeds=[])
+
+
 def test_a_data_set_is_a_copy(small, tmp_path):
     np.save(tmp_path / "images.npy", small.train.images)
     images = small.train.images.copy()
@@ -500,6 +515,7 @@ def test_an_unknown_split_is_not_the_test_set():
         ({"examples": "Half"}, "examples must be one of"),
         ({"optimizer": "Adam"}, "optimizer must be one of"),
         ({"cycles": 10**41}, "cycles must be at most"),
+        ({"batch_size": 1.5}, "batch size must be an integer, not 1.5"),
     ],
 )
 def test_settings_that_are_misspelt_are_refused(settings, message):
@@ -509,6 +525,7 @@ def test_settings_that_are_misspelt_are_refused(settings, message):
 
 def test_numbers_of_numpy_are_settings():
     assert json.dumps(dataclasses.asdict(Config(hidden=(np.int64(8), 4))))
+    assert Config(learning_rate=np.float32(0.01), batch_size=np.int64(128)) == Config()
     config = Config(batch_size=np.int64(32), learning_rate=np.float32(0.5))
     assert json.loads(json.dumps(dataclasses.asdict(config)))["batch_size"] == 32
 

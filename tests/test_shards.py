@@ -91,6 +91,17 @@ def test_a_shard_leaves_the_directory_in_which_another_is_about_to_write(small, 
         ),
         (None, {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": ""}, (0, 1)),
         (None, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
+        # the processes of the tasks of an array
+        (
+            None,
+            {
+                "SLURM_ARRAY_TASK_ID": "3",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_PROCID": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+            },
+            (7, 8),
+        ),
         # a batch script outside srun is one process, however many tasks it may start
         (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),
         (None, {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, (3, 4)),

@@ -107,6 +107,8 @@ FORMER_NUMERICS: dict[str, Any] = {
     "threefry_partitionable": True,
     "random_seed_offset": 0,
     "disable_most_optimizations": False,
+    "compiler_options": '{"init": {"xla_backend_optimization_level": 0}, "epoch, cpu":'
+    ' {"xla_cpu_copy_insertion_use_region_analysis": true}}',
     "xla_flags": "",
     "library_flags": "",
     "lanes": 1,

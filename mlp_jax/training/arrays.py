@@ -149,7 +149,8 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
         raise UserError('split="validation" needs load_dataset(..., split="validation")')
     if config.teacher and not dataset.teacher:
         raise UserError(
-            f"these runs learn from committee {config.teacher[:12]}...: add --teacher DIR"
+            f"these runs learn from committee {config.teacher[:12]}...: add --teacher DIR, or from"
+            " Python pass the data set of mlp_jax.load_data(config)"
         )
     digest = dataset.teacher.digest if dataset.teacher else ""
     if config.teacher and config.teacher != digest:

@@ -57,7 +57,7 @@ class Config:
     learning_rate: float = 0.01
     """Learning rate at the peak of the schedule."""
     schedule: ScheduleName = "constant"
-    """How the learning rate decays: not at all, or to 0 at the last step."""
+    """How the learning rate decays to 0 at the last step, if it does."""
     warmup: float = 0.0
     """Fraction of the steps spent in linear warm-up, in [0, 1)."""
     cycles: int = 1
@@ -69,7 +69,7 @@ class Config:
     init: Literal["glorot", "he"] = "glorot"
     """Initial weights: Glorot uniform, as in Keras, or He normal."""
     products: Literal["float32", "bfloat16"] = "float32"
-    """Type of the operands of matrix products; sums, weights and updates are float32.
+    """Type of the operands of matrix products; sums, weights and updates stay float32.
     On TPU and TF32 GPUs JAX rounds float32, too, unless jax_default_matmul_precision="float32"."""
     loss: Literal["softmax", "squared-hinge"] = "softmax"
     """Cross-entropy, or the one-against-all L2-SVM of Tang, arXiv 1306.0239."""
@@ -102,7 +102,7 @@ class Config:
     elastic_sigma: float = 4.0
     """Length scale of the elastic shifts, in pixels."""
     examples: Literal["all", "bootstrap", "half"] = "all"
-    """Training examples used: all, as many drawn with replacement, or a random half."""
+    """Training examples used: all, a bootstrap sample of the same size, or a random half."""
     split: Literal["test", "validation"] = "test"
     """Images to evaluate on: the test set, or the last sixth of the training set, held out."""
     n_classes: Annotated[int, tyro.conf.Suppress] = 10
@@ -113,8 +113,13 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, np.generic):
-                object.__setattr__(self, field.name, value.item())
+            if isinstance(value, np.floating):  # .1 of any precision is .1
+                value = float(np.format_float_scientific(value))
+                object.__setattr__(self, field.name, value)
+            elif isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value := value.item())
+            if field.type is int and not isinstance(value, int):
+                raise UserError(f"{_in_words(field.name)} must be an integer, not {value!r}")
             if get_origin(field.type) is Literal and value not in get_args(field.type):
                 choices = ", ".join(get_args(field.type))
                 raise UserError(f"{_in_words(field.name)} must be one of {choices}; not {value!r}")

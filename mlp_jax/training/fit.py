@@ -18,6 +18,7 @@ from mlp_jax.errors import UserError
 from mlp_jax.training.arrays import N_PIXELS, Dataset, count_steps, for_dataset
 from mlp_jax.training.config import Config
 from mlp_jax.training.parallel import (
+    COMPILER_OPTIONS,
     Placement,
     RunBytes,
     from_groups,
@@ -101,6 +102,8 @@ def fit(
     config = for_dataset(config, dataset)
     if runs is None:
         runs = [make_run(seed, config.learning_rate) for seed in seeds]
+    if not runs:
+        raise UserError("fit needs at least one run")
     if start and start.runs != tuple(runs):
         raise UserError("the snapshot to start from belongs to other runs")
     if start and _without_length(start.config) != _without_length(config):
@@ -263,13 +266,10 @@ def _compile(
     )
     init = init_fn.lower((), runs, ())
     epoch = epoch_fn.lower(init.out_info[0], runs, shared)
-    # without it XLA's CPU backend copies two of the kernels in every step
-    in_place: dict[str, Any] = {"xla_cpu_copy_insertion_use_region_analysis": True}
-    options = in_place if placement.devices[0].platform == "cpu" else {}
+    options = COMPILER_OPTIONS.get(f"epoch, {placement.devices[0].platform}", {})
     with ThreadPoolExecutor(max_workers=2) as beside:
-        # init runs once, for milliseconds, but takes a second to optimise
-        as_it_is: dict[str, Any] = {"xla_backend_optimization_level": 0}
-        quick, slow = beside.submit(init.compile, as_it_is), beside.submit(epoch.compile, options)
+        quick = beside.submit(init.compile, COMPILER_OPTIONS["init"])
+        slow = beside.submit(epoch.compile, options)
         fingerprint = fingerprint_code(config, data)  # while XLA compiles
         return Programs(quick.result(), slow.result(), fingerprint)
 

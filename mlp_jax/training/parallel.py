@@ -6,6 +6,7 @@ one after another.
 """
 
 import functools
+import json
 import math
 import os
 from collections.abc import Callable
@@ -73,8 +74,17 @@ def use_cores(cores: int | None = None) -> bool:
     return True
 
 
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    # runs once, for milliseconds, but takes a second to optimise
+    "init": {"xla_backend_optimization_level": 0},
+    # without it XLA's CPU backend copies two of the kernels in every step
+    "epoch, cpu": {"xla_cpu_copy_insertion_use_region_analysis": True},
+}
+"""Those that mlp_jax itself gives to XLA, by program."""
+
+
 def numerics() -> dict[str, Any]:
-    """JAX's own settings that change numbers, by the names that records give them."""
+    """Settings of JAX and XLA that change numbers, by the names that records give them."""
     values = jax.config.values
     return {
         "prng": values["jax_default_prng_impl"],
@@ -83,6 +93,7 @@ def numerics() -> dict[str, Any]:
         "threefry_partitionable": values["jax_threefry_partitionable"],
         "random_seed_offset": values["jax_random_seed_offset"],
         "disable_most_optimizations": values["jax_disable_most_optimizations"],
+        "compiler_options": json.dumps(COMPILER_OPTIONS),
     }
 
 

@@ -45,7 +45,7 @@ KERAS_EPOCHS = 50  # of its README
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    recipes: tuple[str, ...] = ("sprint", "sprint-98", "keras-sgd")
+    recipes: tuple[str, ...] = ("sprint", "sprint-98", "sprint-99", "keras-sgd")
     """Recipes to time beside Keras."""
     rounds: int = 5
     """Turns of each contender."""

@@ -8,7 +8,11 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -709,3 +713,32 @@ def test_a_seed_is_the_committed_row(recipe, seed, mnist):
         assert progress.history["train_loss"][0, 0] == pytest.approx(
             stored["train_loss"][0], rel=TOLERANCE
         )
+
+
+@pytest.mark.network
+def test_a_new_setting_leaves_a_committed_record_as_it_is(tmp_path):
+    """Somebody's Config has one more field: the record is read, and resumed, as before."""
+    shutil.copytree(ROOT / "mlp_jax", tmp_path / "mlp_jax")
+    config, field = tmp_path / "mlp_jax/training/config.py", "    n_classes: Annotated"
+    new = '    gradient_clip: float = 0.0\n    """None."""\n'
+    text = config.read_text()
+    assert text.count(field) == 1
+    config.write_text(text.replace(field, new + field))
+    record = shutil.copytree(ROOT / "results" / "sprint", tmp_path / "sprint")
+    before = {path: path.read_bytes() for path in (record / "runs").iterdir()}
+    settings = json.loads((record / "config.json").read_text())["config"]
+    family = json.loads((record / "summary.json").read_text())["families"][0]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for command in (
+        ["sweep", "--recipe", "sprint", "--seeds", "1000:1200", "--allow-mixed", "--out", "sprint"],
+        ["report", "sprint"],
+    ):
+        run = [sys.executable, "-m", f"mlp_jax.{command[0]}", *command[1:]]
+        done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in (record / "runs").iterdir()} == before
+    now = json.loads((record / "config.json").read_text())["config"]
+    assert now | settings == now
+    (again,) = json.loads((record / "summary.json").read_text())["families"]
+    for name in ("mean", "reference", "z"):
+        assert again[name] == pytest.approx(family[name])

@@ -57,6 +57,9 @@ def make_page(committee, members: int) -> str:
         arrays += [kernel.ravel(), bias.ravel()]
         offset += kernel.size + bias.size
     weights = np.concatenate(arrays)
+    with np.errstate(over="ignore"):
+        half = weights.astype(np.float16)
+    weights = half if np.array_equal(half, weights) else weights  # as of those shipped
     net = {
         "about": describe(committee, members),
         "seeds": [run.seed for run in committee.runs[:members]],

@@ -357,10 +357,15 @@ def test_photos_are_turned_for_networks_of_emnist(swept, data, small):
 def test_options_of_the_compiler_are_numerics(monkeypatch):
     assert numerics()["compiler_options"] == FORMER_NUMERICS["compiler_options"]
     monkeypatch.setitem(COMPILER_OPTIONS, "init", {})
-    assert (
-        describe_environment(jax.devices())["compiler_options"]
-        != (FORMER_NUMERICS["compiler_options"])
-    )
+    now = describe_environment(jax.devices())["compiler_options"]
+    assert now != FORMER_NUMERICS["compiler_options"]
+
+
+def test_a_page_has_the_shipped_weights_as_they_are_stored(here):
+    demo_main(["-o", "page.html"])
+    page = Path("page.html").read_text()
+    assert '"dtype": "float16"' in page
+    assert len(page) < 10e6
 
 
 def test_fit_needs_a_run(config, small):

@@ -90,8 +90,8 @@ def write_sheet(path: Path, images: list[np.ndarray], answers: list[tuple]) -> N
     captions = []
     for name, probabilities, _ in answers:
         short = Path(name).name
-        if len(short) > 15:
-            short = f"{short[:7]}\N{HORIZONTAL ELLIPSIS}{short[-7:]}"
+        if len(short) > 13:
+            short = f"{short[:6]}\N{HORIZONTAL ELLIPSIS}{short[-6:]}"
         captions.append(f"{short}\n{probabilities.argmax()} ({probabilities.max():.1%})")
     files.save_figure(path, draw_digits(images, captions), dpi=100)
 

@@ -14,6 +14,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from mlp_jax.data import dataset as datasets  # noqa: E402
+from mlp_jax.records.checkpoint import load_committee  # noqa: E402
 from mlp_jax.training.arrays import Dataset, Split, make_dataset  # noqa: E402
 from mlp_jax.training.config import Config  # noqa: E402
 
@@ -62,3 +63,9 @@ def here(tmp_path, monkeypatch):
     # JAX has its devices already
     monkeypatch.setattr("mlp_jax.training.parallel.use_cores", lambda: True)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def committee():
+    """The five runs that come with mlp_jax."""
+    return load_committee()

@@ -141,3 +141,22 @@ def on_paper(
         coarse = np.kron(rng.normal(0, grain, (h // 4 + 1, w // 4 + 1)), np.ones((4, 4)))[:h, :w]
         picture += 255 * (rng.normal(0, grain, (h, w)) + coarse)[..., None] / 2**0.5
     return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
+
+
+def cases():
+    """Every digit in each of its usual ways, in pens, hands and lights of all kinds."""
+    rng = np.random.default_rng(0)
+    for digit, ways in SKELETONS.items():
+        for way in range(len(ways)):
+            for height in (60, 200, 500):
+                ink = draw(
+                    digit,
+                    way=way,
+                    height=height,
+                    pen=rng.uniform(0.05, 0.14),
+                    slant=rng.uniform(-0.1, 0.3),
+                    wobble=0.02,
+                    offset=tuple(rng.uniform(-1, 1, 2)),
+                    rng=rng,
+                )
+                yield digit, ink, rng

@@ -3,118 +3,22 @@
 import io
 import json
 import sys
-from pathlib import Path
 
 import drawings
 import numpy as np
 import pillow_heif
 import pytest
 from PIL import Image, ImageOps
-from scipy import ndimage
 
-from mlp_jax.data.photo import find_ink, read_digit, to_mnist
+from mlp_jax.data.photo import read_digit
 from mlp_jax.predict import main as predict_main
 from mlp_jax.records.checkpoint import load_committee, predict
 from mlp_jax.sweep import main as sweep_main
 
 
-@pytest.fixture(scope="module")
-def committee():
-    """The five runs that come with mlp_jax."""
-    return load_committee()
-
-
 def answers(capsys, *flags):
     predict_main([*map(str, flags), "--json"])
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def cases():
-    """Every digit in each of its usual ways, in pens, hands and lights of all kinds."""
-    rng = np.random.default_rng(0)
-    for digit, ways in drawings.SKELETONS.items():
-        for way in range(len(ways)):
-            for height in (60, 200, 500):
-                ink = drawings.draw(
-                    digit,
-                    way=way,
-                    height=height,
-                    pen=rng.uniform(0.05, 0.14),
-                    slant=rng.uniform(-0.1, 0.3),
-                    wobble=0.02,
-                    offset=tuple(rng.uniform(-1, 1, 2)),
-                    rng=rng,
-                )
-                yield digit, ink, rng
-
-
-def test_drawings_are_read(committee):
-    """On white or coloured paper, by pen, chalk or light, under shadows and grain."""
-    digits, images = [], []
-    for digit, ink, rng in cases():
-        chalk = {"colour": (240, 240, 230), "paper": (25, 60, 45)}
-        blue = {"colour": (40, 60, 160), "paper": (250, 240, 170)}
-        light = {"shade": 0.5, "edge": 0.3, "grain": 0.03, "rng": rng}
-        for look in ({}, chalk, light, blue | light):
-            paper = drawings.on_paper(ink, **look).convert("L")
-            images.append(to_mnist(find_ink(np.asarray(paper) / 255)))
-            digits.append(digit)
-    assert len(digits) == 13 * 3 * 4
-    wrong = predict(committee, np.stack(images)).argmax(-1) != digits
-    assert wrong.mean() <= 0.03
-
-
-def test_colours_of_equal_luminance_are_told_apart(here, committee):
-    looks = {"colour": (200, 30, 30), "paper": (30, 115, 40), "grain": 0.01}
-    images = []
-    for digit in range(10):
-        rng = np.random.default_rng(digit)
-        drawings.on_paper(drawings.draw(digit), rng=rng, **looks).save("red.jpg", quality=90)
-        images.append(read_digit(Path("red.jpg")))
-    assert (predict(committee, np.stack(images)).argmax(-1) == range(10)).mean() >= 0.97
-
-
-def test_a_sheet_on_a_table_is_read(committee):
-    """Paper on something darker, straight or turned, with or without grain."""
-    digits, images = [], []
-    for digit, ink, rng in cases():
-        for turn, table, grain in ((0, (70, 50, 40), 0), (8, (60, 60, 70), 0.03)):
-            paper = drawings.on_paper(ink, grain=grain, rng=rng)
-            width = round(paper.width * rng.uniform(0.15, 0.5))
-            photo = ImageOps.expand(paper, width, table).rotate(turn, fillcolor=table)
-            noise = rng.normal(0, 255 * grain, (photo.height, photo.width))
-            grey = np.asarray(photo.convert("L")) + noise
-            images.append(to_mnist(find_ink(grey.clip(0, 255) / 255)))
-            digits.append(digit)
-    wrong = predict(committee, np.stack(images)).argmax(-1) != digits
-    assert wrong.mean() <= 0.03
-
-
-def test_it_has_mnists_form():
-    """20 pixels of the longer side, its aspect kept; the centre of mass between 14 and 15."""
-    for _, ink, _ in cases():
-        image = to_mnist(ink)
-        assert image.shape == (28, 28)
-        assert image.dtype == np.uint8
-        assert image.max() == 255
-        there = image > 255 / 4
-        height, width = (np.ptp(np.flatnonzero(there.any(axis))) + 1 for axis in (1, 0))
-        assert 19 <= max(height, width) <= 21
-        rows, columns = (np.flatnonzero((ink > 0.25).any(axis)) for axis in (1, 0))
-        before = np.ptp(columns) / np.ptp(rows)
-        assert width / height == pytest.approx(before, abs=0.12)  # thin lines were widened
-        assert ndimage.center_of_mass(image) == pytest.approx((14, 14), abs=0.6)
-
-
-@pytest.mark.network
-def test_mnists_own_images_come_back(mnist, committee):
-    """An MNIST image, enlarged and put on paper, is recognized as before."""
-    images, labels = mnist.test.images[:500].reshape(-1, 28, 28), mnist.test.labels[:500]
-    large = [np.kron(np.pad(image, 4), np.ones((9, 9))) / 255 for image in images]
-    read = np.stack([to_mnist(find_ink(1 - image)) for image in large])
-    right = (predict(committee, read).argmax(-1) == labels).mean()
-    before = (predict(committee, images).argmax(-1) == labels).mean()
-    assert right > before - 0.015
 
 
 def picture():
@@ -235,7 +139,7 @@ def test_a_bomb_is_not_opened(here, monkeypatch, capsys):
 def test_the_committee_says_how_sure_it_is(here, capsys, committee):
     """Probabilities are the mean of the runs', votes their counts, in text as in JSON."""
     paths = [save(drawings.on_paper(ink), here / f"{i}.png") for i, (_, ink, _) in
-             zip(range(6), cases(), strict=False)]  # fmt: skip
+             zip(range(6), drawings.cases(), strict=False)]  # fmt: skip
     logits = predict(committee, np.stack([read_digit(path) for path in paths])).astype(float)
     each = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     for answer, probabilities, votes in zip(

@@ -24,6 +24,10 @@ FINE = 4
 """Subdivisions of such a pixel, in which line widths are measured and changed."""
 LINE = 2.1
 """Median line width of MNIST's images, in pixels: thinner lines are widened."""
+MOST_EDGES = 12
+"""Edges of ink along a picture's border: a digit that is cut off has few, ruled paper many."""
+NEAR = 0.15
+"""Greatest distance of a stroke from the rest of its digit, as a part of the digit's height."""
 MARGIN = 2
 """Pixels around the box into which lines may widen: more than half of LINE."""
 
@@ -95,9 +99,9 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
 
     UserError if there is none.
     """
-    whole, grey = grey, only_sheet(grey)
+    grey, cut = find_sheet(grey)
     sides = (grey[0], grey[-1], grey[:, 0], grey[:, -1])
-    if grey is whole and all(np.ptp(side) == 0 for side in sides):
+    if cut and all(np.ptp(side) == 0 for side in sides):
         ink = np.abs(grey - grey[0, 0])  # drawn, not photographed: used unchanged
         if ink.max() < CONTRAST:
             raise UserError("shows no digit")
@@ -111,21 +115,26 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
     if ink.max() < least:
         raise UserError("shows no digit")
     strength = np.median(ink[ink >= least])
-    return keep_digit(np.clip(2 * ink / strength - 0.5, 0, 1))
+    return keep_digit(np.clip(2 * ink / strength - 0.5, 0, 1), cut)
 
 
-def only_sheet(grey: np.ndarray) -> np.ndarray:
-    """`grey` with its surroundings made paper, if a bright sheet lies on something darker."""
+def find_sheet(grey: np.ndarray) -> tuple[np.ndarray, bool]:
+    """`grey` with its surroundings made paper, and False, if a bright sheet lies on something
+    darker; else as it is, and True.
+    """
     side = max(grey.shape)
     blank = ndimage.grey_closing(grey, max(3, side // 8))  # without dark lines
     dark, bright = np.percentile(blank, (5, 95))
-    # wide, unlike a digit in chalk, which is lines on a dark ground
-    sheet = ndimage.grey_opening(blank, side // 3) > (dark + bright) / 2
+    parts, _ = ndimage.label(blank > (dark + bright) / 2)
+    wide = ndimage.grey_opening(np.uint8(parts > 0), max(3, side // 3)) * parts
+    sheet = parts == np.bincount(wide[wide > 0], minlength=1).argmax()
     border = np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]])
-    if bright - dark < 3 * CONTRAST or not sheet.any() or border.mean() > 0.15:
-        return grey
-    inside = ndimage.minimum_filter(sheet, max(3, side // 40))  # off its edge
-    return np.where(inside, grey, np.median(grey[sheet]))
+    filled = np.count_nonzero(wide[sheet]) / sheet.sum()  # unlike a digit in chalk
+    if bright - dark < 3 * CONTRAST or border.mean() > 0.3 or filled < 0.75:
+        return grey, True
+    inside = ndimage.minimum_filter(sheet & (wide > 0), max(3, side // 40))  # off its edge
+    nearest = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
+    return np.where(inside, grey, blank[tuple(nearest)]), False
 
 
 def ink_is_dark(grey: np.ndarray) -> bool:
@@ -135,17 +144,37 @@ def ink_is_dark(grey: np.ndarray) -> bool:
     return ((small - ndimage.median_filter(small, 33)) ** 3).sum() < 0
 
 
-def keep_digit(ink: np.ndarray) -> np.ndarray:
-    """`ink` without specks and, if anything else is left, without what touches the border."""
+def keep_digit(ink: np.ndarray, cut: bool) -> np.ndarray:
+    """`ink` without specks, what touches the border, frames, and what is far from the digit.
+
+    If the picture may have `cut` off the digit, it may touch the border where nothing else is left.
+    UserError if there is no digit.
+    """
     parts, _ = ndimage.label(ink >= 0.5, np.ones((3, 3)))
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0  # paper
-    inner = sizes.copy()
-    inner[np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]])] = 0
-    if inner.max() >= sizes.max() / 20:
-        sizes = inner
-    kept = np.isin(parts, np.flatnonzero(sizes >= sizes.max() / 20))
+    boxes = [None, *ndimage.find_objects(parts)]
+    large = np.flatnonzero(sizes >= sizes.max() / 20).tolist()
+    border = np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]])
+    outer = [k for k in large if k in border or is_frame(k, boxes, sizes)]
+    if len(outer) < len(large):
+        sizes[outer] = 0
+    elif not cut or np.count_nonzero(np.diff(border > 0)) > MOST_EDGES:
+        raise UserError("shows no digit")
+    main = sizes.argmax()
+    far = NEAR * max(side.stop - side.start for side in boxes[main])
+    near = ndimage.distance_transform_edt(parts != main) <= far
+    kept = np.isin(parts, np.intersect1d(parts[near], np.flatnonzero(sizes >= sizes[main] / 20)))
     return np.where(ndimage.binary_dilation(kept, np.ones((3, 3)), 3), ink, 0)  # with soft edges
+
+
+def is_frame(part: int, boxes: list, sizes: np.ndarray) -> bool:
+    """Whether a part surrounds another that has a fifth of its ink, or more."""
+    return any(
+        all(a.start < b.start and a.stop > b.stop for a, b in zip(boxes[part], box, strict=True))
+        for box, size in zip(boxes[1:], sizes[1:], strict=True)
+        if size >= sizes[part] / 5
+    )
 
 
 def to_mnist(ink: np.ndarray) -> np.ndarray:

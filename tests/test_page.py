@@ -173,14 +173,18 @@ def test_a_keyboard_is_enough(opened):
     assert text(opened, "digit") == "1"
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_on_a_phone(browser, page, dark):
-    """By finger; all fits its width, and the answer is seen without scrolling."""
-    browser.open(page, width=390, height=844, dark=dark)
+@pytest.mark.parametrize(
+    ("width", "height", "dark"),
+    [(390, 844, False), (390, 844, True), (390, 664, False), (320, 568, True), (844, 390, False)],
+)
+def test_on_a_phone(browser, page, width, height, dark):
+    """By finger; all fits its width, and paper, buttons and answer are seen without scrolling."""
+    browser.open(page, width=width, height=height, dark=dark)
     draw_by_finger(browser, strokes_of(3))
     assert text(browser, "digit") == "3"
-    assert browser.run("document.documentElement.scrollWidth") <= 390
-    assert browser.run("byId('bars').getBoundingClientRect().bottom") <= 844
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    for name in ("paper", "clear", "bars"):
+        assert browser.run(f"byId('{name}').getBoundingClientRect().bottom") <= height
     background = browser.run("getComputedStyle(document.body).backgroundColor")
     brightness = np.mean([int(n) for n in re.findall(r"\d+", background)[:3]])
     assert (brightness < 100) == dark

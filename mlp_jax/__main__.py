@@ -18,7 +18,7 @@ COMMANDS = {
     "predict": "recognize the digit in an image, and show how sure trained runs are",
     "demo": "write a page to draw digits on: one file, which needs no server",
 }
-USAGE = "usage: mlp-jax COMMAND [--help] ..."
+USAGE = "usage: mlp-jax COMMAND [--help] ...\n       mlp-jax --version"
 
 
 def main() -> None:
@@ -26,6 +26,10 @@ def main() -> None:
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(USAGE, "", *(f"  {name:<9}{text}" for name, text in COMMANDS.items()), sep="\n")
+    elif name == "--version":
+        from mlp_jax.records.provenance import version
+
+        print(version("mlp_jax") or "unknown: not installed")
     elif name in COMMANDS:
         from mlp_jax import cli
 

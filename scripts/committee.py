@@ -66,6 +66,7 @@ def make_record(committee, dataset) -> dict:
         "config": dataclasses.asdict(committee.config),
         "seeds": [run.seed for run in committee.runs],
         "n_test": n_test,
+        "backend": jax.default_backend(),
         "correct_alone": (logits.argmax(axis=-1) == labels).sum(axis=-1).tolist(),
         "correct_together": int(correct[0, -1]),
         "accuracy": jeffreys(int(correct[0, -1]), n_test)._asdict(),
@@ -81,7 +82,7 @@ def draw(record: dict, name: str):
     """Accuracy by the number of members, with the central 95 % over which members these are."""
     together = 100 * record["correct_together"] / record["n_test"]
     title = f"Test accuracy by members, of {len(record['seeds'])} runs: {name}, {together:.2f} %"
-    figure, ax = new_figure(f"{title} together", 3.6)
+    figure, ax = new_figure(f"{title} together, on {record['backend']}", 3.6)
     names = ("members", "mean", "low", "high")
     members, *shares = (np.array([each[key] for each in record["by_members"]]) for key in names)
     mean, low, high = (100 * share for share in shares)

@@ -135,12 +135,13 @@ def describe_images(images: np.ndarray, predicted: np.ndarray, labels: np.ndarra
     return described
 
 
-def draw(rungs: list[dict]):
+def draw(rungs: list[dict], backend: str):
     """Test error of each rung with its interval, above those published."""
     published = list(PUBLISHED.items())
     rows = len(rungs) + len(published)
     figure, ax = new_figure("Test error of fully connected networks on MNIST", 0.9 + 0.3 * rows)
-    names = [*(rung["rung"] for rung in rungs), *(name for name, _ in published)]
+    names = [rung["rung"] + (f", {rung['runs']} runs" if "sd" in rung else "") for rung in rungs]
+    names += [name for name, _ in published]
     error = [100 * (1 - rung["accuracy"]["estimate"]) for rung in rungs]
     ends = [
         [100 * abs(rung["accuracy"][end] - rung["accuracy"]["estimate"]) for rung in rungs]
@@ -149,7 +150,7 @@ def draw(rungs: list[dict]):
     order = np.argsort([-x for x in [*error, *(100 - a for _, a in published)]], kind="stable")
     y = np.empty(rows)
     y[order] = np.arange(rows)
-    label = "mlp_jax, 95 % interval"
+    label = f"mlp_jax on {backend}, 95 % interval"
     ax.errorbar(error, y[: len(rungs)], xerr=ends, fmt="o", color=BLUE, capsize=3, label=label)
     known = [100 - accuracy for _, accuracy in published]
     ax.plot(known, y[len(rungs) :], "D", color=ORANGE, label="published")
@@ -196,7 +197,7 @@ def main(args: Args) -> None:
         "hardest": hardest(predicted, test.labels),
     }
     write_json(OUT, record)
-    save_figure(OUT.with_suffix(".png"), draw(record["rungs"]))
+    save_figure(OUT.with_suffix(".png"), draw(record["rungs"], timed["environment"]["backend"]))
     title = f"The {HARDEST} test images that most runs of {len(RECIPES)} recipes get wrong"
     figure = draw_missed(test.images, record["hardest"], title)
     save_figure(RESULTS / "ladder-hardest.png", figure)

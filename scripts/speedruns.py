@@ -136,7 +136,8 @@ def accuracies(row: dict) -> tuple[np.ndarray, int]:
 
 def draw(record: dict):
     """Test error against seconds of training, a line for each contender."""
-    figure, ax = new_figure("Test error by seconds of training", 4.2)
+    title = f"Test error by seconds of training on {record['environment']['backend']}"
+    figure, ax = new_figure(title, 4.2)
     colours = itertools.cycle((BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9"))
     for row in record["rows"]:
         reached, runs = accuracies(row)

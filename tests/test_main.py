@@ -1,6 +1,7 @@
 """The console script: every command under one name, and an answer before anything is imported."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,11 @@ def test_every_command_is_there_and_listed(monkeypatch, capsys):
     assert all(f"\n  {name} " in listed for name in modules)
     run(monkeypatch)
     assert capsys.readouterr().out == listed
+
+
+def test_it_says_its_version(monkeypatch, capsys):
+    run(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"{importlib.metadata.version('mlp_jax')}\n"
 
 
 def test_help_imports_no_library():

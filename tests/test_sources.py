@@ -447,6 +447,11 @@ def test_unknown_names(name, hint, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_the_name_of_ones_own_data_is_suggested(tmp_path):
+    (tmp_path / "my_digits" / "1.0.0").mkdir(parents=True)
+    assert refusal("my_digit", tmp_path) == "unknown data set 'my_digit'; did you mean my_digits?"
+
+
 def test_data_sets_of_another_shape(tmp_path):
     for name in ("cifar10", "binarized_mnist"):
         line = refusal(name, tmp_path / "data")

@@ -52,8 +52,7 @@ def prepare(
         builder = _open(name, data_dir, own=manual_dir is not None)
         if builder is None and manual_dir:
             own = _read_user_files(name, manual_dir)
-            n_classes = 1 + int(own[1].max())
-            return Prepared(data_dir / name / "1.0.0", n_classes, own)
+            return Prepared(data_dir / name / "1.0.0", 1 + int(own[1].max()), own)
         in_family = isinstance(builder, tfds.builder_cls("mnist"))
         if not in_family and (manual_dir or not builder.is_prepared()):
             build = f"tfds build {name} --file_format=array_record"
@@ -102,8 +101,9 @@ def _open(name: str, data_dir: Path, own: bool = False) -> Any:
 
     known = tfds.list_builders(with_community_datasets=False)
     known += [f"emnist/{config.name}" for config in tfds.builder_cls("emnist").BUILDER_CONFIGS]
-    hint = "; your own files need --manual-dir, and a name made of a-z, 0-9 and _"
-    unknown = UserError(f"unknown data set {name!r}{suggest(name, known) or hint}")
+    hint = suggest(name, [*known, *(path.parent.name for path in data_dir.glob("*/1.0.0"))])
+    hint = hint or "; your own files need --manual-dir, and a name made of a-z, 0-9 and _"
+    unknown = UserError(f"unknown data set {name!r}{hint}")
     if not NAME.fullmatch(name):
         raise unknown
     try:

@@ -24,6 +24,9 @@ from mlp_jax.files import expand
 from mlp_jax.training.config import DEFAULT_RECIPE, FROM_DATA, Config, RecipeName
 
 Args = TypeVar("Args")
+# help texts say what happens without the flag, so not "(default: None)"
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 OFF = (tyro.conf.FlagCreatePairsOff,)  # --quiet, but no --no-quiet
 
 
@@ -34,11 +37,11 @@ class TrainingArgs:
     config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: RecipeName
     """Named settings; individual flags override them."""
-    data_dir: Path | None = None
+    data_dir: OptionalPath = None
     """TFDS's data directory; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    manual_dir: Path | None = None
+    manual_dir: OptionalPath = None
     """Directory with four IDX files: published ones, or your own under a new --dataset name."""
-    teacher: Path | None = None
+    teacher: OptionalPath = None
     """Distillation: directory of runs with weights, whose mean prediction replaces the labels;
     default: for best-distilled the committee that comes with mlp_jax."""
     checkpoint_every: int = 10

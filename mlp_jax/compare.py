@@ -42,9 +42,9 @@ class Args:
     """Train more seeds of both sweeps until a confidence sequence, valid at every look, decides."""
     max_seeds: int = 1000
     """Number of seeds after which --until-decided gives up."""
-    out: Path | None = None
+    out: cli.OptionalPath = None
     """Directory for comparison.json and figures; default: nothing is written."""
-    data_dir: Path | None = None
+    data_dir: cli.OptionalPath = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
 

@@ -21,7 +21,7 @@ class Args:
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """HTML file to write."""
-    run: Path | None = None
+    run: cli.OptionalPath = None
     """Directory of a run, or of a sweep with --keep-weights.
     Default: the weights that come with mlp_jax."""
     members: int = 5

@@ -22,12 +22,12 @@ class Args:
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, each of one digit."""
-    run: Path | None = None
+    run: cli.OptionalPath = None
     """Directory of a run, or of a sweep with --keep-weights, whose runs vote.
     Default: the weights that come with mlp_jax."""
     json: bool = False
     """Print an object per image: file, digit, probabilities, and the votes for each digit."""
-    sheet: Path | None = None
+    sheet: cli.OptionalPath = None
     """PNG file for a picture of what the network saw."""
 
 

@@ -31,9 +31,9 @@ class Args:
 
     directory: tyro.conf.Positional[Path]
     """Directory of the sweep, or of a grid."""
-    data_dir: Path | None = None
+    data_dir: cli.OptionalPath = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    out: Path | None = None
+    out: cli.OptionalPath = None
     """Directory for summary.json and figures/; default: that of the sweep."""
     html: bool = False
     """Also write report.html, a self-contained page with all of this."""

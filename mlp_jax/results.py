@@ -65,10 +65,10 @@ def check_seeds(path: Path) -> None:
     streams = [stream for stream in STREAMS if f"{stream}_seed" in stored]
     for batch in rows.read_batches([path], [f"{stream}_seed" for stream in streams]):
         columns = [batch[f"{stream}_seed"].to_pylist() for stream in streams]
-        for (vary, rate, seed), *found in zip(rows.run_ids(batch), *columns, strict=True):
-            seeds = make_run(seed, rate, vary).seeds
-            if found != [getattr(seeds, stream) for stream in streams]:
-                raise UserError(f"{path}: seed {seed}, family {vary} has seeds {found}")
+        for run_id, *found in zip(rows.run_ids(batch), *columns, strict=True):
+            if found != [getattr(run_id.run.seeds, stream) for stream in streams]:
+                line = f"{path}: seed {run_id.seed}, family {run_id.vary} has seeds {found}"
+                raise UserError(line)
 
 
 def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> list[Family]:
@@ -96,9 +96,9 @@ def read_blocks(paths: Sequence[Path], family: Family, config: Config) -> BlockS
     pending: dict[int, dict] = collections.defaultdict(dict)
     sums = {}
     for ids, predictions in rows.read_predictions(paths):
-        for (vary, rate, seed), row in zip(ids, predictions, strict=True):
-            block, cell = divmod(seed, BLOCK)
-            if (vary, rate) != family[:2] or seed not in seeds or cell not in cells:
+        for run_id, row in zip(ids, predictions, strict=True):
+            block, cell = divmod(run_id.seed, BLOCK)
+            if run_id.family != family[:2] or run_id.seed not in seeds or cell not in cells:
                 continue
             pending[block][cell] = row == labels
             if len(pending[block]) == len(cells):
@@ -119,23 +119,27 @@ class Target(NamedTuple):
     vary: str
     rate: float
 
+    @property
+    def family(self) -> tuple[str, float]:
+        return self.vary, self.rate
+
     def read_scores(self) -> dict[int, float]:
         """Accuracy by seed, nan where a run diverged."""
-        scores = rows.read_scores(self.directory)
-        return {run[2]: score for run, score in scores.items() if run[:2] == (self.vary, self.rate)}
+        scores = rows.read_scores(self.directory).items()
+        return {run_id.seed: score for run_id, score in scores if run_id.family == self.family}
 
     def read_family(self, data_dir: Path | None = None) -> Family:
         _, paths, dataset, _ = open_results(self.directory, data_dir)
         families = read_families(paths, dataset.test.labels, dataset.n_classes)
-        return next(f for f in families if (f.vary, f.rate) == (self.vary, self.rate))
+        return next(family for family in families if family[:2] == self.family)
 
     def read_correct(self, seeds: Collection[int], labels: np.ndarray) -> dict[int, np.ndarray]:
         """Which test images the runs of some seeds get right, 8 to a byte."""
         return {
-            seed: np.packbits(row == labels)
+            run_id.seed: np.packbits(row == labels)
             for ids, predictions in rows.read_predictions(rows.row_files(self.directory))
-            for (vary, rate, seed), row in zip(ids, predictions, strict=True)
-            if (vary, rate) == (self.vary, self.rate) and seed in seeds
+            for run_id, row in zip(ids, predictions, strict=True)
+            if run_id.family == self.family and run_id.seed in seeds
         }
 
 
@@ -149,7 +153,7 @@ def parse_target(text: str) -> Target:
     metadata = read_metadata(directory)
     if metadata.seed is not None:
         raise UserError(f"{directory} has a single run: compare sweeps")
-    rates = sorted({run[1] for run in rows.read_scores(directory) if run[0] == vary})
+    rates = sorted({i.learning_rate for i in rows.read_scores(directory) if i.vary == vary})
     chosen = [each for each in rates if rate is None or np.float32(each) == np.float32(rate)]
     if len(chosen) != 1:
         found = ", ".join(f"{each:.9g}" for each in rates) or "none"

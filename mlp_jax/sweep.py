@@ -50,10 +50,10 @@ class Args(cli.TrainingArgs):
     """Runs that share a file; auto: enough for some minutes of training."""
     keep_weights: bool = False
     """Also store the weights of each finished run."""
-    shard: str | None = None
+    shard: cli.OptionalText = None
     """I/N: train part I of N equal parts of the runs, counted from 0.
     Default: this process's part in a SLURM array, srun or Open MPI job, else all runs."""
-    ray: str | None = None
+    ray: cli.OptionalText = None
     """Address of a Ray cluster whose nodes train, each task on --devices.
     Without an address: the cluster that this machine belongs to."""
 

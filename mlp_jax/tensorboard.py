@@ -65,7 +65,7 @@ def write_families(experiment: Any) -> None:
     names = [name for name in table.column_names if name.endswith(end)]
     history = {name.removesuffix(end): np.array(table[name].to_pylist()) for name in names}
     finite = np.all([np.isfinite(values).all(axis=1) for values in history.values()], axis=0)
-    families = [(vary, rate) for vary, rate, _ in rows.run_ids(table)]
+    families = [run_id.family for run_id in rows.run_ids(table)]
     for vary, rate in dict.fromkeys(families):
         kept = finite & np.array([family == (vary, rate) for family in families])
         curves = with_accuracy({name: v[kept] for name, v in history.items()}, experiment)

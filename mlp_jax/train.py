@@ -24,7 +24,7 @@ class Args(cli.TrainingArgs):
 
     seed: int = 0
     """Random seed: initial weights, order of the examples, dropout and any other draws."""
-    out: Path | None = None
+    out: cli.OptionalPath = None
     """Directory for the results; default: a new one under runs/."""
     overwrite: bool = False
     """Replace the results in --out."""

@@ -13,7 +13,6 @@ from mlp_jax.errors import UserError
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import FORMER_NUMERICS
-from mlp_jax.training.run import make_run
 
 TOLERANCE = 0.01
 """Relative difference of the first epoch's training loss allowed for other hardware or versions.
@@ -31,9 +30,9 @@ class Args:
     """Directory of a run or a sweep."""
     rows: int = 3
     """How many stored runs to retrain, spread evenly over all of them."""
-    teacher: Path | None = None
+    teacher: cli.OptionalPath = None
     """The --teacher of the runs, if they had one."""
-    data_dir: Path | None = None
+    data_dir: cli.OptionalPath = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
 
@@ -58,14 +57,15 @@ def main(argv: list[str] | None = None) -> None:
     ids = rows.run_ids(rows.read_table(paths, []))
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(args.rows, len(ids))).round().astype(int))
     all_equal = True
-    for vary, rate, seed in (ids[i] for i in chosen):
-        path, stored = rows.find_row(paths, (vary, rate, seed))
-        *_, last = machine.train([make_run(seed, rate, vary)])
+    for run_id in (ids[i] for i in chosen):
+        path, stored = rows.find_row(paths, run_id)
+        *_, last = machine.train([run_id.run])
         trained_there = rows.read_metadata(path).environment
         exact = same_machine(trained_there, machine.metadata.environment)
         result = compare(stored, last.progress, exact=exact)
         all_equal &= result.startswith("equal")
-        print(f"{vary}, learning rate {rate:.9g}, seed {seed}: {result}", flush=True)
+        name = "{}, learning rate {:.9g}, seed {}".format(*run_id)
+        print(f"{name}: {result}", flush=True)
     if not all_equal:
         sys.exit(1)
 

@@ -33,6 +33,7 @@ from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure
 from mlp_jax.errors import UserError
 from mlp_jax.files import write_json, write_text
 from mlp_jax.records.directory import read_metadata
+from mlp_jax.records.rows import read_scores
 from mlp_jax.training.fit import current_programs, run_bytes
 from mlp_jax.training.parallel import place
 
@@ -165,8 +166,12 @@ def search_rows(directories: Sequence[Path]) -> list[dict]:
         config = read_metadata(directory).config
         if config.split != "validation":
             raise UserError(f"{directory} was scored on the {config.split} set")
-        columns = ["seed", "learning_rate", "test_correct"]
+        columns = ["vary", "seed", "learning_rate", "test_correct"]
+        if not all(map(math.isfinite, read_scores(directory).values())):
+            raise UserError(f"{directory} has runs that diverged")
         for run in mj.read_runs(directory, columns).to_pylist():
+            if run["vary"] != "all":
+                raise UserError(f"{directory} has the family {run['vary']}: log sweeps of all")
             settings = dataclasses.asdict(config) | {"learning_rate": run["learning_rate"]}
             changed = tuple(sorted(settings.items() - default.items()))
             found.setdefault(changed, {})[run["seed"]] = run["test_correct"] / 100

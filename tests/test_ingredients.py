@@ -10,7 +10,7 @@ from scipy.special import log_softmax, softmax
 
 from mlp_jax.errors import UserError
 from mlp_jax.training import losses, model, optim, step
-from mlp_jax.training.arrays import hold_out, make_dataset
+from mlp_jax.training.arrays import Split, hold_out, make_dataset
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.fit import fit
 from mlp_jax.training.losses import Batch
@@ -268,6 +268,10 @@ def test_the_data_stream_decides_which_examples_are_used():
 
 
 def test_held_out_examples_are_scored_and_not_trained_on(small):
+    by_class = np.argsort(small.train.labels, kind="stable")
+    train = Split(*(array[by_class] for array in small.train))
+    with pytest.raises(UserError, match="of class 3: shuffle them"):
+        hold_out(make_dataset("mine", train, small.test, 4))
     held = hold_out(small)
     assert (len(held.train.labels), len(held.test.labels)) == (250, 50)
     np.testing.assert_array_equal(held.test.images, small.train.images[250:])

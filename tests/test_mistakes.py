@@ -39,7 +39,8 @@ from mlp_jax.report import main as report_main
 from mlp_jax.results import count_processors, parse_target
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
-from mlp_jax.training import step
+from mlp_jax.training import model, step
+from mlp_jax.training import run as runs
 from mlp_jax.training.arrays import Split, for_dataset, make_dataset, with_teacher
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import fit
@@ -680,6 +681,22 @@ def test_a_teacher_that_was_changed_does_not_teach(config, small, here):
     taught.teacher.params["output"]["bias"] = params["output"]["bias"] + 1
     with pytest.raises(UserError, match="the teacher's weights were changed"):
         experiment.sweep(config, taught, "s", seeds=[0])
+
+
+def test_prediction_uses_the_network_as_it_is_now(config, small, here, monkeypatch):
+    mj.sweep(config, small, "s", seeds=[0], keep_weights=True)
+    run, images = mj.load_run("s"), small.test.images
+    before = mj.predict(run, images)
+    monkeypatch.setattr(model, "to_float", lambda images: images.astype("float32") / 100)
+    assert (mj.predict(run, images) != before).any()
+
+
+def test_a_stream_too_many_is_not_crossed(config, monkeypatch):
+    """Stored blocks keep their numbering in a fork that adds a stream."""
+    assert runs.make_run(37, 0.1, "crossed").seeds == (3, 2, 3, 2, 2)
+    monkeypatch.setattr(runs, "STREAMS", (*runs.STREAMS, "extra"))
+    with pytest.raises(UserError, match="no room for the stream extra"):
+        runs.crossed_seeds(1, config)
 
 
 def test_code_that_was_edited_in_a_notebook_is_compiled_anew(config, small, here, monkeypatch):

@@ -6,12 +6,10 @@ import numpy as np
 
 from mlp_jax.analysis.predictions import PredictionCounts, count_block
 from mlp_jax.errors import UserError
-from mlp_jax.training.run import STREAMS
+from mlp_jax.training.run import STREAMS, RunId
 
 PERCENTILES = (0, 5, 50, 95, 100)
 """Which percentiles of the runs a figure draws by epoch."""
-
-RunId = tuple[str, float, int]  # vary, learning rate, seed
 
 
 class Family(NamedTuple):
@@ -48,11 +46,11 @@ class Tally:
         part = self.runs[self.added : self.added + len(ids)]
         self.added += len(ids)
         shapes = (len(self.labels), self.n_classes), (2, len(self.labels))
-        for name in dict.fromkeys(run[:2] for run in ids):
+        for name in dict.fromkeys(run_id.family for run_id in ids):
             self.sums.setdefault(name, [np.zeros(shape, np.int64) for shape in shapes])
         names = list(self.sums)
-        part["family"] = [names.index(run[:2]) for run in ids]
-        part["seed"] = [seed for *_, seed in ids]
+        part["family"] = [names.index(run_id.family) for run_id in ids]
+        part["seed"] = [run_id.seed for run_id in ids]
         for column, values in columns.items():
             part[column] = values
         for i in np.unique(part["family"]):

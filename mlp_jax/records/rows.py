@@ -16,14 +16,14 @@ import numpy as np
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, atomic_write, expand, log, read_or_quarantine, read_signed_json
 from mlp_jax.records.provenance import Metadata, check_same
-from mlp_jax.training.run import Run, make_run
+from mlp_jax.training.run import Run, RunId
 
 if TYPE_CHECKING:  # reading does without jax
     from mlp_jax.training.fit import Progress
 
 LOSSES = ("test_loss", "train_loss")
 
-ROW_ID = ("vary", "learning_rate", "seed")
+ROW_ID = RunId._fields
 """The columns that identify a row of a sweep."""
 
 READ_ROWS = 255  # whose predictions are in memory at a time: what predictions.py counts at once
@@ -215,10 +215,9 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
         last = ["test_correct", *LOSSES, "seconds"]
         table = read_table([path], [*last, *(f"{name}_by_epoch" for name in LOSSES)])
         finite = finite_runs(*(by_epoch(table, name) for name in LOSSES)).tolist()
-        for (vary, rate, seed), row, ok in zip(
-            run_ids(table), table.select(last).to_pylist(), finite, strict=True
-        ):
-            finished[make_run(seed, rate, vary)] = row | {"finite": ok}
+        values = table.select(last).to_pylist()
+        for run_id, row, ok in zip(run_ids(table), values, finite, strict=True):
+            finished[run_id.run] = row | {"finite": ok}
     return finished
 
 
@@ -229,12 +228,12 @@ def intact_files(directory: Path) -> list[Path]:
     return [path for path in row_files(directory) if read_or_quarantine(check_content, path)]
 
 
-def run_ids(table) -> list[tuple[str, float, int]]:
-    """ROW_ID of each row of a table or batch."""
-    return list(zip(*(table[name].to_pylist() for name in ROW_ID), strict=True))
+def run_ids(table) -> list[RunId]:
+    """The id of each row of a table or batch."""
+    return list(map(RunId, *(table[name].to_pylist() for name in ROW_ID)))
 
 
-def find_row(paths: Sequence[Path], run_id: tuple[str, float, int]) -> tuple[Path, dict]:
+def find_row(paths: Sequence[Path], run_id: RunId) -> tuple[Path, dict]:
     """The file and the row of a run; KeyError if no file has it."""
     import pyarrow.parquet as pq
 
@@ -244,14 +243,14 @@ def find_row(paths: Sequence[Path], run_id: tuple[str, float, int]) -> tuple[Pat
     raise KeyError(run_id)
 
 
-def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[list[tuple], np.ndarray]]:
+def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[list[RunId], np.ndarray]]:
     """`run_ids` of some runs and their predictions, uint8 [runs, images], until all are read."""
     for batch in read_batches(paths, ["predictions"]):
         yield run_ids(batch), predictions(batch["predictions"])
 
 
-def read_scores(directory: Path) -> dict[tuple[str, float, int], float]:
-    """Accuracy of each run by ROW_ID, nan where it diverged; UserError if there are none."""
+def read_scores(directory: Path) -> dict[RunId, float]:
+    """Accuracy of each run, nan where it diverged; UserError if there are none."""
     paths = checked_files(directory)
     check_unique(paths)
     table = read_table(paths, ["test_correct", *(f"{name}_by_epoch" for name in LOSSES)])
@@ -264,7 +263,7 @@ def read_scores(directory: Path) -> dict[tuple[str, float, int], float]:
 
 def check_unique(paths: Sequence[Path]) -> None:
     """UserError, naming the files, if a run is stored twice."""
-    seen: dict[tuple, Path] = {}
+    seen: dict[RunId, Path] = {}
     for path in paths:
         for run in run_ids(read_table([path], [])):
             if run in seen and seen[run] != path:

@@ -94,13 +94,18 @@ def hold_out(dataset: Dataset) -> Dataset:
     """`dataset` with the last sixth of its training examples held out for evaluation.
 
     For MNIST, 50,000 and 10,000. The result lacks the test set, so settings chosen on it never
-    saw the test images.
+    saw the test images. UserError if that takes most examples of a class.
     """
     n_train = len(dataset.train.labels) * 5 // 6
     train, held_out = (
         Split(*(array[part] for array in dataset.train))
         for part in (slice(n_train), slice(n_train, None))
     )
+    for k in range(dataset.n_classes):
+        kept, lost = (np.count_nonzero(each.labels == k) for each in (train, held_out))
+        if lost > kept + 5:
+            of = f"{lost} of {kept + lost} examples of class {k}: shuffle them"
+            raise UserError(f"the last sixth of {dataset.name} has {of}")
     made = make_dataset(dataset.name, train, held_out, dataset.n_classes)
     return made._replace(split="validation")
 

@@ -89,10 +89,10 @@ def to_float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 255
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def predict(params: dict, images: jax.Array, *, config: Config) -> jax.Array:
+def predict(params: dict, images: Any, *, config: Config) -> jax.Array:
     """Logits [n, classes] of uint8 images [n, 784] or [n, 28, 28].
 
+    Not jitted, so code that was edited in a notebook takes effect.
     Stacked params [runs, ...] are a committee and give [runs, n, classes].
     """
     pixels = to_float(jnp.reshape(images, (-1, N_PIXELS)))

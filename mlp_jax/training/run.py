@@ -28,8 +28,8 @@ STREAMS = Streams._fields
 HELD_SEED = 0
 """Seed of the streams that a family does not vary."""
 
-BLOCK = 2 ** len(STREAMS)
-"""Runs of a crossed block if all streams are used, each with two seeds."""
+BLOCK = 32
+"""Seeds of a crossed block, which stored runs rely on: one per combination of five streams."""
 
 
 class Run(NamedTuple):
@@ -49,6 +49,22 @@ class Run(NamedTuple):
             bits = (seed % 2 << i for i, seed in enumerate(self.seeds))
             return self.seeds[0] // 2 * BLOCK + sum(bits)
         return self.seeds[0] if self.vary == "all" else getattr(self.seeds, self.vary)
+
+
+class RunId(NamedTuple):
+    """What names a run in a file."""
+
+    vary: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def family(self) -> tuple[str, float]:
+        return self.vary, self.learning_rate
+
+    @property
+    def run(self) -> Run:
+        return make_run(self.seed, self.learning_rate, self.vary)
 
 
 def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
@@ -95,5 +111,7 @@ def crossed_seeds(n_blocks: int, config: Config) -> list[int]:
     """Seeds for `make_run` of blocks that cross the k used streams: 2^k runs each."""
     cells = [0]
     for name in used_streams(config):
+        if 1 << STREAMS.index(name) >= BLOCK:
+            raise UserError(f"a crossed block has no room for the stream {name}")
         cells += [cell | 1 << STREAMS.index(name) for cell in cells]
     return [BLOCK * block + cell for block in range(n_blocks) for cell in cells]

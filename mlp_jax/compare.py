@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # --help does without
 
 PROG = "python -m mlp_jax.compare"
 LOOKED = (
-    "The verdict is that of the confidence sequence after {} pairs: the number of runs was chosen"
-    " by looking at the results, which the other intervals, p and P do not allow for."
+    "The verdict is that of the confidence sequence after {} pairs. The other intervals, p and P"
+    " are not valid here: they assume that the number of runs was fixed in advance."
 )
 STEP = 10  # seeds between two looks of --until-decided
 

@@ -164,7 +164,7 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
 def wanted_runs(args: Args, config: Config, rates: Sequence[float]) -> list[Run]:
     """The runs of one Config that the flags name; UserError if they name none, or one twice."""
     if len({make_run(0, rate) for rate in rates}) < len(rates):
-        raise UserError("a setting is given the same value twice (learning rates are float32)")
+        raise UserError("two values of a setting are equal (learning rates are rounded to float32)")
     if not args.vary:
         raise UserError("--vary needs at least one value")
     for name in args.vary:

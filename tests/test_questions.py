@@ -219,7 +219,7 @@ def test_seeds_are_trained_until_it_is_decided(sweep, capsys):
     compare_main(["a", "b", "--until-decided"])
     printed = capsys.readouterr().out
     assert f"\n{FIRST_LOOK} of 32 pairs: +" in "\n" + printed
-    assert f"sequence after {FIRST_LOOK} pairs:" in printed
+    assert f"sequence after {FIRST_LOOK} pairs." in printed
     # too like to tell within the budget
     sweep("--seeds", "0:31", "--out", "c")
     sweep("--seeds", "100:131", "--dropout", "0.21", "--out", "d")

@@ -159,8 +159,11 @@ def test_another_config_is_refused(flags, message, small_dir, here):
         ("--seeds 0:4294967296 --out s", "at most 10,000,000 runs, not 4,294,967,296"),
         ("--vary al --out s", "invalid choice 'al'"),
         ("--learning-rate 0.1 -1 --out s", "learning rate must be positive"),
-        ("--learning-rate 0.1 0.1000000001 --out s", "same value twice .learning rates"),
-        ("--dropout 0.2 0.2 --out s", "a setting is given the same value twice"),
+        (
+            "--learning-rate 0.1 0.1000000001 --out s",
+            "two values of a setting are equal .learning rates",
+        ),
+        ("--dropout 0.2 0.2 --out s", "two values of a setting are equal"),
         ("--dropout 0 1 --out s", r"dropout must be in \[0, 1\), not 1"),
         ("--crossed 2 --vary init --out s", "--crossed sets all seeds"),
         ("--crossed -1 --out s", "--crossed must be at least 0"),

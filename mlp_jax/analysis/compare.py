@@ -187,5 +187,5 @@ def describe(comparison: Comparison, a: str, b: str, *, scored: str = "test") ->
         f" {seeds}, and P({a} > {b}) is {chance}"
     )
     if not math.isnan(comparison.over_test_sets.low):
-        text += f"; on all images of which these are a sample, {points(comparison.over_test_sets)}"
+        text += f"; over all images like these, {points(comparison.over_test_sets)}"
     return text + "."

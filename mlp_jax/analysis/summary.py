@@ -36,10 +36,10 @@ def summarize(
         "epochs": config.epochs,
         "processors": processors,
         "n_test": len((families or blocks)[0].counts.labels),
-        "units": "fractions (0 to 1); intervals at 95 %; diverged runs (by seed) are excluded,"
-        " except where learning rates are compared: there they lose. Those intervals (Jeffreys)"
-        " are not adjusted for the number of pairs; p_holm is: the exact sign test's p, by Holm's"
-        " method",
+        "units": "fractions (0 to 1); intervals at 95 %; diverged runs (listed by seed) are"
+        " excluded, but count as losses where learning rates are compared. Intervals there"
+        " (Jeffreys) are not adjusted for multiple comparisons; p_holm, from an exact sign test,"
+        " is",
         "families": [family_statistics(family, families, recipe, config) for family in families],
         "learning_rates": compare_rates(families),
     }

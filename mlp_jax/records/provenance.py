@@ -191,7 +191,7 @@ def check_settings(place: Path | str, stored: Metadata, asked: Metadata) -> None
 
 def _check_equal(place: Path | str, name: str, before: Any, now: Any) -> None:
     if before != now:
-        advice = "change that, or name another --out"
+        advice = "ask for the same, or name another --out"
         raise UserError(f"{place} has {name}={before}; you asked for {name}={now}: {advice}")
 
 

@@ -33,7 +33,7 @@ class Epoch(NamedTuple):
 
     def finish(self, keep_weights: bool) -> "Epoch":
         """A copy to store: with the weights, if wanted, and without what is on the devices."""
-        params = self.progress.params if keep_weights else None
+        params = self.progress.fetch_params() if keep_weights else None
         return self._replace(progress=self.progress._replace(states=[]), params=params)
 
 

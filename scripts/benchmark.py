@@ -146,7 +146,7 @@ def train_mlp_jax(turn: Callable, seed: int, data_dir: Path | None, layout: str)
         use_cores()
         seeds = range(n_cores())
     for progress in fit(seeds, FOREVER, data_dir):
-        assert count_parameters(progress.params) == PARAMETERS * len(seeds)
+        assert count_parameters(progress.fetch_params()) == PARAMETERS * len(seeds)
         turn(list(progress.test_accuracy))
 
 
@@ -419,7 +419,7 @@ def train_size(data_dir: Path | None, size: int, n_devices: int | None = None) -
         "seconds": seconds / size / epochs,
         "peak MB": peak,
         # plain SGD: a run's state is its parameters
-        "state MB": sum(leaf.nbytes for leaf in jax.tree.leaves(progress.params)) / 1e6,
+        "state MB": sum(leaf.nbytes for leaf in jax.tree.leaves(progress.fetch_params())) / 1e6,
         "test accuracy": float(progress.test_accuracy.mean()),
     }
 

@@ -285,7 +285,9 @@ def test_with_everything_on_a_row_is_still_the_single_run(config, small):
     places = [Placement(tuple(jax.devices()[:n]), 1) for n in (2, 1)]
     *_, together = fit(config, small, seeds=range(3), placement=places[0])
     *_, alone = fit(config, small, seeds=[1], placement=places[1])
-    for a, b in zip(jax.tree.leaves(together.params), jax.tree.leaves(alone.params), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(together.fetch_params()), jax.tree.leaves(alone.fetch_params()), strict=True
+    ):
         np.testing.assert_array_equal(a[1], b[0])
     np.testing.assert_array_equal(together.predictions[1], alone.predictions[0])
     losses_seen = np.asarray(together.history["train_loss"])

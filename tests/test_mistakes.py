@@ -565,7 +565,7 @@ def trained(config, data):
     """A Config, and the params of a committee of two."""
     config = for_dataset(config, data)
     *_, last = fit(config, data, seeds=(0, 1))
-    return config, last.params
+    return config, last.fetch_params()
 
 
 def test_a_setting_of_jax_that_changes_is_compiled_in(config, small):
@@ -681,6 +681,12 @@ def test_a_teacher_that_was_changed_does_not_teach(config, small, here):
     taught.teacher.params["output"]["bias"] = params["output"]["bias"] + 1
     with pytest.raises(UserError, match="the teacher's weights were changed"):
         experiment.sweep(config, taught, "s", seeds=[0])
+
+
+@pytest.mark.parametrize("option", ["devices", "lanes"])
+def test_sweep_trains_on_at_least_one(option, config, small, here):
+    with pytest.raises(UserError, match=f"{option} must be at least 1, not 0"):
+        mj.sweep(config, small, "s", seeds=[0], **{option: 0})
 
 
 def test_prediction_uses_the_network_as_it_is_now(config, small, here, monkeypatch):

@@ -35,7 +35,7 @@ def committee(small):
     config = mj.Config(hidden=(24,), batch_size=32, epochs=3, learning_rate=0.1, dropout=0.0)
     config = for_dataset(config, small)
     *_, progress = fit(config, small, seeds=(0, 1))
-    return config, progress.params
+    return config, progress.fetch_params()
 
 
 @pytest.fixture

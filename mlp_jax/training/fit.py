@@ -70,9 +70,8 @@ class Progress(NamedTuple):
         """Fraction of test images that each run gets right, [runs]."""
         return self.history["test_correct"][:, -1] / self.predictions.shape[1]
 
-    @property
-    def params(self) -> dict:
-        """The weights to predict with, NumPy arrays [runs, ...]."""
+    def fetch_params(self) -> dict:
+        """A copy of the weights to predict with, NumPy arrays [runs, ...]."""
         return from_groups([eval_params(state) for state in self.states], len(self.runs))
 
     def snapshot(self) -> Snapshot:

@@ -115,6 +115,9 @@ def place(
     "auto": all local devices, and `auto_lanes`. UserError if there are no devices, or fewer than
     asked for.
     """
+    for name, count in (("devices", devices), ("lanes", lanes)):
+        if count != "auto" and count < 1:
+            raise UserError(f"{name} must be at least 1, not {count}")
     try:
         local = jax.local_devices()
     except (RuntimeError, AssertionError) as error:

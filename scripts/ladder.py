@@ -29,7 +29,7 @@ from mlp_jax.records.rows import predictions
 
 RESULTS = Path(__file__).parents[1] / "results"
 OUT = RESULTS / "ladder.json"
-UPPER = ("best", "best-augmented")
+UPPER = ("best", "best-augmented", "best-distilled")
 RECIPES = ("keras-sgd", "sprint", "keras-rmsprop", "sprint-98", "sprint-99", *UPPER)
 HARDEST = 24
 PUBLISHED = {

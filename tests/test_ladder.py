@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlp_jax.analysis.compare import compare
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.rows import predictions, read_runs
 
@@ -56,6 +57,16 @@ def test_the_readme_quotes_the_committee_and_the_hardest_images():
     said = [f"{n} images for `{name}`" for name, n in missed.items()]
     assert reached in README.replace("\n", " ")
     assert ", ".join(said) in README.replace("\n", " ")
+
+
+def test_the_readme_compares_students_with_their_teachers():
+    def scores(name):
+        table = read_runs(ROOT / "results" / name, ["test_correct"]).to_pylist()
+        return {row["seed"]: row["test_correct"] / 1e4 for row in table}
+
+    found = compare(scores("best-distilled"), scores("best-augmented"), margin=0.01).difference
+    said = "{:.3f} points, {:.3f} to {:.3f}".format(*(100 * end for end in found))
+    assert f"its teachers' average (by {said})" in README.replace("\n", " ")
 
 
 def test_rungs_follow_from_the_records():

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+import mlp_jax as mj
 from mlp_jax.analysis.compare import Verdict, decide
 from mlp_jax.files import write_json
-from mlp_jax.records.rows import read_runs
 
 RESULTS = Path(__file__).parents[1] / "results"
 RECIPES = ("keras-sgd", "keras-rmsprop", "short")
@@ -50,7 +50,7 @@ def main(args: Args) -> None:
 
 def read_scores(recipe: str) -> np.ndarray:
     """Accuracies of the runs in which the seed decides everything, in points."""
-    rows = read_runs(RESULTS / recipe, ["test_correct"]).to_pylist()
+    rows = mj.read_runs(RESULTS / recipe, ["test_correct"]).to_pylist()
     return np.array([100 * row["test_correct"] / N_TEST for row in rows if row["vary"] == "all"])
 
 

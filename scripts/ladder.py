@@ -21,7 +21,6 @@ import tyro
 
 import mlp_jax as mj
 from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure, show_images
-from mlp_jax.experiment import load_data
 from mlp_jax.files import save_figure, write_json
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import describe_environment
@@ -90,7 +89,7 @@ def time_epochs(args: Args) -> dict[str, float]:
     for name in RECIPES:
         # the epochs of all turns, and one to compile
         config = dataclasses.replace(mj.RECIPES[name], epochs=args.rounds + 1)
-        trainings[name] = mj.fit(config, load_data(config, data_dir=args.data_dir))
+        trainings[name] = mj.fit(config, mj.load_data(config, data_dir=args.data_dir))
         next(trainings[name])
     seconds = {name: [] for name in RECIPES}
     for _ in range(args.rounds):
@@ -196,9 +195,10 @@ def main(args: Args) -> None:
         "missed by all": {name: missed(each, test.labels) for name, each in upper.items()},
         "hardest": hardest(predicted, test.labels),
     }
+    on = timed["environment"]["backend"]
     write_json(OUT, record)
-    save_figure(OUT.with_suffix(".png"), draw(record["rungs"], timed["environment"]["backend"]))
-    title = f"The {HARDEST} test images that most runs of {len(RECIPES)} recipes get wrong"
+    save_figure(OUT.with_suffix(".png"), draw(record["rungs"], on))
+    title = f"The {HARDEST} test images that most runs of {len(RECIPES)} recipes on {on} get wrong"
     figure = draw_missed(test.images, record["hardest"], title)
     save_figure(RESULTS / "ladder-hardest.png", figure)
     for rung in record["rungs"]:

@@ -12,9 +12,9 @@ import math
 import statistics
 from pathlib import Path
 
+import mlp_jax as mj
 from mlp_jax.files import write_json
-from mlp_jax.records.rows import read_metadata, read_runs, read_scores, row_files
-from mlp_jax.training.config import RECIPES, Config
+from mlp_jax.records.rows import read_metadata, read_scores, row_files
 
 RESULTS = Path(__file__).parents[1] / "results"
 N_VALIDATION = 10_000
@@ -33,7 +33,7 @@ def main() -> None:
 def line_of(directory: Path) -> dict:
     """Settings, and the mean and SD of the validation accuracies in percent."""
     config = read_metadata(row_files(directory)[0]).config
-    rows = read_runs(directory, ["vary", "test_correct", "seconds"]).to_pylist()
+    rows = mj.read_runs(directory, ["vary", "test_correct", "seconds"]).to_pylist()
     assert {row["vary"] for row in rows} == {"all"}, directory
     assert config.dataset == "mnist", directory
     assert all(map(math.isfinite, read_scores(directory).values())), directory
@@ -51,9 +51,9 @@ def line_of(directory: Path) -> dict:
     }
 
 
-def differences(config: Config, recipe: str) -> dict:
+def differences(config: mj.Config, recipe: str) -> dict:
     """The settings that differ from the recipe's, but for the split."""
-    own = dataclasses.asdict(dataclasses.replace(RECIPES[recipe], split=config.split))
+    own = dataclasses.asdict(dataclasses.replace(mj.RECIPES[recipe], split=config.split))
     return {name: value for name, value in dataclasses.asdict(config).items() if value != own[name]}
 
 

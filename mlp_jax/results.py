@@ -66,7 +66,8 @@ def check_seeds(path: Path) -> None:
     for batch in rows.read_batches([path], [f"{stream}_seed" for stream in streams]):
         columns = [batch[f"{stream}_seed"].to_pylist() for stream in streams]
         for run_id, *found in zip(rows.run_ids(batch), *columns, strict=True):
-            if found != [getattr(run_id.run.seeds, stream) for stream in streams]:
+            seeds = run_id.run.seeds
+            if found != [getattr(seeds, stream) for stream in streams]:
                 line = f"{path}: seed {run_id.seed}, family {run_id.vary} has seeds {found}"
                 raise UserError(line)
 

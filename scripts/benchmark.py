@@ -431,7 +431,8 @@ def draw(record: dict):
     parts = {part: record[part] for part in HEADINGS if part in record}
     n = sorted({row["after epochs"] // EPOCHS_A_TURN for part in parts.values() for row in part})
     machine = "{cores} cores of {processor}".format(**record["environment"])
-    title = f"An epoch and its validation: {machine}, {' or '.join(map(str, n))} rounds"
+    rounds = f"{' or '.join(map(str, n))} rounds"
+    title = f"An epoch of keras-sgd and its validation: {machine}, {rounds}"
     figure, ax = new_figure(title, 1.2 + 0.24 * sum(len(part) + 1 for part in parts.values()))
     names: list[str] = []
     for part, rows in parts.items():

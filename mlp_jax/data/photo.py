@@ -119,8 +119,9 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
 
 
 def find_sheet(grey: np.ndarray) -> tuple[np.ndarray, bool]:
-    """`grey` with its surroundings made paper, and False, if a bright sheet lies on something
-    darker; else as it is, and True.
+    """`grey`, and whether the picture may have cut off the digit.
+
+    Not if it shows a bright sheet on something darker, which is then made paper.
     """
     side = max(grey.shape)
     blank = ndimage.grey_closing(grey, max(3, side // 8))  # without dark lines

@@ -11,7 +11,6 @@ import tyro
 
 from mlp_jax import cli, files
 from mlp_jax.errors import UserError
-from mlp_jax.records import rows
 from mlp_jax.records.directory import check_replaceable
 from mlp_jax.records.provenance import numerics, settings
 from mlp_jax.training.run import make_runs
@@ -59,16 +58,18 @@ def main(argv: list[str] | None = None) -> None:
         files.check_writable(args.out)
 
     # slow to import, so after bad flags are answered
-    from mlp_jax.results import parse_target
+    from mlp_jax.results import open_target
 
-    targets = [parse_target(sweep) for sweep in args.sweeps]
-    pairs = list(itertools.combinations(targets, 2))
+    targets = [open_target(sweep) for sweep in args.sweeps]
     check_comparable(targets)
     if args.out:
-        check_replaceable([args.out / "comparison.json", *figure_paths(args.out, len(pairs))])
+        figures = figure_paths(args.out, math.comb(len(targets), 2))
+        check_replaceable([args.out / "comparison.json", *figures])
     decision = None
     if args.until_decided:
-        decision = train_until_decided(targets, args, cli.command_line(PROG, argv))
+        again = cli.command_line(PROG, argv)
+        targets, decision = train_until_decided(targets, args, again)
+    pairs = list(itertools.combinations(targets, 2))
     compared = [compare_targets(a, b, args.margin / 100, args.data_dir) for a, b in pairs]
     if decision:  # a verdict of one look would be wrong too often after many
         compared = [compared[0]._replace(verdict=decision.verdict)]
@@ -87,9 +88,9 @@ def compare(a: str | Path, b: str | Path, *, margin: float = 0.05) -> "Compariso
     points. Paired by seed if at least half of the smaller sweep's seeds are shared.
     UserError if the two were evaluated on different data.
     """
-    from mlp_jax.results import parse_target
+    from mlp_jax.results import open_target
 
-    targets = [parse_target(str(sweep)) for sweep in (a, b)]
+    targets = [open_target(str(sweep)) for sweep in (a, b)]
     check_comparable(targets)
     return compare_targets(*targets, margin / 100)
 
@@ -174,12 +175,9 @@ def format_details(a: "Target", b: "Target", comparison: "Comparison") -> str:
 
 def caveats(target: "Target") -> list[str]:
     """Which runs of a sweep are excluded from the numbers, and which were trained differently."""
-    from mlp_jax.results import count_processors
-
-    paths, scores = rows.row_files(target.directory), target.read_scores()
-    diverged = sorted(seed for seed, score in scores.items() if math.isnan(score))
-    of = count_processors(paths, target.metadata)
-    n_mixed = sum(count for name, count in of.items() if "--allow-mixed" in name)
+    diverged = sorted(seed for seed, score in target.scores.items() if math.isnan(score))
+    of = target.processors.items()
+    n_mixed = sum(count for name, count in of if "--allow-mixed" in name)
     n, left_out = len(diverged), "excluded from all numbers here"
     texts = {
         f"{n} runs that diverged, {left_out}: seeds {diverged}": n,
@@ -217,7 +215,7 @@ def write(
         looked = [LOOKED.format(decision.pairs)] if decision else []
         each |= {"until_decided": decision, "caveats": [*looked, *caveats(a), *caveats(b)]}
         record.append(to_json(each | {"says": format_verdict(a, b, comparison)}))
-        scores = ([s for s in side.read_scores().values() if not math.isnan(s)] for side in (a, b))
+        scores = ([s for s in side.scores.values() if not math.isnan(s)] for side in (a, b))
         sides = zip((a, b), labels(a, b), strict=True)
         names = (f"{label}, {title(side, with_rate=a.rate != b.rate)}" for side, label in sides)
         files.save_figure(paths[i], draw_comparison(*scores, comparison, tuple(names)))
@@ -225,9 +223,12 @@ def write(
     files.write_json(out / "comparison.json", {"units": units, "comparisons": record})
 
 
-def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> "Decision":
-    """Train the same seeds of both targets until their difference is decided, or max_seeds."""
+def train_until_decided(
+    targets: Sequence["Target"], args: Args, again: str
+) -> tuple[list["Target"], "Decision"]:
+    """Train the same seeds of both until their difference is decided, or max_seeds; reopen them."""
     from mlp_jax.analysis.compare import FIRST_LOOK, decide
+    from mlp_jax.results import open_target
     from mlp_jax.sweep import Cell, train_cell
     from mlp_jax.training.parallel import use_cores
 
@@ -236,7 +237,7 @@ def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> 
     for name in (target.name for target in targets if target.metadata.config.teacher):
         raise UserError(f"{name} has a teacher: add seeds with sweep --teacher, and then compare")
     use_cores()
-    seeds = sorted(set().union(*(target.read_scores() for target in targets)))
+    seeds = sorted(set().union(*(target.scores for target in targets)))
     wanted = max(FIRST_LOOK, len(seeds))
     with cli.StopSignals() as stop:
         while True:
@@ -248,7 +249,8 @@ def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> 
                 cell = Cell(target.directory, config, runs)
                 if train_cell(cell, data, {"recipe": recipe}, stop):
                     stop.exit(f"what is finished is stored; resume with: {again}")
-            a, b = (target.read_scores() for target in targets)
+            targets = [open_target(target.name) for target in targets]
+            a, b = (target.scores for target in targets)
             pairs = [d for seed in seeds if not math.isnan(d := a[seed] - b[seed])]
             if not pairs:
                 raise UserError("in every pair a run diverged: there is nothing to compare")
@@ -261,7 +263,7 @@ def train_until_decided(targets: Sequence["Target"], args: Args, again: str) -> 
             of = f"{decision.pairs} of " * (decision.pairs < len(pairs))
             print(f"{of}{len(pairs)} pairs: {text}", flush=True)
             if decision.verdict != "undecided" or wanted >= args.max_seeds:
-                return decision
+                return targets, decision
             wanted = min(wanted + STEP, args.max_seeds)
 
 

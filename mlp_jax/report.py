@@ -125,7 +125,8 @@ def report_grid(cells: Sequence[Path]) -> Report:
     for cell, metadata, name in zip(cells, stored, name_cells(cells, stored), strict=True):
         paths = rows.row_files(cell)  # none of a sweep that has just begun
         mixed = any("--allow-mixed" in each for each in count_processors(paths, metadata))
-        scores[name + " (--allow-mixed)" * mixed] = rows.read_scores(cell) if paths else {}
+        checked = rows.checked_files(cell) if paths else []
+        scores[name + " (--allow-mixed)" * mixed] = rows.read_scores(checked) if checked else {}
     summary = rank(scores)
     if not summary["cells"]:
         raise UserError(f"{cells[0].parent} has no runs to rank: report on each of its sweeps")

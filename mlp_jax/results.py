@@ -36,10 +36,16 @@ class Results(NamedTuple):
 def open_results(directory: Path, data_dir: str | Path | None = None) -> Results:
     """UserError for no runs, other data, or rows that may not be pooled; Damaged."""
     metadata, paths = read_metadata(directory), rows.checked_files(directory)
-    processors, config = count_processors(paths, metadata), metadata.config
+    processors = count_processors(paths, metadata)
+    return Results(metadata, paths, load_data(directory, metadata, data_dir), processors)
+
+
+def load_data(directory: Path, metadata: Metadata, data_dir: str | Path | None) -> Dataset:
+    """The data on which the runs of `directory` were trained; UserError if they have changed."""
+    config = metadata.config
     dataset = datasets.load_dataset(config.dataset, data_dir, quiet=False, split=config.split)
     datasets.check_dataset(directory, metadata.fingerprint, metadata.images, dataset)
-    return Results(metadata, paths, dataset, processors)
+    return dataset
 
 
 def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int]:
@@ -112,39 +118,37 @@ def read_blocks(paths: Sequence[Path], family: Family, config: Config) -> BlockS
 
 
 class Target(NamedTuple):
-    """One family of a sweep, at one learning rate."""
+    """One family of a sweep, at one learning rate, as its rows were when it was opened."""
 
     name: str  # as on a command line
     directory: Path
     metadata: Metadata
+    paths: list[Path]
+    processors: dict[str, int]  # as in Results
     vary: str
     rate: float
+    scores: dict[int, float]  # accuracy by seed, nan where a run diverged
 
     @property
     def family(self) -> tuple[str, float]:
         return self.vary, self.rate
 
-    def read_scores(self) -> dict[int, float]:
-        """Accuracy by seed, nan where a run diverged."""
-        scores = rows.read_scores(self.directory).items()
-        return {run_id.seed: score for run_id, score in scores if run_id.family == self.family}
-
     def read_family(self, data_dir: Path | None = None) -> Family:
-        _, paths, dataset, _ = open_results(self.directory, data_dir)
-        families = read_families(paths, dataset.test.labels, dataset.n_classes)
+        dataset = load_data(self.directory, self.metadata, data_dir)
+        families = read_families(self.paths, dataset.test.labels, dataset.n_classes)
         return next(family for family in families if family[:2] == self.family)
 
     def read_correct(self, seeds: Collection[int], labels: np.ndarray) -> dict[int, np.ndarray]:
         """Which test images the runs of some seeds get right, 8 to a byte."""
         return {
             run_id.seed: np.packbits(row == labels)
-            for ids, predictions in rows.read_predictions(rows.row_files(self.directory))
+            for ids, predictions in rows.read_predictions(self.paths)
             for run_id, row in zip(ids, predictions, strict=True)
             if run_id.family == self.family and run_id.seed in seeds
         }
 
 
-def parse_target(text: str) -> Target:
+def open_target(text: str) -> Target:
     """The Target of DIR[:FAMILY][@RATE]; default: family "all", and the only rate."""
     match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@(\d*\.?\d+(?:e[+-]?\d+)?))?", text)
     place, vary, rate = match.groups() if match and not Path(text).is_dir() else (text, None, None)
@@ -154,13 +158,17 @@ def parse_target(text: str) -> Target:
     metadata = read_metadata(directory)
     if metadata.seed is not None:
         raise UserError(f"{directory} has a single run: compare sweeps")
-    rates = sorted({i.learning_rate for i in rows.read_scores(directory) if i.vary == vary})
+    paths = rows.checked_files(directory)
+    scores = rows.read_scores(paths)
+    rates = sorted({run_id.learning_rate for run_id in scores if run_id.vary == vary})
     chosen = [each for each in rates if rate is None or np.float32(each) == np.float32(rate)]
     if len(chosen) != 1:
         found = ", ".join(f"{each:.9g}" for each in rates) or "none"
         line = f"{text}: the learning rates of family {vary!r} are {found}: name one"
         raise UserError(line + (f", as in {place}@{rates[0]:.9g}" if rates else ""))
-    stored = map(rows.read_metadata, rows.row_files(directory))
+    processors = count_processors(paths, metadata)
+    stored = map(rows.read_metadata, paths)
     programs = [each.program for each in stored if each.program and not each.mixed]
     metadata = metadata._replace(program=programs[0] if programs else None)
-    return Target(text, directory, metadata, vary, chosen[0])
+    own = {i.seed: score for i, score in scores.items() if i.family == (vary, chosen[0])}
+    return Target(text, directory, metadata, paths, processors, vary, chosen[0], own)

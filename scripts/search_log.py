@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlp_jax as mj
 from mlp_jax.files import write_json
-from mlp_jax.records.rows import read_metadata, read_scores, row_files
+from mlp_jax.records.rows import checked_files, read_metadata, read_scores
 
 RESULTS = Path(__file__).parents[1] / "results"
 N_VALIDATION = 10_000
@@ -32,11 +32,11 @@ def main() -> None:
 
 def line_of(directory: Path) -> dict:
     """Settings, and the mean and SD of the validation accuracies in percent."""
-    config = read_metadata(row_files(directory)[0]).config
+    config = read_metadata((paths := checked_files(directory))[0]).config
     rows = mj.read_runs(directory, ["vary", "test_correct", "seconds"]).to_pylist()
     assert {row["vary"] for row in rows} == {"all"}, directory
     assert config.dataset == "mnist", directory
-    assert all(map(math.isfinite, read_scores(directory).values())), directory
+    assert all(map(math.isfinite, read_scores(paths).values())), directory
     assert config.split == "validation", directory
     assert {row["learning_rate"] for row in rows} == {config.learning_rate}, directory
     scores = [100 * row["test_correct"] / N_VALIDATION for row in rows]

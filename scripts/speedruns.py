@@ -33,7 +33,7 @@ from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure
 from mlp_jax.errors import UserError
 from mlp_jax.files import write_json, write_text
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.rows import read_scores
+from mlp_jax.records.rows import checked_files, read_scores
 from mlp_jax.training.fit import current_programs, run_bytes
 from mlp_jax.training.parallel import place
 
@@ -167,7 +167,7 @@ def search_rows(directories: Sequence[Path]) -> list[dict]:
         if config.split != "validation":
             raise UserError(f"{directory} was scored on the {config.split} set")
         columns = ["vary", "seed", "learning_rate", "test_correct"]
-        if not all(map(math.isfinite, read_scores(directory).values())):
+        if not all(map(math.isfinite, read_scores(checked_files(directory)).values())):
             raise UserError(f"{directory} has runs that diverged")
         for run in mj.read_runs(directory, columns).to_pylist():
             if run["vary"] != "all":

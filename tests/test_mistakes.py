@@ -36,7 +36,7 @@ from mlp_jax.records.checkpoint import (
 )
 from mlp_jax.records.provenance import FORMER_NUMERICS, Metadata, describe_environment, git_state
 from mlp_jax.report import main as report_main
-from mlp_jax.results import count_processors, parse_target
+from mlp_jax.results import count_processors, open_target
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training import fit as fits
@@ -194,12 +194,12 @@ def test_weights_of_other_code_than_their_row_are_named(swept, caplog):
 def test_mixed_rows_are_named_and_do_not_speak_for_a_sweep(swept, caplog):
     for out, seeds in (("s", "0:2"), ("t", "2:4")):
         swept("--seeds", seeds, "--out", out)
-    program = parse_target("s").metadata.program
+    program = open_target("s").metadata.program
     (path,) = rows.row_files(Path("t"))
     table = pq.read_table(path)
     about = json.loads(table.schema.metadata[b"about"]) | {"program": "0" * 64, "mixed": True}
     write("s", table.replace_schema_metadata({"about": json.dumps(about)}))
-    assert parse_target("s").metadata.program == program
+    assert open_target("s").metadata.program == program
     assert len(mj.read_runs("s")) == 4
     assert "s has 2 rows stored by --allow-mixed" in caplog.text
 
@@ -484,7 +484,8 @@ def test_a_run_whose_loss_was_once_infinite_diverged_for_all(swept, data, capsys
     i = table.column_names.index("train_loss_by_epoch")
     path.unlink()
     write("g/a=1", table.set_column(i, "train_loss_by_epoch", column))
-    (diverged,) = (run for run, score in rows.read_scores(Path("g/a=1")).items() if score != score)
+    scores = rows.read_scores(rows.checked_files(Path("g/a=1")))
+    (diverged,) = (run for run, score in scores.items() if score != score)
     report_main(["g/a=1", *data])
     said = capsys.readouterr().out
     assert f"1 that diverged, excluded from all statistics: seeds [{diverged[2]}]" in said

@@ -406,6 +406,9 @@ def test_each_file_is_checked_once_and_a_damaged_one_named(tmp_path, dataset, mo
     paths = records.row_files(sweep)
     assert len(paths) == 3
     assert checked == paths
+    other, checked[:] = write_sweep(tmp_path / "o", random_rows(dataset, 9)), []
+    compare_main([str(sweep), str(other), "--out", str(tmp_path / "c")])
+    assert checked == paths + records.row_files(other)
     paths[1].write_bytes(paths[1].read_bytes()[:-20])
     (sweep / "summary.json").unlink()
     with pytest.raises(Damaged, match=f"{paths[1].name} is damaged"):
@@ -524,7 +527,7 @@ def test_a_run_that_is_stored_twice_is_no_score(tmp_path, dataset):
     sweep = write_sweep(tmp_path / "s", rows)
     records.write_rows(sweep, rows[:1], directories.read_metadata(sweep))
     with pytest.raises(UserError, match="contain the same run: remove one of them"):
-        records.read_scores(sweep)
+        records.read_scores(records.checked_files(sweep))
 
 
 def test_runs_that_differ_in_an_unused_stream_are_no_part_of_a_block(tmp_path, dataset):

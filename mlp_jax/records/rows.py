@@ -249,9 +249,8 @@ def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[list[RunId], np.nd
         yield run_ids(batch), predictions(batch["predictions"])
 
 
-def read_scores(directory: Path) -> dict[RunId, float]:
-    """Accuracy of each run, nan where it diverged; UserError if there are none."""
-    paths = checked_files(directory)
+def read_scores(paths: Sequence[Path]) -> dict[RunId, float]:
+    """Accuracy of each run in `checked_files`, nan where it diverged; UserError for one twice."""
     check_unique(paths)
     table = read_table(paths, ["test_correct", *(f"{name}_by_epoch" for name in LOSSES)])
     losses = (by_epoch(table, name) for name in LOSSES)

@@ -164,8 +164,8 @@ def search_rows(directories: Sequence[Path]) -> list[dict]:
     found: dict[tuple, dict[int, float]] = {}  # a seed that two sweeps trained counts once
     for directory in directories:
         config = read_metadata(directory).config
-        if config.split != "validation":
-            raise UserError(f"{directory} was scored on the {config.split} set")
+        if (config.dataset, config.split) != ("mnist", "validation"):
+            raise UserError(f"{directory} was scored on {config.dataset}, {config.split} split")
         columns = ["vary", "seed", "learning_rate", "test_correct"]
         if not all(map(math.isfinite, read_scores(checked_files(directory)).values())):
             raise UserError(f"{directory} has runs that diverged")

@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from conftest import make_split
 
@@ -13,6 +16,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 import _peers  # noqa: E402
 import benchmark  # noqa: E402
+import threefry  # noqa: E402
 
 from mlp_jax.training.config import RECIPES  # noqa: E402
 
@@ -97,3 +101,20 @@ def test_the_figure_shows_every_row(tmp_path):
     assert [line.get_xdata()[0] for line in floors] == [0.7, 0.7]
     assert [line.get_ydata()[1] - line.get_ydata()[0] for line in floors] == [2, 2]
     figure.savefig(tmp_path / "speed.png")
+
+
+@pytest.mark.parametrize("shape", [(128, 512), (3, 5, 7), (1,)])
+def test_unrolled_rounds_give_the_same_bits(shape):
+    key = jax.random.key(7)
+    same = threefry.rolled_bits(key, shape), threefry.unrolled_bits(key, shape)
+    np.testing.assert_array_equal(*same)
+
+
+def test_the_readme_quotes_what_rolled_rounds_cost():
+    record = json.loads((ROOT / "results" / "threefry.json").read_text())
+    pairs = zip(record["seconds"]["unrolled"], record["seconds"]["rolled"], strict=True)
+    ratios = [unrolled / rolled for unrolled, rolled in pairs]
+    found = statistics.median(ratios), min(ratios), max(ratios)
+    text = "{:.2f} ({:.2f} to {:.2f}) times as long".format(*found)
+    command = f"(`python scripts/threefry.py`, {len(ratios)} turns)"
+    assert f"{text} {command}" in " ".join((ROOT / "README.md").read_text().split())

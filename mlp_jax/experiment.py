@@ -33,7 +33,6 @@ from mlp_jax.records.provenance import Metadata, check_same, git_state
 from mlp_jax.training.arrays import (
     Dataset,
     check_unchanged,
-    count_steps,
     for_dataset,
     params_digest,
     with_teacher,
@@ -201,7 +200,6 @@ def open_experiment(
     config = for_dataset(config, dataset)
     data = {"fingerprint": dataset.fingerprint, "images": dataset.image_fingerprint}
     metadata = Metadata(recipe, config, environment={}, seed=seed, mixed=allow_mixed, **data)
-    metadata = metadata._replace(n_steps=count_steps(config, len(dataset.train.labels)))
     if cluster:
         metadata, width = cluster.prepare(metadata, dataset, len(runs), lanes)
     else:

@@ -39,10 +39,9 @@ from mlp_jax.report import main as report_main
 from mlp_jax.results import count_processors, open_target
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
-from mlp_jax.training import fit as fits
 from mlp_jax.training import model, step
 from mlp_jax.training import run as runs
-from mlp_jax.training.arrays import Split, count_steps, for_dataset, make_dataset, with_teacher
+from mlp_jax.training.arrays import Split, for_dataset, make_dataset, with_teacher
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import fit
 from mlp_jax.training.parallel import COMPILER_OPTIONS, numerics
@@ -91,17 +90,6 @@ def test_shards_with_different_code_are_not_pooled(swept, monkeypatch):
     write_signed_json(Path("s/config.json"), metadata._replace(program="0" * 64).to_json())
     with pytest.raises(UserError, match="s was trained with different training code"):
         swept("--seeds", "0:4", "--out", "s", "--shard", "1/2")
-    assert len(mj.read_runs("s")) == 2
-
-
-def test_edited_code_that_counts_the_steps_is_refused(swept, monkeypatch):
-    """The compiled program, and with it the fingerprint, does not depend on their number."""
-    swept("--seeds", "0:1", "--out", "s")
-    for module in (experiment, fits):
-        monkeypatch.setattr(module, "count_steps", lambda config, n: count_steps(config, n) - 1)
-    with pytest.raises(UserError, match="s was trained with different training code"):
-        swept("--seeds", "0:2", "--out", "s")
-    swept("--seeds", "0:2", "--out", "s", "--allow-mixed")
     assert len(mj.read_runs("s")) == 2
 
 

@@ -32,7 +32,6 @@ class Metadata(NamedTuple):
     seed: int | None = None
     images: str | None = None  # fingerprint of the training images
     program: str | None = None  # fingerprint of the training code, see `fit.program_text`
-    n_steps: int | None = None  # of a whole run, which the program is given
     mixed: bool = False  # stored by --allow-mixed beside rows with other numerics
 
     def changed(self) -> dict[str, Any]:
@@ -199,8 +198,8 @@ def _check_equal(place: Path | str, name: str, before: Any, now: Any) -> None:
 def check_same(place: Path | str, stored: Metadata, asked: Metadata) -> None:
     """Raise UserError, naming the first difference, if two metadata may not be pooled.
 
-    Different numerics are accepted if either is marked as mixed; the code that an older record
-    does not name is ignored.
+    Different numerics are accepted if either is marked as mixed; a `program` that an older record
+    lacks is ignored.
     """
     if stored.images and asked.images:
         data = (stored.fingerprint, asked.fingerprint)
@@ -210,14 +209,13 @@ def check_same(place: Path | str, stored: Metadata, asked: Metadata) -> None:
     _check_equal(place, "data", *data)
     if stored.mixed or asked.mixed:
         return
-    here = numerics(asked) | {"n_steps": asked.n_steps}
-    for name, before in (numerics(stored) | {"n_steps": stored.n_steps}).items():
-        is_code = name in ("program", "n_steps")
-        if is_code and None in (before, here[name]):
+    here = numerics(asked)
+    for name, before in numerics(stored).items():
+        if name == "program" and None in (before, here[name]):
             continue
         if before != here[name]:
-            what = "different training code" if is_code else f"{name}={before}"
-            now = "" if is_code else f", and this is {name}={here[name]}"
+            what = "different training code" if name == "program" else f"{name}={before}"
+            now = "" if name == "program" else f", and this is {name}={here[name]}"
             raise UserError(
                 f"{place} was trained with {what}{now}, which can change the numbers: restore it,"
                 " name another --out, or pool the rows, marked, with --allow-mixed"

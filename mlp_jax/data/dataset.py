@@ -77,13 +77,13 @@ def check_dataset(place: Path, fingerprint: str, images: str | None, dataset: Da
 
 
 def _cached_directory(name: str, data_dir: Path) -> Path | None:
-    """The directory of the newest cached version, found without importing TFDS."""
+    """The directory of the newest version if it is cached, found without importing TFDS."""
     if not sources.NAME.fullmatch(name):
         return None
-    caches = (data_dir / name).glob(f"*/{CACHE}")
     # not TFDS's unfinished directories, nor copies such as "1.0.0 (1)"
-    found = [path.parent for path in caches if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)]
-    return max(found, key=lambda d: [*map(int, d.name.split("."))], default=None)
+    versions = [d for d in (data_dir / name).glob("*") if re.fullmatch(r"\d+\.\d+\.\d+", d.name)]
+    newest = max(versions, key=lambda d: [*map(int, d.name.split("."))], default=None)
+    return newest if newest and (newest / CACHE).exists() else None
 
 
 def _decode(name: str, directory: Path, quiet: bool) -> Dataset:

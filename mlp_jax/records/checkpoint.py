@@ -238,7 +238,7 @@ def check_predictions(committee: Committee, dataset: Dataset) -> None:
 
 def for_upright(committee: Committee) -> Committee:
     """The same networks for images that are upright: in TFDS those of EMNIST are transposed."""
-    if not committee.config.dataset.startswith("emnist"):
+    if committee.config.dataset.partition("/")[0] != "emnist":
         return committee
     name = "hidden_0" if committee.config.hidden else "output"
     first, pixels = committee.params[name], np.arange(N_PIXELS).reshape(28, 28).T.ravel()

@@ -19,7 +19,7 @@ from mlp_jax.compact import main as compact_main
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged
 from mlp_jax.records import compaction, provenance, rows
-from mlp_jax.records.directory import check_out_dir, claim, read_metadata
+from mlp_jax.records.directory import check_out_dir, claim, clear, read_metadata
 from mlp_jax.records.provenance import Metadata
 from mlp_jax.results import count_processors
 from mlp_jax.training.config import Config
@@ -297,6 +297,29 @@ def test_a_damaged_config_is_set_aside_and_written_anew(seed, tmp_path, caplog):
     assert path.read_bytes() == before
     assert (directory / "_config.json.corrupt").read_bytes() == damaged
     assert "config.json is damaged" in caplog.text
+
+
+def test_a_directory_that_a_user_emptied_and_filled_is_not_ours(tmp_path):
+    """Its lock, a hidden file, stays."""
+    directory = opened(tmp_path / "s")
+    (directory / "config.json").write_text('{"model": "bert"}')
+    for name in ("summary.json", "weights/all-lr0.1-seed0.npz"):
+        (path := directory / name).parent.mkdir(exist_ok=True)
+        path.write_bytes(b"theirs")
+        before = content(directory)
+        with pytest.raises(UserError, match=r"config\.json was not written by mlp_jax, or is"):
+            opened(directory)
+        assert content(directory) == before
+        path.unlink()
+
+
+def test_what_is_overwritten_is_ours(tmp_path, caplog):
+    directory = opened(tmp_path / "s", metadata(seed=0))
+    rows.write_rows(directory, [row()], metadata(seed=0))
+    (directory / "config.json").write_text('{"model": "bert"}')
+    clear(directory)
+    assert (directory / "_config.json.corrupt").read_text() == '{"model": "bert"}'
+    assert not rows.row_files(directory)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{")])

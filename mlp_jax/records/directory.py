@@ -1,8 +1,8 @@
 """Whether a directory is ours, and what it holds.
 
 A directory is ours if something in it proves so: config.json, rows, a checkpoint or weights that
-match their hash, the sweeps of a grid, or the lock that mlp_jax leaves in a directory that was
-empty or ours. A damaged file proves nothing, and what is not ours is left alone.
+match their hash, the sweeps of a grid, or, where there is nothing else to lose, the lock that
+mlp_jax leaves. A damaged file proves nothing, and what is not ours is left alone.
 """
 
 import contextlib
@@ -96,9 +96,15 @@ def check_out_dir(directory: Path) -> bool:
         refusal = f"{damaged.path} was not written by mlp_jax, or is damaged ({damaged.reason})"
     except OSError as error:
         raise UserError(f"{directory / CONFIG} cannot be read: {error.strerror}") from None
-    if not (_from_files(directory) or any(directory.glob(f"{LOCK}*"))):
+    if not (_from_files(directory) or _was_claimed(directory)):
         raise UserError(f"{refusal}: name another --out")
     return True
+
+
+def _was_claimed(directory: Path) -> bool:
+    """Whether our lock is there, and no file that a run leaves: it is not known to be a run's."""
+    left = [*map(directory.joinpath, SINGLE_RUN_FILES), *directory.glob("*/*.npz")]
+    return any(directory.glob(f"{LOCK}*")) and not any(path.exists() for path in left)
 
 
 def check_grid_dir(directory: Path) -> None:
@@ -163,8 +169,11 @@ def clear(directory: Path) -> None:
     arrays = [*directory.glob("checkpoints/*.npz"), *directory.glob("weights/*.npz")]
     for path in [*rows.row_files(directory), *filter(_is_ours, arrays)]:
         path.unlink()
-    for name in (*SINGLE_RUN_FILES, CONFIG):  # config.json last: it shows whose the rest is
+    for name in SINGLE_RUN_FILES:
         (directory / name).unlink(missing_ok=True)
+    # config.json last: it shows whose the rest is
+    if read_or_quarantine(read_signed_json, directory / CONFIG):
+        (directory / CONFIG).unlink()
     for name in ("checkpoints", "weights", "runs"):
         remove_if_empty(directory / name)
 

@@ -149,7 +149,7 @@ def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:
     UserError if two have the same settings, or different data under one name.
     """
     left_out = ("seed", "program")  # the settings determine the program
-    known = [settings(each) | numerics(each) for each in stored]
+    known = [settings(each._replace(seed=None)) | numerics(each) for each in stored]
     known = [{k: v for k, v in each.items() if k not in left_out} for each in known]
     cell_of: dict[str, Path] = {}
     data_of: dict[tuple[str, str], str] = {}

@@ -239,6 +239,19 @@ def test_a_run_that_diverged_loses_its_pairs(tmp_path, dataset):
     assert pair["probability"]["estimate"] == 0.75  # seed 3 alone, without an error, wins
 
 
+def test_the_rate_that_wins_more_pairs_beats_the_other(tmp_path, dataset):
+    """Even if its sum is lower, as it is with runs that diverged."""
+    labels = dataset.test.labels
+    wins = [
+        make_row(labels, seed, range(1), rate=0.03, loss=np.nan if seed < 2 else 0.1)
+        for seed in range(20)
+    ]
+    loses = [make_row(labels, seed, range(2)) for seed in range(20)]
+    (pair,) = summarized(write_sweep(tmp_path / "s", wins + loses), dataset)["learning_rates"]
+    assert (pair["a"], pair["b"], pair["significant"]) == (0.03, 0.01, True)
+    assert pair["probability"]["estimate"] == 0.9
+
+
 def test_equal_rows_give_equal_bytes_in_whichever_files_they_lie(tmp_path, dataset):
     rows = random_rows(dataset, 10) + random_rows(dataset, 6, "order")
     mixed = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]

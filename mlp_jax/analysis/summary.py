@@ -67,13 +67,14 @@ def compare_rates(families: list[Family]) -> list[dict]:
         if a.vary == b.vary and len(shared) >= 2:
             sides = [([side.scores[seed] for seed in shared], side.rate) for side in (a, b)]
             (worse, low), (better, high) = sorted(sides, key=lambda side: sum(side[0]))
+            if stats.paired_improvement(better, worse).estimate < 0.5:  # it wins less often
+                (worse, low), (better, high) = (better, high), (worse, low)
             names = {"vary": a.vary, "a": high, "b": low, "pairs": len(shared)}
             p_values.append(sign_test(better, worse))
             chance = stats.paired_improvement(better, worse)
             pairs.append(names | {"probability": to_json(chance), "p_value": p_values[-1]})
     for pair, p in zip(pairs, holm(p_values).tolist(), strict=True):
-        higher = pair["probability"]["estimate"] > 0.5
-        pair |= {"p_holm": p, "significant": p < ALPHA and higher}
+        pair |= {"p_holm": p, "significant": p < ALPHA}
         pair["meaningful"] = pair["probability"]["high"] > 0.75
     return pairs
 

@@ -124,7 +124,8 @@ def compare_targets(
     pairs = ((right[0][seed], right[1][seed]) for seed in shared)
     covariance = error_covariance(pairs, len(counts[0].labels))
     spread = sd_over_test_sets(*counts, pairs=len(shared), covariance=covariance)
-    return compare_scores(ours, theirs, margin=margin, sd_over_test_sets=spread)
+    options = {"sd_over_test_sets": spread, "resolution": 1 / len(counts[0].labels)}
+    return compare_scores(ours, theirs, margin=margin, **options)
 
 
 def format_verdict(a: "Target", b: "Target", comparison: "Comparison") -> str:
@@ -193,32 +194,47 @@ def title(target: "Target", *, with_rate: bool) -> str:
     return f"{metadata.title(changed)} on {metadata.device_kind}"
 
 
+def compared_scores(a: "Target", b: "Target", comparison: "Comparison") -> list[list[float]]:
+    """Accuracies of the runs of each side that `comparison` is of."""
+    finite = [
+        {seed: score for seed, score in side.scores.items() if not math.isnan(score)}
+        for side in (a, b)
+    ]
+    if comparison.pairs:
+        shared = finite[0].keys() & finite[1].keys()
+        finite = [{seed: scores[seed] for seed in sorted(shared)} for scores in finite]
+    return [list(scores.values()) for scores in finite]
+
+
 def figure_paths(out: Path, n_pairs: int) -> list[Path]:
     numbers = [""] if n_pairs == 1 else [f"-{i + 1}" for i in range(n_pairs)]
     return [out / f"comparison{number}.png" for number in numbers]
 
 
 def write(
-    out: Path, pairs: Sequence[tuple], compared: Sequence["Comparison"], decision: "Decision | None"
+    out: Path,
+    pairs: Sequence[tuple],
+    comparisons: Sequence["Comparison"],
+    decision: "Decision | None",
 ) -> None:
     """comparison.json, with p values adjusted for the number of pairs, too; a figure for each."""
     from mlp_jax.analysis.compare import holm
     from mlp_jax.analysis.figures import draw_comparison
     from mlp_jax.analysis.summary import to_json
 
-    adjusted = holm([comparison.p_value for comparison in compared]).tolist()
+    adjusted = holm([comparison.p_value for comparison in comparisons]).tolist()
     files.make_directory(out)
     record, paths = [], figure_paths(out, len(pairs))
-    for i, ((a, b), comparison) in enumerate(zip(pairs, compared, strict=True)):
+    for i, ((a, b), comparison) in enumerate(zip(pairs, comparisons, strict=True)):
         each = {"a": a.name, "b": b.name, "differences": differences(a, b)}
         each |= comparison._asdict() | {"p_value_holm": adjusted[i]}
         looked = [LOOKED.format(decision.pairs)] if decision else []
         each |= {"until_decided": decision, "caveats": [*looked, *caveats(a), *caveats(b)]}
         record.append(to_json(each | {"says": format_verdict(a, b, comparison)}))
-        scores = ([s for s in side.scores.values() if not math.isnan(s)] for side in (a, b))
+        compared = compared_scores(a, b, comparison)
         sides = zip((a, b), labels(a, b), strict=True)
         names = (f"{label}, {title(side, with_rate=a.rate != b.rate)}" for side, label in sides)
-        files.save_figure(paths[i], draw_comparison(*scores, comparison, tuple(names)))
+        files.save_figure(paths[i], draw_comparison(*compared, comparison, tuple(names)))
     units = "fractions (0 to 1); intervals at 95 %"
     files.write_json(out / "comparison.json", {"units": units, "comparisons": record})
 
@@ -247,7 +263,8 @@ def train_until_decided(
                 runs = make_runs(seeds, [target.vary], [target.rate])
                 data = {"data_dir": args.data_dir, "quiet": True}
                 cell = Cell(target.directory, config, runs)
-                if train_cell(cell, data, {"recipe": recipe}, stop):
+                kept = any(target.directory.glob("weights/*.npz"))
+                if train_cell(cell, data, {"recipe": recipe, "keep_weights": kept}, stop):
                     stop.exit(f"what is finished is stored; resume with: {again}")
             targets = [open_target(target.name) for target in targets]
             a, b = (target.scores for target in targets)

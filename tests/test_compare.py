@@ -116,6 +116,14 @@ def test_equal_runs_are_equivalent():
         compare(same, other, margin=0).p_value,
     ) == ("better", 0)
     assert decide(np.zeros(40), margin=0.0001).verdict == "equivalent"
+    # two runs that happen to be equal say little: a count is rounded by an SD of 0.29 images
+    two, higher = {0: 0.97, 1: 0.96}, {0: 0.9701, 1: 0.9601}
+    got = compare(higher, two, margin=0.0001, resolution=1e-4)
+    half = scipy.stats.t.ppf(0.975, 1) * 1e-4 / math.sqrt(12)
+    assert got.verdict == "undecided"
+    assert got.difference == pytest.approx((1e-4, 1e-4 - half, 1e-4 + half))
+    apart = compare({0: 0.9701, 1: 0.9701}, {2: 0.97, 3: 0.97}, margin=0.0001, resolution=1e-4)
+    assert apart.verdict == "undecided"
     with pytest.raises(ValueError, match="needs two runs"):
         compare(same, {0: 1.0}, margin=0)
 

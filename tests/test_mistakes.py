@@ -39,9 +39,10 @@ from mlp_jax.report import main as report_main
 from mlp_jax.results import count_processors, open_target
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
-from mlp_jax.training import model, step
+from mlp_jax.training import augment, model, step
+from mlp_jax.training import fit as fits
 from mlp_jax.training import run as runs
-from mlp_jax.training.arrays import Split, for_dataset, make_dataset, with_teacher
+from mlp_jax.training.arrays import Split, count_steps, for_dataset, make_dataset, with_teacher
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import fit
 from mlp_jax.training.parallel import COMPILER_OPTIONS, numerics
@@ -91,6 +92,32 @@ def test_shards_with_different_code_are_not_pooled(swept, monkeypatch):
     with pytest.raises(UserError, match="s was trained with different training code"):
         swept("--seeds", "0:4", "--out", "s", "--shard", "1/2")
     assert len(mj.read_runs("s")) == 2
+
+
+def test_edited_code_that_counts_the_steps_is_refused(swept, monkeypatch):
+    """The compiled program does not depend on their number."""
+    swept("--seeds", "0:1", "--out", "s")
+    monkeypatch.setattr(fits, "count_steps", lambda config, n: count_steps(config, n) - 1)
+    with pytest.raises(UserError, match="parquet was trained with different training code"):
+        swept("--seeds", "0:2", "--out", "s")
+    swept("--seeds", "0:2", "--out", "s", "--allow-mixed")
+    assert len(mj.read_runs("s")) == 2
+
+
+def test_the_fingerprint_of_the_code_sees_its_constants(small, monkeypatch):
+    config = Config(hidden=(8,), elastic=1.0, batch_size=32, n_classes=4)
+    before = fits.fingerprint_code(config, small.arrays)
+    assert fits.fingerprint_code(config, small.arrays) == before
+    edited = augment.smooth_basis(config.elastic_sigma) * 1.001
+    monkeypatch.setattr(augment, "smooth_basis", lambda sigma: edited)
+    assert fits.fingerprint_code(config, small.arrays) != before
+    if jax.config.values.get("jax_use_simplified_jaxpr_constants") is False:
+        jax.config.update("jax_use_simplified_jaxpr_constants", True)
+        try:
+            with pytest.raises(UserError, match="hides constants of the code: unset it"):
+                fits.fingerprint_code(config, small.arrays)
+        finally:
+            jax.config.update("jax_use_simplified_jaxpr_constants", False)
 
 
 def test_config_json_names_the_code_before_the_first_row(swept):
@@ -349,6 +376,8 @@ def test_photos_are_turned_for_networks_of_emnist(swept, data, small):
     emnist = committee._replace(
         config=dataclasses.replace(committee.config, dataset="emnist/digits")
     )
+    own = committee._replace(config=dataclasses.replace(committee.config, dataset="emnist_mine"))
+    assert for_upright(own) is own
     turned = small.test.images.reshape(-1, 28, 28).transpose(0, 2, 1)
     np.testing.assert_allclose(
         mj.predict(for_upright(emnist), turned), mj.predict(emnist, small.test.images), atol=1e-5
@@ -736,6 +765,9 @@ def test_a_copy_of_a_data_set_is_not_its_newest_version(small_dir, tmp_path):
         shutil.copy(cache, copy)
     found = datasets._cached_directory("kmnist", tmp_path / "d")
     assert found == version
+    # a newer version that was prepared and never read
+    version.with_name("4.0.0").mkdir()
+    assert datasets._cached_directory("kmnist", tmp_path / "d") is None
 
 
 def test_a_stream_that_is_not_used_is_not_varied_from_python(config, small, here):

@@ -11,11 +11,13 @@ import pytest
 from scipy import stats
 
 import mlp_jax as mj
+from mlp_jax.analysis import figures
 from mlp_jax.analysis.compare import FIRST_LOOK
 from mlp_jax.compare import main as compare_main
 from mlp_jax.records.rows import predictions, row_files
 from mlp_jax.report import main as report_main
 from mlp_jax.sweep import main as sweep_main
+from mlp_jax.train import main as train_main
 from mlp_jax.training.arrays import make_dataset
 
 TINY = [
@@ -112,6 +114,11 @@ def test_a_ranking_says_what_the_records_say(sweep, small, tmp_path, monkeypatch
     shutil.copytree("g/dropout=0.5", "g/copy=1")
     with pytest.raises(mj.UserError, match=r"g/copy=1 and g/dropout=0.5 have the same settings"):
         mj.report("g")
+    train_main([*TINY, "--dropout", "0.2", "--out", "t/d=1"])
+    sweep("--seeds", "0:2", "--dropout", "0.3", "--out", "t/d=2")
+    capsys.readouterr()
+    report_main(["t"])
+    assert "dropout=0.3, learning rate 0.1: 2 runs" in capsys.readouterr().out
     shutil.copytree("g/dropout=0.5", "h/dropout=0.5")  # alone with its copy
     shutil.move("g/copy=1", "h/copy=1")
     with pytest.raises(mj.UserError, match=r"h/copy=1 and h/dropout=0.5 have the same settings"):
@@ -204,6 +211,25 @@ def test_what_cannot_be_compared_is_one_line(sweeps, message, sweep):
     sweep("--seeds", "0:2", "--split", "validation", "--out", "v")
     with pytest.raises(mj.UserError, match=message):
         compare_main(sweeps)
+
+
+def test_the_weights_of_more_seeds_are_kept_where_those_of_the_first_are(sweep):
+    sweep("--seeds", "0:2", "--keep-weights", "--out", "a")
+    sweep("--seeds", "0:2", "--learning-rate", "0.001", "--out", "b")
+    compare_main(["a", "b", "--until-decided"])
+    assert len(list(Path("a/weights").glob("*.npz"))) == len(mj.read_runs("a")) == FIRST_LOOK
+    assert not Path("b/weights").exists()
+
+
+def test_a_comparison_is_drawn_of_the_runs_compared(sweep, monkeypatch):
+    sweep("--seeds", "0:4", "--out", "a")
+    sweep("--seeds", "2:6", "--learning-rate", "0.05", "--out", "b")
+    drawn, draw = [], figures.draw_comparison
+    monkeypatch.setattr(figures, "draw_comparison", lambda *a: drawn.append(a) or draw(*a))
+    compare_main(["a", "b", "--out", "c"])
+    (ours, theirs, comparison, _) = drawn[0]
+    assert comparison.pairs == len(ours) == len(theirs) == 2
+    assert np.mean(ours) - np.mean(theirs) == pytest.approx(comparison.difference.estimate)
 
 
 def test_seeds_are_trained_until_it_is_decided(sweep, capsys):

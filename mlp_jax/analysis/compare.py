@@ -53,12 +53,15 @@ def compare(
     *,
     margin: float,
     sd_over_test_sets: float = math.nan,
+    resolution: float = 0.0,
 ) -> Comparison:
     """A against B on their shared seeds, if at least half of the smaller side's are, else on all.
 
     Shared seeds: paired t and Jeffreys; all runs: Welch and Brunner-Munzel. Equivalence by two
     one-sided tests at 5 % (Schuirmann 1987, 10.1007/BF01068419). `sd_over_test_sets` is that of the
-    difference, from `predictions.sd_over_test_sets`. ValueError for fewer than two runs.
+    difference, from `predictions.sd_over_test_sets`. `resolution` is the step between two possible
+    accuracies, 1 / test images: an SD below that of rounding to it, as of two runs that happen to
+    be equal, is not believed. ValueError for fewer than two runs.
     """
     shared = sorted(a.keys() & b.keys())
     if min(len(a), len(b)) < 2:
@@ -66,9 +69,11 @@ def compare(
     paired = len(shared) >= max(2, min(len(a), len(b)) / 2)
     x, y = (np.array([s[i] for i in (shared if paired else sorted(s))], float) for s in (a, b))
     correlation = ratio = math.nan
+    rounding = resolution**2 / 12
     error, df = welch(x, y)
+    error = max(error, math.sqrt(rounding / x.size + rounding / y.size))
     if paired:
-        own = (x - y).var(ddof=1)
+        own = max((x - y).var(ddof=1), 2 * rounding)
         if x.std() * y.std() > 0:
             correlation, ratio = np.corrcoef(x, y)[0, 1], own / (x.var(ddof=1) + y.var(ddof=1))
         error, df = math.sqrt(own / x.size), x.size - 1

@@ -12,7 +12,9 @@ from mlp_jax import cli
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.provenance import FORMER_NUMERICS
+from mlp_jax.records.provenance import FORMER_NUMERICS, Metadata
+
+VERSIONS = ("jax", "jaxlib", "flax", "optax")
 
 TOLERANCE = 0.01
 """Relative difference of the first epoch's training loss allowed for other hardware or versions.
@@ -53,16 +55,20 @@ def main(argv: list[str] | None = None) -> None:
     check_dataset(args.directory, metadata.fingerprint, metadata.images, dataset)
     if for_dataset(metadata.config, dataset).teacher != metadata.config.teacher:
         raise UserError(f"{args.directory} had no teacher: leave out --teacher {args.teacher}")
-    machine = prepare(metadata, dataset, 1, devices=1, lanes=1)
+    machine = prepare(metadata, dataset, 1, devices=1, lanes=1).compile()
     ids = rows.run_ids(rows.read_table(paths, []))
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(args.rows, len(ids))).round().astype(int))
     all_equal = True
     for run_id in (ids[i] for i in chosen):
         path, stored = rows.find_row(paths, run_id)
         *_, last = machine.train([run_id.run])
-        trained_there = rows.read_metadata(path).environment
-        exact = same_machine(trained_there, machine.metadata.environment)
-        result = compare(stored, last.progress, exact=exact)
+        there = rows.read_metadata(path)
+        exact = same_machine(there.environment, machine.metadata.environment)
+        edited = is_edited(there, machine.metadata)
+        older = there.program is None
+        result = compare(stored, last.progress, exact=exact or edited, older=older)
+        if edited and not result.startswith("equal"):
+            result += ": trained with different training code"
         all_equal &= result.startswith("equal")
         name = "{}, learning rate {:.9g}, seed {}".format(*run_id)
         print(f"{name}: {result}", flush=True)
@@ -76,20 +82,32 @@ def same_machine(there: dict, here: dict) -> bool:
     if "instructions" not in there:  # an older record; some EPYCs have AVX-512, and some have not
         there["instructions"] = None if "EPYC" in there["processor"] else here["instructions"]
     names = ("processor", "instructions", "cores", "device_kind", "prng", "matmul_precision")
-    versions = ("jax", "jaxlib", "flax", "optax")
     return all(there[name] == here[name] for name in (*names, *FORMER_NUMERICS)) and all(
-        there["versions"][name] == here["versions"][name] for name in versions
+        there["versions"][name] == here["versions"][name] for name in VERSIONS
     )
 
 
-def compare(stored: dict, progress, *, exact: bool) -> str:
-    """How a stored row and its retrained run compare, in one line."""
+def is_edited(there: Metadata, here: Metadata) -> bool:
+    """Whether the training code is known to differ: other versions trace it in another way."""
+    versions = [each.environment["versions"] for each in (there, here)]
+    comparable = all(versions[0][name] == versions[1][name] for name in VERSIONS)
+    return comparable and there.program not in (None, here.program)
+
+
+def compare(stored: dict, progress, *, exact: bool, older: bool = False) -> str:
+    """How a stored row and its retrained run compare, in one line.
+
+    `older` rows, which name no training code, have a mean training loss that was multiplied by 1/n
+    instead of divided by n, and so may differ in its last bit.
+    """
     correct = progress.history["test_correct"][0]
     (row,) = rows.make_rows(stored["recipe"], progress, stored["seconds"])
     # older rows have fewer columns; float32 numbers were stored as they were
-    same = all(same_value(stored[name], row[name]) for name in stored)
-    if same:
+    differing = {name for name in stored if not same_value(stored[name], row[name])}
+    if not differing:
         return f"equal bit for bit, {correct[-1]} correct"
+    if older and all(is_rounding(name, stored[name], row[name]) for name in differing):
+        return f"equal but for the last bit of training losses, {correct[-1]} correct"
     first = stored["train_loss_by_epoch"][0]
     drift = abs(progress.history["train_loss"][0, 0] - first) / first
     numbers = f"{stored['test_correct']} correct stored, {correct[-1]} now; the first epoch's"
@@ -104,6 +122,12 @@ def same_value(stored: Any, now: Any) -> bool:
     if isinstance(stored, str | bytes):
         return stored == now
     return np.array_equal(stored, now, equal_nan=True)
+
+
+def is_rounding(name: str, stored: Any, now: Any) -> bool:
+    """Whether two values are training losses that differ in a float32's last bit at most."""
+    difference = np.abs(np.subtract(stored, now, dtype=np.float64))
+    return name.startswith("train_loss") and bool(np.all(difference <= np.spacing(np.float32(now))))
 
 
 if __name__ == "__main__":

@@ -691,6 +691,24 @@ def test_nothing_was_lost():
         assert line in README
 
 
+def test_the_oldest_training_losses_are_products():
+    """README: no float32 sum divided by 60,000 gives all of them, and later ones are quotients."""
+    oldest = ("keras-sgd", "keras-sgd-epyc", "keras-rmsprop", "short")
+    for name in (*oldest, "best", "best-augmented", "best-distilled", "sprint-99"):
+        assert (f"`{name}`" in README) and f"(`{'`, `'.join(oldest)}`)" in README.replace("\n", " ")
+        table = read_runs(ROOT / "results" / name, ["train_loss_by_epoch"])
+        stored = np.float32(np.concatenate(table["train_loss_by_epoch"].to_pylist()))
+        low = high = np.float32(stored * np.float64(60_000))
+        sums = [low]
+        for _ in range(3):
+            low, high = np.nextafter(low, np.float32(0)), np.nextafter(high, np.float32(1e9))
+            sums += [low, high]
+        quotients = np.any([each / np.float32(60_000) == stored for each in sums], axis=0)
+        products = np.any([each * np.float32(1 / 60_000) == stored for each in sums], axis=0)
+        assert (products if name in oldest else quotients).all(), name
+        assert not (quotients if name in oldest else products).all(), name
+
+
 @pytest.mark.network
 @pytest.mark.parametrize(
     ("recipe", "seed"),

@@ -227,7 +227,9 @@ def test_train_starts_over_from_a_damaged_checkpoint(small_dir, here, monkeypatc
     path.write_bytes(path.read_bytes()[:-7])
     written = Path("a/config.json").read_bytes()
     Path("a/config.json").write_bytes(b"{")  # then nothing shows whose the rest is
-    with pytest.raises(UserError, match=r"a/config\.json was not written by mlp_jax, or is damaged"):
+    with pytest.raises(
+        UserError, match=r"a/config\.json was not written by mlp_jax, or is damaged"
+    ):
         train_main([*flags, "--out", "a", "--resume"])
     Path("a/config.json").write_bytes(written)
     train_main([*flags, "--out", "a", "--resume"])

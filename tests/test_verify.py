@@ -1,9 +1,11 @@
 """A record proves itself: stored runs trained again are equal, and forged ones are found out."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +16,7 @@ from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import describe_environment
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
+from mlp_jax.training import step
 from mlp_jax.verify import compare, same_machine
 from mlp_jax.verify import main as verify_main
 
@@ -86,6 +89,37 @@ def test_other_hardware_may_round_otherwise(small_dir, here, small):
     assert compare(row, progress, exact=False).startswith("equal within the tolerance")
     row["train_loss_by_epoch"][0] *= 1.1
     assert compare(row, progress, exact=False).startswith("DIFFERENT")
+
+
+def test_the_mean_training_loss_of_older_rows_was_rounded_otherwise(small_dir, here):
+    import mlp_jax as mj
+
+    sweep_main([*TINY, "--data-dir", str(small_dir), "--seeds", "0:1", "--out", "s"])
+    row = mj.read_runs("s").to_pylist()[0]
+    *_, progress = mj.fit(read_metadata(Path("s")).config, mj.load_dataset("kmnist", small_dir))
+    losses = row["train_loss_by_epoch"]
+    losses[0] = np.nextafter(np.float32(losses[0]), np.float32(9)).item()
+    assert compare(row, progress, exact=True, older=True).startswith("equal but for the last bit")
+    assert compare(row, progress, exact=True).startswith("DIFFERENT")
+    for name in ("train_loss_by_epoch", "test_loss_by_epoch"):
+        changed = [np.nextafter(np.float32(row[name][0]), np.float32(9)).item(), row[name][1]]
+        assert compare(row | {name: changed}, progress, exact=True, older=True).startswith("DIFF")
+
+
+def test_edited_code_is_no_other_hardware(small_dir, here, monkeypatch, capsys):
+    """Its first epoch may be the same."""
+    sweep_main([*TINY, "--data-dir", str(small_dir), "--seeds", "0:1", "--out", "s"])
+
+    def edited(state, *args, config, **options):
+        new, metrics = train_step(state, *args, config=config, **options)
+        return jax.tree.map(lambda a, b: jnp.where(state.step < 10, a, b), new, state), metrics
+
+    train_step = step.train_step
+    monkeypatch.setattr(step, "train_step", edited)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_foo=1")
+    with pytest.raises(SystemExit):
+        verify(small_dir, "s")
+    assert "training loss differs by 0.0e+00): trained with different" in capsys.readouterr().out
 
 
 def test_a_config_that_was_changed_and_signed_is_found_out(small_dir, here, capsys):

@@ -30,7 +30,7 @@ _HOMES = {
     "predict": "records.checkpoint",
     "read_runs": "records.rows",
     "report": "report",
-    "sweep": "experiment",
+    "sweep": "sweep",
 }
 __all__ = list(_HOMES)
 

@@ -30,16 +30,9 @@ from mlp_jax.records.checkpoint import (
     save_weights,
 )
 from mlp_jax.records.provenance import Metadata, check_same, git_state
-from mlp_jax.training.arrays import (
-    Dataset,
-    check_unchanged,
-    for_dataset,
-    params_digest,
-    with_teacher,
-)
+from mlp_jax.training.arrays import Dataset, for_dataset, params_digest, with_teacher
 from mlp_jax.training.config import RECIPES, Config
-from mlp_jax.training.parallel import n_cores, use_cores
-from mlp_jax.training.run import STREAMS, Run, crossed_seeds, make_runs, used_streams
+from mlp_jax.training.run import Run
 
 git_state()  # now, when the code that will train has just been read
 
@@ -239,53 +232,6 @@ def chunk_size(chunk: Literal["auto"] | int, epochs: float, width: int) -> int:
     if chunk < 1:
         raise UserError(f"a chunk must have at least one run, not {chunk}")
     return -(-chunk // width) * width
-
-
-def sweep(
-    config: Config,
-    dataset: Dataset,
-    directory: str | Path,
-    *,
-    seeds: Iterable[int] | None = None,
-    vary: Sequence[str] = ("all",),
-    learning_rates: Sequence[float] = (),
-    crossed: int = 0,
-    **options,
-):
-    """Train the seeds that `directory` lacks, and return all its rows.
-
-    Trains each seed (default: 0 to 99) for every family in `vary` ("all", or the one stream that
-    the seed decides) and every learning rate (default: the Config's). `crossed` blocks replace the
-    seeds (see `run.make_run`). `options` go to `open_experiment`; the rows are those of
-    `read_runs`. After an interruption, the same call resumes.
-    """
-    if not use_cores() and jax.default_backend() == "cpu" and len(jax.devices()) < n_cores():
-        files.log.warning(
-            "JAX already runs on %d of %d cores, and so will this sweep: to use all, call"
-            " mlp_jax.sweep in a new process before other JAX code",
-            len(jax.devices()),
-            n_cores(),
-        )
-    check_unchanged(dataset)
-    index, count = options.setdefault("shard", (0, 1))
-    if crossed and (seeds is not None or vary != ("all",)):
-        raise UserError("crossed sets all seeds: leave out seeds and vary")
-    if crossed:
-        seeds, vary = crossed_seeds(crossed, config), ("crossed",)
-    if unused := {*vary} & {*STREAMS} - {*used_streams(config)}:
-        raise UserError(f"vary {min(unused)}: with these settings that stream is not used")
-    seeds = range(100) if seeds is None else seeds
-    runs = make_runs(seeds, vary, list(learning_rates) or [config.learning_rate])[index::count]
-    if not runs:
-        raise UserError("a sweep needs at least one run")
-    options = {"recipe": recipe_name(config, dataset)} | options
-    if "seed" in options:
-        raise UserError("a sweep takes seeds, not seed")
-    directory = files.expand(directory)
-    with open_experiment(directory, config, dataset, runs, **options) as experiment:
-        for _ in experiment.train(runs):
-            pass
-    return rows.read_runs(directory)
 
 
 def recipe_name(config: Config, dataset: Dataset) -> str:

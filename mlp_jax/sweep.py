@@ -7,9 +7,9 @@ Learning rates alone share a directory, since they share a program.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
@@ -18,10 +18,12 @@ from mlp_jax.errors import UserError
 from mlp_jax.records import directory as directories
 from mlp_jax.records.provenance import Metadata, check_settings
 from mlp_jax.training.config import FROM_DATA, RECIPES, Config
-from mlp_jax.training.run import Run, crossed_seeds, make_run, make_runs, used_streams
+from mlp_jax.training.run import Run, sweep_runs
+
+if TYPE_CHECKING:  # --help does without
+    from mlp_jax.training.arrays import Dataset
 
 PROG = "python -m mlp_jax.sweep"
-MAX_RUNS = 10_000_000  # their list takes gigabytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,67 @@ def main(argv: list[str] | None = None) -> None:
                 stop.exit(f"{counts}{saved}; resume with: {again}")
 
 
+def sweep(
+    config: Config,
+    dataset: "Dataset",
+    directory: str | Path,
+    *,
+    seeds: Iterable[int] | None = None,
+    vary: str | Iterable[str] = ("all",),
+    learning_rates: Iterable[float] = (),
+    crossed: int = 0,
+    recipe: str | None = None,
+    devices: Literal["auto"] | int = "auto",
+    lanes: Literal["auto"] | int = "auto",
+    chunk: Literal["auto"] | int = "auto",
+    checkpoint_every: int = 10,
+    keep_weights: bool = False,
+    allow_mixed: bool = False,
+    shard: tuple[int, int] = (0, 1),
+):
+    """Train the seeds that `directory` lacks, and return all its rows.
+
+    Trains each seed (default: 0 to 99) for every family in `vary` ("all", or the one stream that
+    the seed decides) and every learning rate (default: the Config's). `crossed` blocks replace the
+    seeds (see `run.make_run`). The rest is as in `open_experiment`; `recipe` defaults to the one
+    with these settings. The rows are those of `read_runs`. After an interruption, the same call
+    resumes.
+    """
+    from mlp_jax.experiment import open_experiment, recipe_name
+    from mlp_jax.records.rows import read_runs
+    from mlp_jax.training.arrays import check_unchanged
+
+    _use_cores()
+    check_unchanged(dataset)
+    runs = sweep_runs(config, seeds, vary, learning_rates, crossed)[shard[0] :: shard[1]]
+    if not runs:
+        raise UserError("a sweep needs at least one run")
+    recipe = recipe or recipe_name(config, dataset)
+    options: dict = {"devices": devices, "lanes": lanes, "chunk": chunk, "shard": shard}
+    options |= {"checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
+    options |= {"recipe": recipe, "allow_mixed": allow_mixed}
+    directory = files.expand(directory)
+    with open_experiment(directory, config, dataset, runs, **options) as experiment:
+        for _ in experiment.train(runs):
+            pass
+    return read_runs(directory)
+
+
+def _use_cores() -> None:
+    """Let a sweep use all cores; warns if JAX has already started with fewer devices."""
+    import jax
+
+    from mlp_jax.training.parallel import n_cores, use_cores
+
+    if not use_cores() and jax.default_backend() == "cpu" and len(jax.devices()) < n_cores():
+        files.log.warning(
+            "JAX already runs on %d of %d cores, and so will this sweep: to use all, call"
+            " mlp_jax.sweep in a new process before other JAX code",
+            len(jax.devices()),
+            n_cores(),
+        )
+
+
 def train_cell(
     cell: Cell, data: dict, options: dict, stop: cli.StopSignals, tensorboard: bool = False
 ) -> int:
@@ -140,13 +203,17 @@ def train_cell(
 
 def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
     """The sweeps that the flags name; UserError if they name no run, or one twice."""
+    if len(set(configs)) < len(configs):
+        raise UserError("two values of a setting are equal")
     rates: dict[Config, list[float]] = {}
     for config in configs:
         key = dataclasses.replace(config, learning_rate=configs[0].learning_rate)
         rates.setdefault(key, []).append(config.learning_rate)
     names = directories.cell_names([vars(config) for config in rates])
+    own = not args.crossed or args.seeds != Args.seeds
+    which = (parse_seeds(args.seeds) if own else None, args.vary)
     cells = [
-        Cell(args.out / name, config, wanted_runs(args, config, values))
+        Cell(args.out / name, config, sweep_runs(config, *which, values, args.crossed))
         for name, (config, values) in zip(names, rates.items(), strict=True)
     ]
     for cell in cells:  # all of a grid, before the first is trained
@@ -159,28 +226,6 @@ def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:
     if len(cells) > 1:
         directories.check_grid_dir(args.out)
     return cells
-
-
-def wanted_runs(args: Args, config: Config, rates: Sequence[float]) -> list[Run]:
-    """The runs of one Config that the flags name; UserError if they name none, or one twice."""
-    if len({make_run(0, rate) for rate in rates}) < len(rates):
-        raise UserError("two values of a setting are equal (learning rates are rounded to float32)")
-    if not args.vary:
-        raise UserError("--vary needs at least one value")
-    for name in args.vary:
-        if name not in ("all", *used_streams(config)):
-            raise UserError(f"--vary {name}: with these settings that stream is not used")
-    if args.crossed and (args.vary, args.seeds) != (("all",), Args.seeds):
-        raise UserError("--crossed sets all seeds: leave out --seeds and --vary")
-    if args.crossed > MAX_RUNS:
-        raise UserError(f"--crossed must be at most {MAX_RUNS:,}, not {args.crossed:,}")
-    seeds = range(args.crossed * 2 ** len(used_streams(config)))
-    seeds = seeds if args.crossed else parse_seeds(args.seeds)
-    if (n_runs := len(seeds) * len(set(args.vary)) * len(rates)) > MAX_RUNS:
-        raise UserError(f"a sweep has at most {MAX_RUNS:,} runs, not {n_runs:,}")
-    if args.crossed:
-        return make_runs(crossed_seeds(args.crossed, config), ["crossed"], rates)
-    return make_runs(seeds, args.vary, rates)
 
 
 def parse_seeds(text: str) -> Sequence[int]:

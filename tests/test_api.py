@@ -34,7 +34,7 @@ def test_every_public_name_has_a_docstring():
 
 def test_a_command_of_the_same_name_hides_no_function():
     assert callable(sweep_main)  # the module mlp_jax.sweep is imported
-    assert mj.sweep.__module__ == "mlp_jax.experiment"
+    assert mj.sweep.__module__ == "mlp_jax.sweep"
 
 
 def test_fit_prints_nothing_and_is_the_command(small_dir, here, capfd):
@@ -63,8 +63,8 @@ def test_sweep_prints_nothing_resumes_and_is_the_command(small_dir, here, capfd)
 def test_wrong_arguments_are_one_line_before_anything_is_trained(small, here):
     for wrong, message in (
         (
-            {"vary": "init"},
-            "a family varies all or one of init, order, dropout, augment, data, not 'i'",
+            {"vary": "in"},
+            "a family varies all or one of init, order, dropout, augment, data, not 'in'",
         ),
         ({"seeds": []}, "a sweep needs at least one run"),
         ({"seeds": [-1]}, "seeds must be from 0 to"),

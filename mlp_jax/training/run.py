@@ -32,6 +32,9 @@ BLOCK = 32
 """Seeds of a crossed block, which stored runs rely on: one per combination of five streams."""
 
 
+MAX_RUNS = 10_000_000  # their list takes gigabytes
+
+
 class Run(NamedTuple):
     """One training, and the family that it belongs to.
 
@@ -98,6 +101,38 @@ def make_runs(
     """Seeds x families x learning rates, seeds outermost, so that all families grow together."""
     families = [(name, rate) for name in dict.fromkeys(vary) for rate in learning_rates]
     return [make_run(seed, rate, name) for seed in seeds for name, rate in families]
+
+
+def sweep_runs(
+    config: Config,
+    seeds: Iterable[int] | None = None,
+    vary: str | Iterable[str] = ("all",),
+    learning_rates: Iterable[float] = (),
+    crossed: int = 0,
+) -> list[Run]:
+    """The runs of a sweep; UserError if they are too many, or their streams are not used.
+
+    `seeds` (default: 0 to 99) for every family and every rate (default: the Config's), or instead
+    `crossed` blocks.
+    """
+    vary, rates = (vary,) if isinstance(vary, str) else tuple(vary), list(learning_rates)
+    rates = rates or [config.learning_rate]
+    if len({make_run(0, rate) for rate in rates}) < len(rates):
+        raise UserError("two learning rates are equal (they are rounded to float32)")
+    if not vary:
+        raise UserError("vary needs at least one value")
+    if unused := {*vary} & {*STREAMS} - {*used_streams(config)}:
+        raise UserError(f"vary {min(unused)}: with these settings that stream is not used")
+    if crossed and (seeds is not None or vary != ("all",)):
+        raise UserError("crossed sets all seeds: leave out seeds and vary")
+    n_cells = 2 ** len(used_streams(config))
+    if not isinstance(seeds, range):
+        seeds = range(crossed * n_cells or 100) if seeds is None else list(seeds)
+    if (n_runs := len(seeds) * len(set(vary)) * len(rates)) > MAX_RUNS:
+        raise UserError(f"a sweep has at most {MAX_RUNS:,} runs, not {n_runs:,}")
+    if crossed:
+        return make_runs(crossed_seeds(crossed, config), ["crossed"], rates)
+    return make_runs(seeds, vary, rates)
 
 
 def used_streams(config: Config) -> tuple[str, ...]:

@@ -69,16 +69,14 @@ def compare(
     paired = len(shared) >= max(2, min(len(a), len(b)) / 2)
     x, y = (np.array([s[i] for i in (shared if paired else sorted(s))], float) for s in (a, b))
     correlation = ratio = math.nan
-    rounding = resolution**2 / 12
     error, df = welch(x, y)
-    error = max(error, math.sqrt(rounding / x.size + rounding / y.size))
     if paired:
-        own = max((x - y).var(ddof=1), 2 * rounding)
+        own = (x - y).var(ddof=1)
         if x.std() * y.std() > 0:
             correlation, ratio = np.corrcoef(x, y)[0, 1], own / (x.var(ddof=1) + y.var(ddof=1))
         error, df = math.sqrt(own / x.size), x.size - 1
-    mean = x.mean() - y.mean()
-    half = stats.t.ppf(HIGH, df) * error
+    error = max(error, resolution * math.sqrt((1 / x.size + 1 / y.size) / 12))
+    mean, half = x.mean() - y.mean(), stats.t.ppf(HIGH, df) * error
     wider = math.hypot(half, Z * sd_over_test_sets)
     with np.errstate(divide="ignore", invalid="ignore"):  # equal runs: 0 / 0 is no difference
         t = np.divide([mean, mean + margin, mean - margin], error)

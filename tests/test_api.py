@@ -1,5 +1,6 @@
 """The Python API: what README shows, weights that travel, and an import that costs nothing."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,10 @@ def test_every_public_name_has_a_docstring():
     for name in mj.__all__:
         assert getattr(mj, name).__doc__
     assert set(mj.__all__) <= set(dir(mj))
+    stub = (Path(mj.__file__).parent / "__init__.pyi").read_text()  # what editors and mypy read
+    assert sorted(re.findall(r" as (\w+)", stub)) == sorted(mj.__all__)
+    for name, home in mj._HOMES.items():
+        assert f"from mlp_jax.{home} import {name} as {name}\n" in stub
     with pytest.raises(AttributeError, match="no attribute 'sweeep'"):
         mj.sweeep  # noqa: B018
 

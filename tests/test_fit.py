@@ -135,6 +135,17 @@ def test_the_length_of_the_training_is_traced(config, small):
     assert short.history["train_loss"][0, 0] != long.history["train_loss"][0, 0]
 
 
+@pytest.mark.parametrize("name", ["linear", *RECIPES])
+def test_the_program_does_not_read_what_is_traced(name, small, monkeypatch):
+    """Else it would read the fixed values of `program_config`: a schedule, the length of 1."""
+    config = RECIPES.get(name) or dataclasses.replace(RECIPES["short"], schedule="linear")
+    config = for_dataset(dataclasses.replace(config, hidden=(8,), batch_size=32, teacher=""), small)
+    monkeypatch.setattr(fit_module, "program_config", lambda config: config)
+    longer = dataclasses.replace(config, epochs=7.5, learning_rate=0.123)
+    texts = [fit_module.program_text(each, small.arrays) for each in (config, longer)]
+    assert texts[0] == texts[1]
+
+
 def test_a_metric_is_one_line(config, small, monkeypatch):
     """What the loss returns beside itself reaches the history by its name."""
 

@@ -1,17 +1,19 @@
 """Each ingredient of a training against a few lines of NumPy; all of them at once in many runs."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.special import log_softmax, softmax
 
 from mlp_jax.errors import UserError
 from mlp_jax.training import losses, model, optim, step
 from mlp_jax.training.arrays import Split, hold_out, make_dataset
-from mlp_jax.training.config import RECIPES, Config
+from mlp_jax.training.config import RECIPES, Config, OptimizerName, RecipeName, ScheduleName
 from mlp_jax.training.fit import fit
 from mlp_jax.training.losses import Batch
 from mlp_jax.training.model import MLP
@@ -355,3 +357,35 @@ def test_rmsprop_as_keras_had_it_adds_epsilon_outside_of_the_root():
         rule = optim.OPTIMIZERS[name]()
         made, _ = rule.update(g, rule.init(g))
         np.testing.assert_allclose(made["w"], g["w"] * scale(0.1 * g["w"] ** 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("nesterov", optax.sgd(0.1, 0.9, nesterov=True)),
+        ("nadam", optax.nadam(0.1, b1=0.8, b2=0.95, eps=1e-7)),
+        ("adabelief", optax.adabelief(0.1)),
+        ("lion", optax.lion(0.1, weight_decay=0)),
+        ("radam", optax.radam(0.1)),
+        ("yogi", optax.yogi(0.1)),
+    ],
+)
+def test_a_rule_times_the_rate_is_optaxs_optimizer(name, wanted):
+    rule, params = optim.make_optimizer(Config(optimizer=name)), {"w": jnp.array([0.5, -2.0])}
+    states = rule.init(params), wanted.init(params)
+    for gradient in ([1.0, -3.0], [0.01, 2.0], [-1.0, 0.5]):
+        grads = {"w": jnp.array(gradient)}
+        ours, theirs = (
+            r.update(grads, s, params) for r, s in zip((rule, wanted), states, strict=True)
+        )
+        np.testing.assert_allclose(-0.1 * ours[0]["w"], theirs[0]["w"], rtol=1e-5)
+        states = ours[1], theirs[1]
+
+
+def test_each_name_has_its_entry():
+    for names, entries in (
+        (OptimizerName, optim.OPTIMIZERS),
+        (ScheduleName, optim.SCHEDULES),
+        (RecipeName, RECIPES),
+    ):
+        assert get_args(names) == tuple(entries)

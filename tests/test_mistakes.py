@@ -662,7 +662,7 @@ def test_the_run_to_load_is_named(swept):
 def test_a_snapshot_within_an_epoch_is_not_trained_further(config, small):
     part = dataclasses.replace(config, epochs=0.7)
     *_, end = fit(part, small, seeds=(7,))
-    with pytest.raises(UserError, match=r"ends within an epoch: 0\.7"):
+    with pytest.raises(UserError, match=r"of 0\.7 epochs cannot be extended"):
         fit(dataclasses.replace(config, epochs=2), small, seeds=(7,), start=end.snapshot())
     assert not list(fit(part, small, seeds=(7,), start=end.snapshot()))
 
@@ -911,10 +911,10 @@ def test_a_report_does_not_replace_a_summary_of_somebody(swept, data):
         report_main(["s", "--out", "mine", *data])
     assert Path("mine/summary.json").read_text() == "[1]"
     Path("mine/summary.json").rename("mine/report.html")
-    with pytest.raises(UserError, match=r"mine/report\.html may not be mlp_jax's"):
+    with pytest.raises(UserError, match=r"mine/report\.html was perhaps not written by mlp_jax"):
         report_main(["s", "--html", "--out", "mine", *data])
     Path("mine/report.html").rename("mine/comparison.json")
-    with pytest.raises(UserError, match=r"mine/comparison\.json may not be mlp_jax's"):
+    with pytest.raises(UserError, match=r"comparison\.json was perhaps not written by mlp_jax"):
         compare_main(["s", "s", "--out", "mine", *data])
     for _ in range(2):
         report_main(["s", "--html", "--out", "new", *data])
@@ -978,7 +978,7 @@ def test_a_shard_without_runs_says_so(swept, capsys, monkeypatch):
 
 
 def test_a_stream_that_is_not_random_is_not_varied(swept):
-    with pytest.raises(UserError, match="--vary dropout: with these settings that stream is"):
+    with pytest.raises(UserError, match="vary dropout: with these settings that stream is"):
         swept("--vary", "dropout", "--dropout", "0", "--out", "s")
 
 

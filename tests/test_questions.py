@@ -196,7 +196,7 @@ def test_families_and_rates_are_compared_and_holm_adjusts(sweep):
 @pytest.mark.parametrize(
     ("sweeps", "message"),
     [
-        (["s"], "name two sweeps or more"),
+        (["s"], "name two or more sweeps"),
         (["s", "nowhere"], "nowhere contains no mlp_jax results"),
         (["s", "s:chaos"], "s:chaos: a family is all or one of"),
         (["s", "s@3"], "s@3: the learning rates of family 'all' are 0.1: name one"),

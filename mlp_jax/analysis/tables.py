@@ -29,7 +29,7 @@ STATISTICS = {
     "halves_sd": ("  the same by halves", "points", "covariance of two halves of the test set"),
     "binomial_sd": ("  binomial", "points", "if all images were equally hard"),
     "binary_sd": ("  if calibrated: binary", "points", "sqrt(error / 2n), of independent errors"),
-    "k_class_sd": ("  if calibrated: k-class", "points", "at least sqrt(error / nk), of the same"),
+    "k_class_sd": ("  if calibrated: k-class", "points", "at least sqrt(error / nk), likewise"),
     "label_free_sd": ("  label-free", "points", "independent errors, predicted from the votes"),
     "error": ("mean error", "%", "error rate of a run"),
     "disagreement": ("disagreement", "%", "of two runs; calibrated: the mean error"),

@@ -218,9 +218,9 @@ def _read_committee(path: Path) -> Committee:
 
 
 def check_predictions(committee: Committee, dataset: Dataset) -> None:
-    """UserError if its runs no longer get as many of the images they were scored on right.
+    """UserError if the runs' accuracy on these images no longer is what was stored.
 
-    They are given one in 500 for roundings of other hardware and of float16.
+    A difference of one image in 500 is allowed, for the roundings of other hardware and of float16.
     """
     classes = predict(committee, dataset.test.images).argmax(axis=-1)
     for run, right, stored in zip(

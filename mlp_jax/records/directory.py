@@ -51,7 +51,9 @@ def check_replaceable(paths: Sequence[Path]) -> None:
     existing = [path for path in paths if path.exists()]
     summary = paths[0].read_text(errors="replace") if paths[0].is_file() else ""
     if existing and not any(units in summary for units in UNITS):
-        raise UserError(f"{existing[0]} may not be mlp_jax's: move it, or name another --out")
+        raise UserError(
+            f"{existing[0]} was perhaps not written by mlp_jax: move it, or name another --out"
+        )
 
 
 def _from_config(directory: Path) -> Metadata:

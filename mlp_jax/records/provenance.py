@@ -218,5 +218,5 @@ def check_same(place: Path | str, stored: Metadata, asked: Metadata) -> None:
             now = "" if name == "program" else f", and this is {name}={here[name]}"
             raise UserError(
                 f"{place} was trained with {what}{now}, which can change the numbers: restore it,"
-                " name another --out, or pool the rows, marked, with --allow-mixed"
+                " name another --out, or add --allow-mixed, which marks the rows"
             )

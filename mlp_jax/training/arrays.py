@@ -45,7 +45,7 @@ class Dataset(NamedTuple):
 def make_dataset(name: str, train: Split, test: Split, n_classes: int) -> Dataset:
     """A Dataset with its fingerprints, of read-only copies of the arrays.
 
-    UserError for fewer than two images of a kind, over 256 classes, or arrays unlike Split's.
+    UserError for fewer than two images in a split, over 256 classes, or arrays unlike Split's.
     """
     if n_classes > 256:
         raise UserError(f"{name} has {n_classes} classes; at most 256 are supported")

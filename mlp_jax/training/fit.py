@@ -110,7 +110,7 @@ def fit(
     if start and start.fingerprint != dataset.fingerprint:
         raise UserError("the snapshot to start from was trained on different data")
     if start and start.epoch > start.config.epochs != config.epochs:
-        raise UserError(f"the snapshot to start from ends within an epoch: {start.config.epochs}")
+        raise UserError(f"a training of {start.config.epochs} epochs cannot be extended")
     placement = placement or place(len(runs), run_bytes(config))
     programs = programs or current_programs(config, placement, dataset.arrays)
     return _epochs(config, dataset, tuple(runs), placement, start, programs)

@@ -3,11 +3,11 @@
     import mlp_jax as mj
 
     data = mj.load_dataset("mnist")
-    table = mj.sweep(mj.RECIPES["short"], data, "runs/short", seeds=range(100)).to_pandas()
+    table = mj.sweep(mj.RECIPES["short"], data, "runs/short", seeds=range(100))
     for epoch in mj.fit(mj.RECIPES["short"], data, seeds=range(8)):
         print(epoch.test_accuracy)
-    runs = mj.read_runs("results/keras-sgd")
-    logits = mj.predict(mj.load_run("runs/mine"), images)
+    runs = mj.read_runs("results/keras-sgd").to_pandas()
+    logits = mj.predict(mj.load_run("runs/mine"), data.test.images)
 
 The same from a shell: `python -m mlp_jax.train`, `mlp_jax.sweep` and `mlp_jax.report`.
 Names are imported on first use, so importing the package costs nothing.

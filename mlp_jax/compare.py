@@ -130,9 +130,9 @@ def compare_targets(
 
 def format_verdict(a: "Target", b: "Target", comparison: "Comparison") -> str:
     """The verdict in one sentence."""
-    from mlp_jax.analysis.compare import describe
+    from mlp_jax.analysis.compare import verdict_sentence
 
-    return describe(comparison, *labels(a, b), scored=a.metadata.config.split)
+    return verdict_sentence(comparison, *labels(a, b), scored=a.metadata.config.split)
 
 
 def labels(a: "Target", b: "Target") -> tuple[str, str]:

@@ -9,6 +9,7 @@ from mlp_jax.bars import SECONDS_PER_LINE, progress_bar
 from mlp_jax.training.config import RECIPES, REFERENCES, Config
 from mlp_jax.training.run import Run
 
+SHOWN = {"epoch", "train_loss", "test_loss", "test_accuracy", "test_correct", "seconds"}
 COLUMNS = ("epoch", "train loss", "test loss", "test accuracy", "seconds", "left")
 
 
@@ -29,14 +30,18 @@ def header(experiment) -> str:
 
 
 def table_line(lines: list[dict], epochs: float) -> str:
-    """The last of `lines`, one per epoch; the time left assumes the median epoch time."""
+    """The last of `lines`, one per epoch, with metrics of a fork's own at its end.
+
+    The time left assumes the median epoch time.
+    """
     last = lines[-1]
     done = min(last["epoch"], epochs)  # the last may be a part of one
     left = (epochs - done) * statistics.median(line["seconds"] for line in lines)
+    more = "".join(f"  {name} {last[name]:.4g}" for name in last if name not in SHOWN)
     return (
         f"{done:>10g} / {epochs:g}{last['train_loss']:14.4f}{last['test_loss']:14.4f}"
         f"{last['test_accuracy']:14.2%}{last['seconds']:14.2f}"
-        f"{int(left) // 60:>11}:{int(left) % 60:02d}"
+        f"{int(left) // 60:>11}:{int(left) % 60:02d}{more}"
     )
 
 

@@ -61,7 +61,7 @@ def make_page(committee, members: int) -> str:
         half = weights.astype(np.float16)
     weights = half if np.array_equal(half, weights) else weights  # as of those shipped
     net = {
-        "about": describe(committee, members),
+        "about": page_note(committee, members),
         "seeds": [run.seed for run in committee.runs[:members]],
         "photo": {name: getattr(photo, name) for name in ("BOX", "FINE", "LINE", "MARGIN")},
         "layers": layers,
@@ -71,7 +71,7 @@ def make_page(committee, members: int) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace("{{NET}}", json.dumps(net))
 
 
-def describe(committee, members: int) -> str:
+def page_note(committee, members: int) -> str:
     """The text under the page's title."""
     correct = sorted(metrics["test_correct"] for metrics in committee.metrics[:members])
     counts = " to ".join(f"{n:,}" for n in dict.fromkeys((correct[0], correct[-1])))

@@ -15,7 +15,7 @@ from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 from mlp_jax.analysis import compare as comparing
 from mlp_jax.analysis import figures, predictions
-from mlp_jax.analysis.compare import compare, confidence_sequence, decide, describe
+from mlp_jax.analysis.compare import compare, confidence_sequence, decide, verdict_sentence
 from mlp_jax.analysis.stats import Interval
 from mlp_jax.analysis.summary import to_json
 
@@ -95,7 +95,7 @@ def shifted(shift, sd=0.0003, n=40):
 def test_the_verdict_in_one_sentence(shift, sd, verdict, words):
     got = compare(*shifted(shift, sd), margin=0.0005, sd_over_test_sets=0.0004)
     assert got.verdict == verdict
-    said = describe(got, "A", "B")
+    said = verdict_sentence(got, "A", "B")
     assert said.startswith(f"On this test set {words} the difference is")
     low, high = (f"{100 * end:+.3f}" for end in got.over_test_sets[1:])
     assert f"over all images like these, {100 * shift:+.3f} points ({low} to {high})." in (

@@ -152,7 +152,7 @@ def test_no_damaged_cache_is_believed(kmnist, draw):
         assert_same(read, kmnist.dataset)  # not every bit of an .npz counts: its dates do not
 
 
-def test_a_damaged_cache_is_set_aside_and_redone(kmnist, caplog, capsys):
+def test_a_damaged_cache_is_quarantined_and_redone(kmnist, caplog, capsys):
     arrays = dict(np.load(kmnist.cache))
     arrays["test_images"][3, 100] ^= 1
     np.savez(kmnist.cache, **arrays)  # whole as an .npz

@@ -42,14 +42,14 @@ def rows(snapshot):
 def test_a_row_is_the_single_run_bit_for_bit(config, small):
     alone = [rows(train(config, small, [seed]))[0] for seed in range(5)]
     assert len(set(alone)) == 5
-    fleets = {
+    results = {
         "one device": train(config, small, [0, 1, 2, 3, 4]),
         "two devices": train(config, small, [0, 1, 2, 3], placement=two_devices()),
         "another order": train(config, small, [3, 0, 4, 1], placement=two_devices()),
         "padded": train(config, small, [2, 1, 0], placement=two_devices()),
     }
     orders = {"one device": range(5), "two devices": range(4), "another order": [3, 0, 4, 1]}
-    for name, result in fleets.items():
+    for name, result in results.items():
         wanted = [alone[seed] for seed in orders.get(name, [2, 1, 0])]
         assert rows(result) == wanted, name
 
@@ -58,9 +58,9 @@ def test_a_row_is_the_single_run_bit_for_bit(config, small):
 @pytest.mark.parametrize("recipe", ["keras-sgd", "keras-rmsprop"])
 def test_a_row_is_the_single_run_bit_for_bit_on_mnist(recipe, mnist):
     config = dataclasses.replace(RECIPES[recipe], epochs=2)
-    fleet = train(config, mnist, [7, 3, 5], placement=two_devices())
+    many = train(config, mnist, [7, 3, 5], placement=two_devices())
     for i, seed in enumerate([7, 3, 5]):
-        assert rows(train(config, mnist, [seed]))[0] == rows(fleet)[i]
+        assert rows(train(config, mnist, [seed]))[0] == rows(many)[i]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])

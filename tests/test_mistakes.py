@@ -347,7 +347,7 @@ def test_weights_that_are_left_say_whose_they_are(swept, data):
     assert len(load_committee("s").runs) == 2
 
 
-def test_a_broken_row_beside_a_broken_config_is_set_aside(swept, caplog):
+def test_a_broken_row_beside_a_broken_config_is_quarantined(swept, caplog):
     swept("--seeds", "0:2", "--chunk", "1", "--out", "s")
     path = min(Path("s/runs").iterdir())
     path.write_bytes(path.read_bytes()[:-40])

@@ -198,7 +198,7 @@ def test_equal_predictions_cost_next_to_nothing(tmp_path):
         ({"seed": 3}, "s has seed=None; you asked for seed=3"),
     ],
 )
-def test_a_sweep_is_gone_on_with_only_where_all_agrees(changes, message, tmp_path):
+def test_a_sweep_is_resumed_only_where_all_agrees(changes, message, tmp_path):
     opened(tmp_path / "s")
     claim(tmp_path / "s", metadata())
     with pytest.raises(UserError, match=message):
@@ -284,7 +284,7 @@ def test_rows_made_otherwise_are_refused_wherever_they_come_from(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_damaged_config_is_set_aside_and_written_anew(seed, tmp_path, caplog):
+def test_a_damaged_config_is_quarantined_and_rewritten(seed, tmp_path, caplog):
     directory = opened(tmp_path / "s")
     path = directory / "config.json"
     before = path.read_bytes()

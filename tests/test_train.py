@@ -233,6 +233,8 @@ def test_the_time_left_is_that_of_median_epochs():
         "30.00",
         "1:30",
     ]
+    rows[-1]["train_logit"] = 2.5  # a metric that loss_fn returns in a fork
+    assert table_line(rows, 6).endswith("1:30  train_logit 2.5")
 
 
 @pytest.mark.network

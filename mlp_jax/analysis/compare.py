@@ -167,7 +167,7 @@ def decide(differences: ArrayLike, *, margin: float, alpha: float = ALPHA) -> De
     return Decision(verdict, at + 1, difference, float(e_value))
 
 
-def describe(comparison: Comparison, a: str, b: str, *, scored: str = "test") -> str:
+def verdict_sentence(comparison: Comparison, a: str, b: str, *, scored: str = "test") -> str:
     """The verdict in one sentence, in percentage points; `scored` says on which images."""
 
     def points(interval: Interval) -> str:

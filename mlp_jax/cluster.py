@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 
 from mlp_jax.errors import UserError, one_line
-from mlp_jax.machine import Epoch, Machine, prepare, split, with_program
+from mlp_jax.machine import Epoch, Machine, chunks_of, prepare, with_program
 from mlp_jax.records.provenance import Metadata, check_same, version
 from mlp_jax.training.arrays import Dataset
 from mlp_jax.training.parallel import use_cores
@@ -121,7 +121,7 @@ def _task(there: dict, job: list, chunk: bytes) -> tuple[Metadata, int, list[Epo
     except UserError as error:
         raise UserError(f"node {ray.util.get_node_ip_address()}: {error}") from None
     width, ended = machine.placement.width, []
-    for group in split(runs, width):
+    for group in chunks_of(runs, width):
         (last,) = deque(machine.train(group), maxlen=1)
         ended.append(last.finish(keep_weights))
     return machine.metadata, width, ended

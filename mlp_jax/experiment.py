@@ -18,7 +18,7 @@ import jax
 from mlp_jax import files
 from mlp_jax.data import dataset as datasets
 from mlp_jax.errors import UserError
-from mlp_jax.machine import Epoch, Machine, prepare, split, with_program
+from mlp_jax.machine import Epoch, Machine, chunks_of, prepare, with_program
 from mlp_jax.records import directory as directories
 from mlp_jax.records import rows
 from mlp_jax.records.checkpoint import (
@@ -65,7 +65,7 @@ class Experiment:
         """
         if not (missing := self.missing(runs)):
             return
-        chunks = split(missing, self.chunk)
+        chunks = chunks_of(missing, self.chunk)
         if not isinstance(self.trainer, Machine):
             for ended, metadata in self.trainer.train(chunks, self, stop):
                 self._store(ended, metadata)
@@ -84,7 +84,7 @@ class Experiment:
     def _train_chunk(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
         ended: list[Epoch] = []
         try:
-            for group in split(runs, self.trainer.placement.width):
+            for group in chunks_of(runs, self.trainer.placement.width):
                 for epoch in self._train_group(group, stop):
                     if epoch.progress.epoch == self.metadata.config.n_epochs:
                         ended.append(self._keep(epoch.finish(self.keep_weights), self.metadata))

@@ -83,5 +83,5 @@ def with_program(metadata: Metadata, dataset: Dataset) -> Metadata:
     return metadata._replace(program=fingerprint_code(metadata.config, dataset.arrays))
 
 
-def split(runs: Sequence[Run], size: int) -> Iterator[Sequence[Run]]:
+def chunks_of(runs: Sequence[Run], size: int) -> Iterator[Sequence[Run]]:
     return (runs[start : start + size] for start in range(0, len(runs), size))

@@ -37,10 +37,10 @@ def open_results(directory: Path, data_dir: str | Path | None = None) -> Results
     """UserError for no runs, other data, or rows that may not be pooled; Damaged."""
     metadata, paths = read_metadata(directory), rows.checked_files(directory)
     processors = count_processors(paths, metadata)
-    return Results(metadata, paths, load_data(directory, metadata, data_dir), processors)
+    return Results(metadata, paths, open_dataset(directory, metadata, data_dir), processors)
 
 
-def load_data(directory: Path, metadata: Metadata, data_dir: str | Path | None) -> Dataset:
+def open_dataset(directory: Path, metadata: Metadata, data_dir: str | Path | None) -> Dataset:
     """The data on which the runs of `directory` were trained; UserError if they have changed."""
     config = metadata.config
     dataset = datasets.load_dataset(config.dataset, data_dir, quiet=False, split=config.split)
@@ -134,7 +134,7 @@ class Target(NamedTuple):
         return self.vary, self.rate
 
     def read_family(self, data_dir: Path | None = None) -> Family:
-        dataset = load_data(self.directory, self.metadata, data_dir)
+        dataset = open_dataset(self.directory, self.metadata, data_dir)
         families = read_families(self.paths, dataset.test.labels, dataset.n_classes)
         return next(family for family in families if family[:2] == self.family)
 
@@ -167,8 +167,6 @@ def open_target(text: str) -> Target:
         line = f"{text}: the learning rates of family {vary!r} are {found}: name one"
         raise UserError(line + (f", as in {place}@{rates[0]:.9g}" if rates else ""))
     processors = count_processors(paths, metadata)
-    stored = map(rows.read_metadata, paths)
-    programs = [each.program for each in stored if each.program and not each.mixed]
-    metadata = metadata._replace(program=programs[0] if programs else None)
+    metadata = metadata._replace(program=rows.stored_program(paths))
     own = {i.seed: score for i, score in scores.items() if i.family == (vary, chosen[0])}
     return Target(text, directory, metadata, paths, processors, vary, chosen[0], own)

@@ -907,7 +907,7 @@ def test_a_report_does_not_replace_a_summary_of_somebody(swept, data):
     swept("--seeds", "0:2", "--out", "s")
     Path("mine").mkdir()
     Path("mine/summary.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"mine/summary\.json may not be mlp_jax"):
+    with pytest.raises(UserError, match=r"mine/summary\.json was perhaps not written"):
         report_main(["s", "--out", "mine", *data])
     assert Path("mine/summary.json").read_text() == "[1]"
     Path("mine/summary.json").rename("mine/report.html")

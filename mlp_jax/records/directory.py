@@ -156,9 +156,8 @@ def claim(directory: Path, metadata: Metadata) -> None:
         check_same(directory, stored, metadata)
     path, kept = directory / CONFIG, stored or metadata
     if not kept.program:  # as in older records: that of their newer rows, or of the next
-        every = map(rows.read_metadata, rows.intact_files(directory))
-        known = (each.program for each in every if not each.mixed and each.program)
-        kept = kept._replace(program=next(known, metadata.program))
+        known = rows.stored_program(rows.intact_files(directory))
+        kept = kept._replace(program=known or metadata.program)
     gained = stored and kept.program != stored.program
     if not read_or_quarantine(read_signed_json, path) or gained:
         write_signed_json(path, kept._replace(mixed=False).to_json())

@@ -190,6 +190,12 @@ def read_runs(directory: str | Path, columns: Sequence[str] | None = None):
     return read_table(paths, columns)
 
 
+def stored_program(paths: Sequence[Path]) -> str | None:
+    """The code that trained some rows; None if they are older, or all stored by --allow-mixed."""
+    every = map(read_metadata, paths)
+    return next((each.program for each in every if each.program and not each.mixed), None)
+
+
 def checked_files(directory: Path) -> list[Path]:
     """`row_files`, all intact; UserError if there are none, or they may not be pooled; Damaged."""
     if not (paths := row_files(directory)):

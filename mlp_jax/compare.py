@@ -143,7 +143,7 @@ def labels(a: "Target", b: "Target") -> tuple[str, str]:
 
 def differences(a: "Target", b: "Target") -> dict[str, tuple]:
     """What may have made the difference: settings, and what else can change a number."""
-    from mlp_jax.training.fit import program_config
+    from mlp_jax.training.programs import program_config
 
     ours, theirs = (
         settings(each.metadata)

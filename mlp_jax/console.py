@@ -15,8 +15,8 @@ COLUMNS = ("epoch", "train loss", "test loss", "test accuracy", "seconds", "left
 
 def header(experiment) -> str:
     """The network, the data and the device, above the columns of `table_line`."""
-    from mlp_jax.training.fit import state_shapes
     from mlp_jax.training.model import parameter_table
+    from mlp_jax.training.programs import state_shapes
 
     config, dataset = experiment.metadata.config, experiment.dataset
     table = parameter_table(config, state_shapes(config).params)

@@ -10,15 +10,9 @@ import jax
 
 from mlp_jax.records.provenance import Metadata, describe_environment
 from mlp_jax.training.arrays import Dataset
-from mlp_jax.training.fit import (
-    Programs,
-    Progress,
-    current_programs,
-    fingerprint_code,
-    fit,
-    run_bytes,
-)
+from mlp_jax.training.fit import Progress, fit
 from mlp_jax.training.parallel import Placement, place
+from mlp_jax.training.programs import Programs, current_programs, fingerprint_code, run_bytes
 from mlp_jax.training.run import Run
 
 

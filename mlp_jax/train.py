@@ -131,8 +131,8 @@ def save_curve(out: Path, metadata: Metadata) -> None:
 
 def summarize(experiment, run) -> dict:
     """summary.json of a finished run."""
-    from mlp_jax.training.fit import state_shapes
     from mlp_jax.training.model import count_parameters
+    from mlp_jax.training.programs import state_shapes
 
     metadata, metrics = experiment.metadata, experiment.finished[run]
     n_test = len(experiment.dataset.test.labels)

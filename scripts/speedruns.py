@@ -34,8 +34,8 @@ from mlp_jax.errors import UserError
 from mlp_jax.files import write_json, write_text
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.rows import checked_files, read_scores
-from mlp_jax.training.fit import current_programs, run_bytes
 from mlp_jax.training.parallel import place
+from mlp_jax.training.programs import current_programs, run_bytes
 
 RESULTS = Path(__file__).parents[1] / "results"
 OUT = RESULTS / "speedruns.json"

@@ -40,8 +40,8 @@ from mlp_jax.records.provenance import describe_environment
 from mlp_jax.training import step
 from mlp_jax.training.arrays import N_PIXELS, Split
 from mlp_jax.training.config import RECIPES, Config
-from mlp_jax.training.fit import compile_programs, run_bytes
 from mlp_jax.training.parallel import Placement, auto_lanes
+from mlp_jax.training.programs import compile_programs, run_bytes
 
 RECIPE = "keras-sgd"
 N_TRAIN, N_TEST = 60_000, 10_000

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from mlp_jax.errors import UserError
-from mlp_jax.training import fit as fit_module
-from mlp_jax.training import step
+from mlp_jax.training import programs, step
 from mlp_jax.training.arrays import for_dataset
 from mlp_jax.training.config import RECIPES
 from mlp_jax.training.fit import fit
@@ -81,21 +80,21 @@ def test_learning_rates_are_traced(config, small):
 
 
 def test_compiled_once(config, small):
-    fit_module._compile.cache_clear()
+    programs._compile.cache_clear()
     train(config, small, [0, 1, 2, 3], placement=two_devices())
     train(dataclasses.replace(config, epochs=4), small, [4, 5, 6, 7], placement=two_devices())
     train(config, small, [8], placement=two_devices())  # a padded last chunk
     train(config, small, range(4), placement=two_devices(), rates=[0.1, 0.2, 0.3, 0.4])
-    assert fit_module._compile.cache_info().misses == 1
+    assert programs._compile.cache_info().misses == 1
     train(dataclasses.replace(config, dropout=0.5), small, range(4), placement=two_devices())
-    assert fit_module._compile.cache_info().misses == 2  # the count can change
+    assert programs._compile.cache_info().misses == 2  # the count can change
 
 
 def test_given_programs_are_not_traced_again(config, small, monkeypatch):
     placement = two_devices()
-    programs = fit_module.current_programs(config, placement, small.arrays)
-    monkeypatch.setattr(fit_module, "train_epoch", None)
-    *_, last = fit(config, small, seeds=[0, 1], placement=placement, programs=programs)
+    compiled = programs.current_programs(config, placement, small.arrays)
+    monkeypatch.setattr(programs, "train_epoch", None)
+    *_, last = fit(config, small, seeds=[0, 1], placement=placement, programs=compiled)
     assert last.epoch == config.epochs
 
 
@@ -127,23 +126,35 @@ def test_leaving_the_loop_stops_and_a_snapshot_resumes(config, small):
 def test_the_length_of_the_training_is_traced(config, small):
     """A schedule falls over all epochs, which one compiled program serves."""
     config = dataclasses.replace(config, schedule="linear")
-    fit_module._compile.cache_clear()
+    programs._compile.cache_clear()
     short, long = (
         train(dataclasses.replace(config, epochs=epochs), small, [0]) for epochs in (1, 4)
     )
-    assert fit_module._compile.cache_info().misses == 1
+    assert programs._compile.cache_info().misses == 1
     assert short.history["train_loss"][0, 0] != long.history["train_loss"][0, 0]
 
 
-@pytest.mark.parametrize("name", ["linear", *RECIPES])
-def test_the_program_does_not_read_what_is_traced(name, small, monkeypatch):
-    """Else it would read the fixed values of `program_config`: a schedule, the length of 1."""
-    config = RECIPES.get(name) or dataclasses.replace(RECIPES["short"], schedule="linear")
-    config = for_dataset(dataclasses.replace(config, hidden=(8,), batch_size=32, teacher=""), small)
-    monkeypatch.setattr(fit_module, "program_config", lambda config: config)
-    longer = dataclasses.replace(config, epochs=7.5, learning_rate=0.123)
-    texts = [fit_module.program_text(each, small.arrays) for each in (config, longer)]
-    assert texts[0] == texts[1]
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_recipe_reads_what_its_program_is_given(name, small):
+    config = dataclasses.replace(RECIPES[name], hidden=(8,), batch_size=32, teacher="")
+    config = for_dataset(config, small)
+    texts = {
+        programs.program_text(config, small.arrays, learning_rate=rate, epochs=epochs)
+        for rate, epochs in ((1.0, 1), (0.1, 7.5))
+    }
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("setting", ["epochs", "learning_rate"])
+def test_a_schedule_of_a_fork_that_reads_the_config_is_refused(setting, config, small, monkeypatch):
+    """One compiled program serves all lengths and rates, so it would read a fixed value."""
+
+    def schedule(progress, *, config):
+        return 1 - 0.1 * progress / getattr(config, setting)
+
+    monkeypatch.setattr(step, "schedule", schedule)
+    with pytest.raises(UserError, match=r"instead of config\.epochs and config\.learning_rate"):
+        fit(config, small, seeds=[0])
 
 
 def test_a_metric_is_one_line(config, small, monkeypatch):
@@ -155,9 +166,9 @@ def test_a_metric_is_one_line(config, small, monkeypatch):
 
     step_loss = step.loss_fn
     monkeypatch.setattr(step, "loss_fn", loss_fn)
-    fit_module._compile.cache_clear()
+    programs._compile.cache_clear()
     history = train(config, small, [0, 1]).history
-    fit_module._compile.cache_clear()
+    programs._compile.cache_clear()
     np.testing.assert_allclose(history["train_images"], 2, rtol=1e-6)
 
 

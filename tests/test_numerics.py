@@ -12,7 +12,7 @@ import mlp_jax
 from mlp_jax.records import rows as store
 from mlp_jax.records.provenance import Metadata, check_same, describe_environment
 from mlp_jax.training.config import Config
-from mlp_jax.training.fit import program_text
+from mlp_jax.training.programs import program_text
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8", "--quiet", "--optimizer", "momentum"),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from mlp_jax.experiment import chunk_size
 from mlp_jax.training import parallel
 from mlp_jax.training.config import RECIPES
-from mlp_jax.training.fit import run_bytes, state_shapes
+from mlp_jax.training.programs import run_bytes, state_shapes
 
 RESULTS = Path(__file__).parents[1] / "results"
 PAGE = (RESULTS / "scaling.md").read_text()

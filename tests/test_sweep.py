@@ -23,7 +23,7 @@ from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
-from mlp_jax.training import fit as fit_module
+from mlp_jax.training import programs
 from mlp_jax.training.config import Config
 from mlp_jax.training.parallel import n_cores
 from mlp_jax.training.run import STREAMS, crossed_seeds, make_run, used_streams
@@ -108,10 +108,10 @@ def test_families_are_interleaved_and_move_one_stream(small_dir, here, small):
 
 
 def test_a_grid_is_one_program(small_dir, here, small):
-    fit_module._compile.cache_clear()
+    programs._compile.cache_clear()
     rates = ["0.03", "0.1", "0.3"]
     run(small_dir, "--seeds", "0:2", "--learning-rate", *rates, "--chunk", "4", "--out", "grid")
-    assert fit_module._compile.cache_info().misses == 1
+    assert programs._compile.cache_info().misses == 1
     stored = rows("grid")
     assert sorted({row["learning_rate"] for row in stored}) == [0.03, 0.1, 0.3]
     run(small_dir, "--seeds", "0:2", "--learning-rate", "0.3", "--out", "alone")

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from mlp_jax.training.config import RECIPES
-from mlp_jax.training.fit import run_bytes
 from mlp_jax.training.parallel import RunBytes, auto_lanes
+from mlp_jax.training.programs import run_bytes
 
 ROOT = Path(__file__).parents[1]
 RECORD = json.loads((ROOT / "results/tpu.json").read_text())

@@ -21,8 +21,9 @@ from mlp_jax.records.provenance import Metadata, check_same, settings
 from mlp_jax.records.rows import LOSSES
 from mlp_jax.training.arrays import N_PIXELS, Dataset
 from mlp_jax.training.config import Config
-from mlp_jax.training.fit import Snapshot, state_shapes
+from mlp_jax.training.fit import Snapshot
 from mlp_jax.training.model import predict as predict_logits
+from mlp_jax.training.programs import state_shapes
 from mlp_jax.training.run import Run, make_run
 
 SHIPPED = Path(__file__).parents[1] / "weights" / "mnist.npz"

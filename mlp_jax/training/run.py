@@ -125,10 +125,9 @@ def sweep_runs(
         raise UserError(f"vary {min(unused)}: with these settings that stream is not used")
     if crossed and (seeds is not None or vary != ("all",)):
         raise UserError("crossed sets all seeds: leave out seeds and vary")
-    n_cells = 2 ** len(used_streams(config))
-    if not isinstance(seeds, range):
-        seeds = range(crossed * n_cells or 100) if seeds is None else list(seeds)
-    if (n_runs := len(seeds) * len(set(vary)) * len(rates)) > MAX_RUNS:
+    seeds = range(100) if seeds is None else seeds if isinstance(seeds, range) else list(seeds)
+    n_seeds = crossed * 2 ** len(used_streams(config)) or len(seeds)
+    if (n_runs := n_seeds * len(set(vary)) * len(rates)) > MAX_RUNS:
         raise UserError(f"a sweep has at most {MAX_RUNS:,} runs, not {n_runs:,}")
     if crossed:
         return make_runs(crossed_seeds(crossed, config), ["crossed"], rates)

@@ -1,0 +1,184 @@
+"""The compiled programs of a Config, and the fingerprint of their code.
+
+A program is compiled once per Config and placement, whatever the runs, their number, their rates
+and the epochs.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from mlp_jax.errors import UserError
+from mlp_jax.training.arrays import N_PIXELS, count_steps
+from mlp_jax.training.config import Config
+from mlp_jax.training.parallel import COMPILER_OPTIONS, Placement, RunBytes, map_runs, numerics
+from mlp_jax.training.run import STREAMS
+from mlp_jax.training.step import (
+    EVAL_BATCH,
+    TrainState,
+    eval_params,
+    evaluate,
+    init_state,
+    run_keys,
+    train_epoch,
+)
+
+EPOCHS = (1e-9, 0.3, 0.5, 0.7, 2)
+STEPS = [1, 141, 234, 328, 938, 1, 70, 118, 164, 470]
+"""Of EPOCHS with all of 60,000 images and with half, when the first fingerprints were stored."""
+
+
+class Programs(NamedTuple):
+    """Compiled for one group of runs, with the signature of `parallel.map_runs`."""
+
+    init: Callable
+    epoch: Callable
+    fingerprint: str  # of the code that was compiled, see `fingerprint_code`
+
+
+def compile_programs(config: Config, placement: Placement, data: tuple) -> Programs:
+    """Compile ahead of time for `Dataset.arrays`, of which only shapes and types matter.
+
+    Configs that differ only in traced values share a program.
+    """
+    leaves, tree = jax.tree.flatten(_shapes(data, placement.replicated))
+    settings = tuple(numerics().values())
+    return _compile(program_config(config), placement, tuple(leaves), tree, settings)
+
+
+def current_programs(config: Config, placement: Placement, data: tuple) -> Programs:
+    """As `compile_programs`, but compiled anew if this code was edited since, as in a notebook."""
+    compiled = _compile.cache_info().misses
+    programs = compile_programs(config, placement, data)
+    was_cached = _compile.cache_info().misses == compiled
+    if was_cached and programs.fingerprint != fingerprint_code(config, data):
+        _compile.cache_clear()
+        programs = compile_programs(config, placement, data)
+    return programs
+
+
+def _init(config: Config, _, run, shared):
+    """With the signature that `parallel.map_runs` expects, like `_epoch`."""
+    seeds, _ = run
+    return init_state(run_keys(seeds), config=config), ()
+
+
+def _epoch(config: Config, state: TrainState, run, shared):
+    (seeds, learning_rate), (train, test, teacher, epoch, n_steps) = run, shared
+    args = (train, run_keys(seeds), learning_rate, epoch, n_steps)
+    state, trained = train_epoch(state, *args, config=config, teacher=teacher)
+    tested, predictions = evaluate(eval_params(state), test, config=config)
+    metrics = {f"train_{name}": value for name, value in trained.items()}
+    metrics |= {f"test_{name}": value for name, value in tested.items()}
+    return state, (metrics, predictions)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(
+    config: Config, placement: Placement, leaves: tuple, tree: Any, settings: tuple
+) -> Programs:
+    """`leaves` and `tree` are the shapes of the data, flattened so that they can be hashed.
+
+    `settings` are JAX's own, which it reads when it traces.
+    """
+    array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=placement.run_sharding)
+    scalar = jax.ShapeDtypeStruct((), np.int32, sharding=placement.replicated)
+    width, data = placement.width, jax.tree.unflatten(tree, leaves)
+    shared = (*data, scalar, scalar)
+    runs = (array((width, len(STREAMS)), np.uint32), array((width,), np.float32))
+    init_fn, epoch_fn = (
+        jax.jit(map_runs(functools.partial(fn, config), placement), donate_argnums=0)
+        for fn in (_init, _epoch)
+    )
+    init = init_fn.lower((), runs, ())
+    epoch = epoch_fn.lower(init.out_info[0], runs, shared)
+    options = COMPILER_OPTIONS.get(f"epoch, {placement.devices[0].platform}", {})
+    with ThreadPoolExecutor(max_workers=2) as beside:
+        quick = beside.submit(init.compile, COMPILER_OPTIONS["init"])
+        slow = beside.submit(epoch.compile, options)
+        text = program_text(config, data)  # while XLA compiles
+        if text != program_text(config, data, learning_rate=0.5, epochs=3):
+            line = "use `progress` and `rate` instead of config.epochs and config.learning_rate:"
+            raise UserError(f"{line} the compiled training serves all lengths and rates")
+        return Programs(quick.result(), slow.result(), _digest(text))
+
+
+def program_text(config: Config, data: tuple, **fixed: float) -> str:
+    """The jaxpr of one run of `config` with its constants, independent of the devices.
+
+    `data` is `Dataset.arrays`, or its shapes; `fixed` goes to `program_config`.
+
+    It changes with anything in this code that can change a number, but not with comments, names or
+    files, nor with rate, epochs or seeds. How JAX compiles it depends on JAX's recorded version.
+    The program is given its number of steps, so if these are counted differently that is added.
+    """
+    array, config = jax.ShapeDtypeStruct, program_config(config, **fixed)
+    run = (array((len(STREAMS),), np.uint32), array((), np.float32))
+    shared = (*_shapes(data), array((), np.int32), array((), np.int32))
+    init = jax.jit(functools.partial(_init, config)).trace((), run, ())
+    epoch = jax.jit(functools.partial(_epoch, config)).trace(init.out_info[0], run, shared)
+    constants = [each for part in (init, epoch) for each in _constants(part.jaxpr)]
+    # str(jaxpr) is coloured on a terminal and in a notebook
+    init, epoch = (part.jaxpr.pretty_print(use_color=False) for part in (init, epoch))
+    halves = (Config(), Config(examples="half"))
+    every = [replace(each, epochs=epochs) for each in halves for epochs in EPOCHS]
+    steps = [count_steps(each, 60_000) for each in every]
+    return f"{init}\n{epoch}\n{constants}" + (f"\n{steps}" if steps != STEPS else "")
+
+
+def _constants(part: Any) -> Iterator[bytes]:
+    """Those of a jaxpr and of all within it, such as functions that are jitted themselves."""
+    if isinstance(part, ClosedJaxpr):
+        yield from (np.asarray(each).tobytes() for each in part.consts)
+        yield from _constants(part.jaxpr)
+    elif isinstance(part, Jaxpr):
+        for equation in part.eqns:
+            for each in (*equation.invars, *equation.params.values()):
+                yield from _constants(each)
+    elif isinstance(part, Literal) and np.ndim(part.val):
+        yield np.asarray(part.val).tobytes()
+    elif isinstance(part, tuple | list):
+        for each in part:
+            yield from _constants(each)
+
+
+def fingerprint_code(config: Config, data: tuple) -> str:
+    """The SHA-256 of `program_text`, in hex."""
+    return _digest(program_text(config, data))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def program_config(config: Config, *, learning_rate: float = 1.0, epochs: float = 1) -> Config:
+    """`config` with a fixed value for each setting that the compiled programs do not depend on."""
+    fixed: dict[str, Any] = {"learning_rate": learning_rate, "epochs": epochs}
+    return replace(config, **fixed, dataset="", split="test", teacher="")
+
+
+def _shapes(tree: Any, sharding=None) -> Any:
+    def shape(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, tree)
+
+
+def state_shapes(config: Config) -> TrainState:
+    """Shapes and dtypes of a run's state."""
+    seeds = jax.ShapeDtypeStruct((len(STREAMS),), np.uint32)
+    return jax.eval_shape(lambda seeds: init_state(run_keys(seeds), config=config), seeds)
+
+
+def run_bytes(config: Config) -> RunBytes:
+    n_state = sum(leaf.size for leaf in jax.tree.leaves(state_shapes(config)))
+    # donated state, gradients and updates; hidden activations of the test batch and their ReLU
+    n_activations = 2 * EVAL_BATCH * (N_PIXELS + sum(config.hidden))
+    return RunBytes(4 * n_state, 4 * (3 * n_state + n_activations))

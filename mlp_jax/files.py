@@ -83,6 +83,7 @@ def json_digest(value: Any) -> str:
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """An .npz of `arrays`, with `metadata` as JSON and the SHA-256 of both."""
+    arrays = dict(_to_plain(name, array) for name, array in arrays.items())
     encoded = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
     digest = np.frombuffer(_array_digest(arrays | {"metadata": encoded}), np.uint8)
     content: dict[str, Any] = arrays | {"metadata": encoded, "sha256": digest}
@@ -98,11 +99,22 @@ def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         digest = arrays.pop("sha256").tobytes()
         if digest != _array_digest(arrays):
             raise ValueError("its SHA-256 differs")
-        return arrays, json.loads(arrays.pop("metadata").tobytes())
+        metadata = json.loads(arrays.pop("metadata").tobytes())
+        for name in [name for name in arrays if " " in name]:
+            own, dtype = name.split()
+            arrays[own] = arrays.pop(name).view(dtype)
+        return arrays, metadata
     except MemoryError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise Damaged(path, error) from None
+
+
+def _to_plain(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """An array of a type that NumPy's files cannot name, such as bfloat16, as integers."""
+    if array.dtype.kind != "V":
+        return name, array
+    return f"{name} {array.dtype}", array.view(f"u{array.itemsize}")
 
 
 def _array_digest(arrays: dict[str, np.ndarray]) -> bytes:

@@ -151,7 +151,8 @@ class Target(NamedTuple):
 def open_target(text: str) -> Target:
     """The Target of DIR[:FAMILY][@RATE]; default: family "all", and the only rate."""
     match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@(\d*\.?\d+(?:e[+-]?\d+)?))?", text)
-    place, vary, rate = match.groups() if match and not Path(text).is_dir() else (text, None, None)
+    whole = match is None or expand(text).is_dir()
+    place, vary, rate = (text, None, None) if whole else match.groups()
     vary, directory = vary or "all", expand(place)
     if vary not in ("all", *STREAMS):
         raise UserError(f"{text}: a family is all or one of {', '.join(STREAMS)}, not {vary!r}")

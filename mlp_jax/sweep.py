@@ -146,6 +146,8 @@ def sweep(
 
     _use_cores()
     check_unchanged(dataset)
+    if not 0 <= shard[0] < shard[1]:
+        raise UserError(f"shard {shard}: shards are numbered from 0 to N - 1")
     runs = sweep_runs(config, seeds, vary, learning_rates, crossed)[shard[0] :: shard[1]]
     if not runs:
         raise UserError("a sweep needs at least one run")

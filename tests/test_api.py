@@ -72,6 +72,7 @@ def test_wrong_arguments_are_one_line_before_anything_is_trained(small, here):
             "a family varies all or one of init, order, dropout, augment, data, not 'in'",
         ),
         ({"seeds": []}, "a sweep needs at least one run"),
+        ({"seeds": range(4), "shard": (2, 2)}, "shards are numbered from 0"),
         ({"seeds": [-1]}, "seeds must be from 0 to"),
         ({"seeds": [1], "crossed": 2}, "crossed sets all seeds"),
         ({"learning_rates": np.array([0.1, np.inf])}, "positive and finite"),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,6 +134,17 @@ def test_also_those_within_inner_functions(wrap, simplified, config, small, monk
     finally:
         jax.config.update("jax_use_simplified_jaxpr_constants", False)
     assert len(found) == 2
+
+
+def test_arrays_in_bfloat16_are_kept(tmp_path):
+    """As a fork may train in: NumPy writes them, and reads something else."""
+    arrays = {"a/kernel": np.asarray(jnp.arange(5, dtype=jnp.bfloat16)), "b": np.ones(2)}
+    save_arrays(tmp_path / "a.npz", arrays, {"n": 3})
+    found, metadata = load_arrays(tmp_path / "a.npz")
+    assert (metadata, found.keys()) == ({"n": 3}, arrays.keys())
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_config_json_names_the_code_before_the_first_row(swept):
@@ -874,6 +886,8 @@ def test_a_tilde_that_the_shell_left_is_home(swept, data, monkeypatch, tmp_path,
     assert len(mj.read_runs("~/s")) == 1
     assert len(mj.sweep(config, small, "~/t", seeds=[3])) == 1
     assert not Path("~").exists()
+    shutil.copytree(tmp_path / "home/s", tmp_path / "home/s@0.1")  # a directory, not a rate of s
+    assert open_target("~/s@0.1").directory == tmp_path / "home/s@0.1"
 
 
 def test_a_chunk_has_at_least_one_run(config, small, here):

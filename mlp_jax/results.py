@@ -151,8 +151,9 @@ class Target(NamedTuple):
 def open_target(text: str) -> Target:
     """The Target of DIR[:FAMILY][@RATE]; default: family "all", and the only rate."""
     match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@(\d*\.?\d+(?:e[+-]?\d+)?))?", text)
-    whole = match is None or expand(text).is_dir()
-    place, vary, rate = (text, None, None) if whole else match.groups()
+    place, vary, rate = match.groups() if match else (text, None, None)
+    if expand(text).is_dir():
+        place, vary, rate = text, None, None
     vary, directory = vary or "all", expand(place)
     if vary not in ("all", *STREAMS):
         raise UserError(f"{text}: a family is all or one of {', '.join(STREAMS)}, not {vary!r}")

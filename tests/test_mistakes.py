@@ -214,6 +214,8 @@ def test_an_older_record_gains_the_code_that_extends_it(swept):
     with pytest.raises(UserError, match="different training code"):
         swept("--seeds", "0:2", "--out", "s")
     write_signed_json(Path("s/config.json"), older.to_json())
+    directory.claim(Path("s"), older._replace(program="0" * 64, mixed=True))  # not by rows beside
+    assert directory.stored_metadata(Path("s")).program is None
     swept("--seeds", "0:2", "--out", "s")
     assert directory.stored_metadata(Path("s")).program == program
 

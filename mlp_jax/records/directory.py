@@ -157,7 +157,7 @@ def claim(directory: Path, metadata: Metadata) -> None:
     path, kept = directory / CONFIG, stored or metadata
     if not kept.program:  # as in older records: that of their newer rows, or of the next
         known = rows.stored_program(rows.intact_files(directory))
-        kept = kept._replace(program=known or metadata.program)
+        kept = kept._replace(program=known or (None if metadata.mixed else metadata.program))
     gained = stored and kept.program != stored.program
     if not read_or_quarantine(read_signed_json, path) or gained:
         write_signed_json(path, kept._replace(mixed=False).to_json())

@@ -10,7 +10,7 @@
     python scripts/seed_sweep.py sprint-98       200 seeds of two epochs
     python scripts/seed_sweep.py sprint-99       20 seeds of 40 epochs
     python scripts/seed_sweep.py best            10 seeds of 100 epochs, and their weights
-    python scripts/seed_sweep.py best-augmented  10 seeds of 400 epochs, and their weights
+    python scripts/seed_sweep.py best-augmented  25 seeds of 400 epochs, and their weights
     python scripts/seed_sweep.py best-distilled  10 seeds of that, taught by the shipped networks
 
     python scripts/seed_sweep.py dropout         keras-sgd for 10 epochs: no dropout, or some?
@@ -46,7 +46,7 @@ SWEEPS = {
     "sprint-98": ["--recipe sprint-98 --seeds 1000:1200"],
     "sprint-99": ["--recipe sprint-99 --seeds 1000:1020"],
     "best": ["--recipe best --seeds 200:210 --keep-weights"],
-    "best-augmented": ["--recipe best-augmented --seeds 200:210 --keep-weights"],
+    "best-augmented": ["--recipe best-augmented --seeds 200:225 --keep-weights"],
     "best-distilled": ["--recipe best-distilled --seeds 300:310 --keep-weights"],
 }
 QUESTIONS = {

@@ -49,10 +49,12 @@ def test_the_readme_quotes_the_committee_and_the_hardest_images():
     rows = read_runs(ROOT / "results" / "best-augmented", ["test_correct"]).to_pylist()
     assert record["seeds"] == [row["seed"] for row in rows]
     assert record["correct_alone"] == [row["test_correct"] for row in rows]
-    two, ten = record["by_members"][1], record["by_members"][9]
+    two, ten, every = (record["by_members"][i] for i in (1, 9, -1))
     assert 1e4 * two["mean"] >= max(record["correct_alone"])
-    assert ten["mean"] == record["correct_together"] / 1e4
-    reached = f"[ten](results/committee-best-augmented.png) reach {100 * ten['mean']:.2f} %"
+    assert every["mean"] == record["correct_together"] / 1e4
+    n, link = len(rows), "(results/committee-best-augmented.png)"
+    reached = f"as good as the best of {n}, ten reach {100 * ten['mean']:.2f} %, and"
+    reached += f" [all {n}]{link} reach {100 * every['mean']:.2f} %"
     missed = {name: len(images) for name, images in read("ladder.json")["missed by all"].items()}
     said = [f"{n} images for `{name}`" for name, n in missed.items()]
     assert reached in README.replace("\n", " ")

@@ -12,6 +12,7 @@ import mlp_jax as mj
 from mlp_jax.records.checkpoint import weights_path
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
+from mlp_jax.training.run import sweep_runs
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8", "--quiet"),
@@ -80,6 +81,11 @@ def test_wrong_arguments_are_one_line_before_anything_is_trained(small, here):
         with pytest.raises(mj.UserError, match=message):
             mj.sweep(CONFIG, small, "s", **wrong)
     assert not Path("s").exists()
+
+
+def test_families_may_be_a_set():
+    runs = sweep_runs(CONFIG, range(2), {"order", "init", "all"})
+    assert runs == sweep_runs(CONFIG, range(2), ("all", "init", "order"))
 
 
 def test_numpy_seeds_and_shards_are_fine(small, here):

@@ -115,8 +115,10 @@ def sweep_runs(
     `seeds` (default: 0 to 99) for every family and every rate (default: the Config's), or instead
     `crossed` blocks.
     """
-    vary, rates = (vary,) if isinstance(vary, str) else tuple(vary), list(learning_rates)
-    rates = rates or [config.learning_rate]
+    if isinstance(vary, set | frozenset):  # its order may be another one in another shard
+        vary = sorted(vary)
+    vary = (vary,) if isinstance(vary, str) else tuple(vary)
+    rates = list(learning_rates) or [config.learning_rate]
     if len({make_run(0, rate) for rate in rates}) < len(rates):
         raise UserError("two learning rates are equal (they are rounded to float32)")
     if not vary:

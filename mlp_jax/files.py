@@ -83,7 +83,7 @@ def json_digest(value: Any) -> str:
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """An .npz of `arrays`, with `metadata` as JSON and the SHA-256 of both."""
-    arrays = dict(_to_plain(name, array) for name, array in arrays.items())
+    arrays = dict(map(_to_plain, arrays.keys(), arrays.values()))
     encoded = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
     digest = np.frombuffer(_array_digest(arrays | {"metadata": encoded}), np.uint8)
     content: dict[str, Any] = arrays | {"metadata": encoded, "sha256": digest}
@@ -100,8 +100,8 @@ def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         if digest != _array_digest(arrays):
             raise ValueError("its SHA-256 differs")
         metadata = json.loads(arrays.pop("metadata").tobytes())
-        for name in [name for name in arrays if " " in name]:
-            own, dtype = name.split()
+        for name in [name for name in arrays if "::" in name]:
+            own, _, dtype = name.partition("::")
             arrays[own] = arrays.pop(name).view(dtype)
         return arrays, metadata
     except MemoryError:
@@ -114,7 +114,7 @@ def _to_plain(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
     """An array of a type that NumPy's files cannot name, such as bfloat16, as integers."""
     if array.dtype.kind != "V":
         return name, array
-    return f"{name} {array.dtype}", array.view(f"u{array.itemsize}")
+    return f"{name}::{array.dtype}", array.view(f"u{array.itemsize}")
 
 
 def _array_digest(arrays: dict[str, np.ndarray]) -> bytes:

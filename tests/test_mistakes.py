@@ -138,7 +138,7 @@ def test_also_those_within_inner_functions(wrap, simplified, config, small, monk
 
 def test_arrays_in_bfloat16_are_kept(tmp_path):
     """As a fork may train in: NumPy writes them, and reads something else."""
-    arrays = {"a/kernel": np.asarray(jnp.arange(5, dtype=jnp.bfloat16)), "b": np.ones(2)}
+    arrays = {"a/kernel": np.asarray(jnp.arange(5, dtype=jnp.bfloat16)), "b c": np.ones(2)}
     save_arrays(tmp_path / "a.npz", arrays, {"n": 3})
     found, metadata = load_arrays(tmp_path / "a.npz")
     assert (metadata, found.keys()) == ({"n": 3}, arrays.keys())

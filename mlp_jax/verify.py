@@ -88,9 +88,11 @@ def same_machine(there: dict, here: dict) -> bool:
 
 
 def is_edited(there: Metadata, here: Metadata) -> bool:
-    """Whether the training code is known to differ: other versions trace it in another way."""
-    versions = [each.environment["versions"] for each in (there, here)]
-    comparable = all(versions[0][name] == versions[1][name] for name in VERSIONS)
+    """Whether the training code is known to differ: other versions or settings trace it anew."""
+    before, now = ({**FORMER_NUMERICS, **each.environment} for each in (there, here))
+    versions = (before["versions"][name] == now["versions"][name] for name in VERSIONS)
+    names = ("prng", "matmul_precision", "x64", "threefry_partitionable", "random_seed_offset")
+    comparable = all(versions) and all(before[name] == now[name] for name in names)
     return comparable and there.program not in (None, here.program)
 
 

@@ -171,6 +171,20 @@ def test_a_metric_is_one_line(config, small, monkeypatch):
     np.testing.assert_allclose(history["train_images"], 2, rtol=1e-6)
 
 
+def test_a_metric_is_a_number(config, small, monkeypatch):
+    """Said before anything is trained, which could not be stored."""
+
+    def by_class(params, split, *, config):
+        metrics, predictions = evaluate(params, split, config=config)
+        return metrics | {"by_class": jax.numpy.bincount(predictions, length=4)}, predictions
+
+    evaluate = programs.evaluate
+    monkeypatch.setattr(programs, "evaluate", by_class)
+    for runs in ([0], [0, 1]):
+        with pytest.raises(UserError, match="the metric test_by_class must be one number per run"):
+            train(config, small, runs)
+
+
 def test_batch_larger_than_the_set_is_refused(config, small):
     assert for_dataset(config, small).n_classes == 4
     with pytest.raises(UserError, match="batch size 301 is larger than the 300"):

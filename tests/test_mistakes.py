@@ -795,7 +795,9 @@ def test_a_copy_of_a_data_set_is_not_its_newest_version(small_dir, tmp_path):
     found = datasets._cached_directory("kmnist", tmp_path / "d")
     assert found == version
     # a newer version that was prepared and never read
-    version.with_name("4.0.0").mkdir()
+    (newer := version.with_name("4.0.0")).mkdir()
+    assert datasets._cached_directory("kmnist", tmp_path / "d") == version  # nothing is in it
+    (newer / "features.json").touch()
     assert datasets._cached_directory("kmnist", tmp_path / "d") is None
 
 

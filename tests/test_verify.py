@@ -17,7 +17,7 @@ from mlp_jax.records.provenance import describe_environment
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training import step
-from mlp_jax.verify import compare, same_machine
+from mlp_jax.verify import compare, is_edited, same_machine
 from mlp_jax.verify import main as verify_main
 
 TINY = [
@@ -120,6 +120,10 @@ def test_edited_code_is_no_other_hardware(small_dir, here, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         verify(small_dir, "s")
     assert "training loss differs by 0.0e+00): trained with different" in capsys.readouterr().out
+    metadata = read_metadata(Path("s"))
+    other = metadata._replace(program="0" * 64)
+    assert is_edited(metadata, other)
+    assert not is_edited(metadata, other._replace(environment=other.environment | {"x64": True}))
 
 
 def test_a_config_that_was_changed_and_signed_is_found_out(small_dir, here, capsys):

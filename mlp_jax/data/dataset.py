@@ -80,8 +80,9 @@ def _cached_directory(name: str, data_dir: Path) -> Path | None:
     """The directory of the newest version if it is cached, found without importing TFDS."""
     if not sources.NAME.fullmatch(name):
         return None
+    filled = {path.parent for path in (data_dir / name).glob("*/*")}
     # not TFDS's unfinished directories, nor copies such as "1.0.0 (1)"
-    versions = [d for d in (data_dir / name).glob("*") if re.fullmatch(r"\d+\.\d+\.\d+", d.name)]
+    versions = [d for d in filled if re.fullmatch(r"\d+\.\d+\.\d+", d.name)]
     newest = max(versions, key=lambda d: [*map(int, d.name.split("."))], default=None)
     return newest if newest and (newest / CACHE).exists() else None
 

@@ -103,6 +103,9 @@ def _compile(
     )
     init = init_fn.lower((), runs, ())
     epoch = epoch_fn.lower(init.out_info[0], runs, shared)
+    for name, each in epoch.out_info[1][0].items():
+        if each.shape != (width,):
+            raise UserError(f"the metric {name} must be one number per run: history and rows are")
     options = COMPILER_OPTIONS.get(f"epoch, {placement.devices[0].platform}", {})
     with ThreadPoolExecutor(max_workers=2) as beside:
         quick = beside.submit(init.compile, COMPILER_OPTIONS["init"])

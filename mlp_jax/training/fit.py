@@ -70,10 +70,11 @@ def fit(
     """Train `runs`, or one run per seed, yielding all of them after each epoch.
 
     The whole test set is evaluated after each epoch. To stop, leave the loop; to resume, pass the
-    `Progress.snapshot()` of the same runs as `start`. `placement` defaults to all local devices.
-    The learning rates are those of `runs`. `programs` may be given if they are compiled already.
-    UserError if the Config does not fit the data set, or `start` is of other runs, settings or
-    data.
+    `Progress.snapshot()` of the same runs as `start`. `placement` defaults to all local devices: on
+    CPU one, whatever its cores, unless `jax_num_cpu_devices` was set before JAX started, as `sweep`
+    does. The learning rates are those of `runs`. `programs` may be given if they are compiled
+    already. UserError if the Config does not fit the data set, or `start` is of other runs,
+    settings or data.
     """
     config = for_dataset(config, dataset)
     if runs is None:

@@ -223,6 +223,15 @@ def test_an_older_record_gains_the_code_that_extends_it(swept):
 # compaction ---------------------------------------------------------------------------------------
 
 
+def test_a_sweep_that_is_compacted_while_it_is_compared_is_one_line(swept, data):
+    swept("--seeds", "0:4", "--chunk", "2", "--out", "s")
+    target = open_target("s")
+    compact_main(["s"])
+    with pytest.raises(UserError, match=r"parquet is gone, as after `compact`: run this again"):
+        target.read_family(Path(data[1]))
+    assert len(open_target("s").read_family(Path(data[1])).seeds) == 4
+
+
 def test_weights_of_other_code_than_their_row_are_named(swept, caplog):
     swept("--seeds", "0:1", "--out", "s")
     (path,) = rows.row_files(Path("s"))

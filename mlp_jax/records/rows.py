@@ -150,7 +150,14 @@ def read_metadata(path: Path) -> Metadata:
 def count_rows(path: Path) -> int:
     import pyarrow.parquet as pq
 
-    return pq.read_metadata(path).num_rows
+    return pq.read_metadata(_present(path)).num_rows
+
+
+def _present(path: Path) -> Path:
+    """`path`; UserError if it was removed since it was listed."""
+    if not path.exists():
+        raise UserError(f"{path} is gone, as after `compact`: run this again")
+    return path
 
 
 def read_batches(paths: Sequence[Path], columns: Sequence[str]) -> Iterator:
@@ -159,7 +166,7 @@ def read_batches(paths: Sequence[Path], columns: Sequence[str]) -> Iterator:
 
     names = list(dict.fromkeys([*ROW_ID, *columns]))
     for path in paths:
-        with pq.ParquetFile(path, memory_map=True) as file:
+        with pq.ParquetFile(_present(path), memory_map=True) as file:
             for batch in file.iter_batches(READ_ROWS, columns=names, use_threads=False):
                 yield batch.select(names).replace_schema_metadata()
 

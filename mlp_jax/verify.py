@@ -12,9 +12,7 @@ from mlp_jax import cli
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.provenance import FORMER_NUMERICS, Metadata
-
-VERSIONS = ("jax", "jaxlib", "flax", "optax")
+from mlp_jax.records.provenance import FORMER_NUMERICS, VERSIONS, Metadata
 
 TOLERANCE = 0.01
 """Relative difference of the first epoch's training loss allowed for other hardware or versions.

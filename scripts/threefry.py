@@ -29,7 +29,7 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    turns: int = 30
+    turns: int = 100
     """Epochs of masks that each of the two draws, in turns."""
     out: Path | None = None
     """File for the record, as JSON."""

@@ -104,7 +104,7 @@ def check_out_dir(directory: Path) -> bool:
 
 
 def _was_claimed(directory: Path) -> bool:
-    """Whether our lock is there, and no file that a run leaves: it is not known to be a run's."""
+    """Whether our lock is there, and no file under a name that ours have: it may be another's."""
     left = [*map(directory.joinpath, SINGLE_RUN_FILES), *directory.glob("*/*.npz")]
     return any(directory.glob(f"{LOCK}*")) and not any(path.exists() for path in left)
 

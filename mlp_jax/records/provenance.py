@@ -101,6 +101,9 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile")
 """Sets for which XLA compiles other programs, with other roundings."""
 
+VERSIONS = ("jax", "jaxlib", "flax", "optax")
+"""Packages whose versions can change a number."""
+
 # The environment of older records, which do not name these.
 FORMER_NUMERICS: dict[str, Any] = {
     "x64": False,
@@ -178,7 +181,7 @@ def numerics(metadata: Metadata) -> dict[str, Any]:
         # rows of any number of lanes above one agree in distribution
         names = tuple(name for name in names if name != "lanes")
     versions = environment["versions"]
-    here = {name: versions[name] for name in ("jax", "jaxlib", "flax", "optax")}
+    here = {name: versions[name] for name in VERSIONS}
     return here | {name: environment[name] for name in names} | {"program": metadata.program}
 
 

@@ -66,6 +66,16 @@ def test_other_seeds_are_compared_as_independent():
     assert wider == pytest.approx(math.hypot(half, 1.959964 * 0.001), rel=1e-6)
 
 
+def test_welchs_interval_of_two_runs_is_too_narrow():
+    rng = np.random.default_rng(0)
+    missed = []
+    for n in (2, 10, 100):
+        sides = rng.normal(size=(20_000, 2)), rng.normal(size=(20_000, n))
+        test = scipy.stats.ttest_ind(*sides, axis=1, equal_var=False)
+        missed.append(np.mean(test.pvalue < 0.05))
+    assert missed[0] < 0.05 < 0.09 < missed[1] < missed[2] < 0.125
+
+
 def test_the_interval_is_near_scipys_bootstrap():
     x, y = np.random.default_rng(2).normal(size=(2, 60))
     got = compare(dict(enumerate(x)), dict(enumerate(y)), margin=1)

@@ -510,6 +510,17 @@ def test_a_comparison_says_what_it_leaves_out(tmp_path, dataset, capsys, monkeyp
         compare_main([str(a), f"{b}@1-3"])
 
 
+def test_a_comparison_of_two_independent_runs_says_that_they_are_few(tmp_path, dataset, capsys):
+    rows = random_rows(dataset, 22)
+    few, many = (write_sweep(tmp_path / str(len(own)), own) for own in (rows[:2], rows[2:]))
+    shared = write_sweep(tmp_path / "shared", rows[:2])
+    compare_main([str(few), str(many)])
+    caveat = "has two runs, which are too few: the interval misses in up to 12 % of cases, not 5 %."
+    assert f"{few} {caveat}" in capsys.readouterr().out
+    compare_main([str(few), str(shared)])  # in pairs
+    assert "too few" not in capsys.readouterr().out
+
+
 def test_a_verdict_after_many_looks_is_that_of_the_sequence(tmp_path, dataset, capsys, monkeypatch):
     module = importlib.import_module("mlp_jax.sweep")
     monkeypatch.setattr(module, "train_cell", lambda *_: 0)

@@ -13,8 +13,11 @@ hypothesis.settings.load_profile("fixed")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from commands import TINY  # noqa: E402
+
 from mlp_jax.data import dataset as datasets  # noqa: E402
 from mlp_jax.records.checkpoint import load_committee  # noqa: E402
+from mlp_jax.sweep import main as sweep_main  # noqa: E402
 from mlp_jax.training.arrays import Dataset, Split, make_dataset  # noqa: E402
 from mlp_jax.training.config import Config  # noqa: E402
 
@@ -69,3 +72,16 @@ def here(tmp_path, monkeypatch):
 def committee():
     """The five runs that come with mlp_jax."""
     return load_committee()
+
+
+@pytest.fixture
+def swept(small_dir, here):
+    def sweep(*flags):
+        sweep_main([*TINY, "--data-dir", str(small_dir), *flags])
+
+    return sweep
+
+
+@pytest.fixture
+def data(small_dir):
+    return ["--data-dir", str(small_dir)]

@@ -274,15 +274,20 @@ def read_scores(paths: Sequence[Path]) -> dict[RunId, float]:
 
 
 def check_unique(paths: Sequence[Path]) -> None:
-    """UserError, naming the files, if a run is stored twice."""
+    """UserError, naming the files and what to do, if a run is stored twice."""
     seen: dict[RunId, Path] = {}
     for path in paths:
-        for run in run_ids(read_table([path], [])):
-            if run in seen and seen[run] != path:
-                raise UserError(f"{seen[run]} and {path} contain the same run: remove one of them")
-            if run in seen:
-                raise UserError(f"{path} contains a run twice")
-            seen[run] = path
+        runs = run_ids(read_table([path], []))
+        if len(set(runs)) < len(runs):
+            raise UserError(f"{path} contains a run twice")
+        if other := next((seen[run] for run in runs if run in seen), None):
+            theirs = {run for run in seen if seen[run] == other}
+            advice = "move one of them away, and train its other runs again"
+            for smaller, within in ((path, theirs >= set(runs)), (other, theirs <= set(runs))):
+                if within:
+                    advice = f"remove {smaller.name}, since the other has all of its runs"
+            raise UserError(f"{other} and {path} contain the same run: {advice}")
+        seen |= dict.fromkeys(runs, path)
 
 
 def predictions(column) -> np.ndarray:

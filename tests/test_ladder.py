@@ -71,6 +71,16 @@ def test_the_readme_compares_students_with_their_teachers():
     assert f"its teachers' average (by {said})" in README.replace("\n", " ")
 
 
+def test_the_readme_says_what_wider_teachers_gave():
+    tried = {line["sweep"]: line for line in read("search.json")["sweeps"]}
+    names = ("epochs-100-sigma-6-taught-by-1024", "epochs-100-sigma-6")
+    wide, none = (tried[name] for name in names)
+    assert [each["runs"] for each in (wide, none)] == [2, 2]
+    assert wide["settings"]["epochs"] == none["settings"]["epochs"] == 100
+    said = f"reached {wide['mean']:.3f} % in 100 epochs, and two runs without a teacher "
+    assert said + f"{none['mean']:.3f} %" in README.replace("\n", " ")
+
+
 def test_rungs_follow_from_the_records():
     record = read("ladder.json")
     timed = record["timed"]["seconds an epoch"]

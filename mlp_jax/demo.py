@@ -13,6 +13,7 @@ from mlp_jax import cli, files
 from mlp_jax.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("demo.html")
+TITLE = b"<title>Draw a digit</title>"  # of the pages that may be replaced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(Args, argv, "python -m mlp_jax.demo")
     cli.check_at_least(args, {"members": 1})
     files.check_file(args.out)
-    if args.out.exists() and args.out.suffix not in (".html", ".htm"):  # perhaps a photo
-        raise UserError(f"--out {args.out} exists and is no .html file: name another")
+    if args.out.exists() and not (args.out.is_file() and TITLE in args.out.read_bytes()):
+        raise UserError(f"--out {args.out} exists and is not such a page: name another")
 
     # --help does without
     from mlp_jax.records.checkpoint import for_upright, load_committee

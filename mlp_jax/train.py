@@ -72,9 +72,10 @@ def main(argv: list[str] | None = None) -> None:
         summary = summarize(experiment, run)
         if lines or not (out / "summary.json").exists():
             files.write_json(out / "summary.json", summary)
-            # one epoch is no curve, and matplotlib takes a second to import
-            if config.n_epochs > 1 and (out / "metrics.jsonl").exists():
-                save_curve(out, experiment.metadata)
+        # one epoch is no curve, and matplotlib takes a second to import
+        missing = lines or not (out / CURVE).exists()
+        if missing and config.n_epochs > 1 and (out / "metrics.jsonl").exists():
+            save_curve(out, experiment.metadata)
     say()
     print(console.verdict(args.recipe, config, summary))
     if (out / CURVE).exists():

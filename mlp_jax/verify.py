@@ -102,6 +102,8 @@ def compare(stored: dict, progress, *, exact: bool, older: bool = False) -> str:
     """
     correct = progress.history["test_correct"][0]
     (row,) = rows.make_rows(stored["recipe"], progress, stored["seconds"])
+    if unknown := stored.keys() - row.keys():
+        raise UserError(f"the stored rows have {min(unknown)}, which this code does not compute")
     # older rows have fewer columns; float32 numbers were stored as they were
     differing = {name for name in stored if not same_value(stored[name], row[name])}
     if not differing:

@@ -103,7 +103,7 @@ def test_data_of_ones_own(tmp_path, monkeypatch):
         patched.setattr(sources, "prepare", None)
         assert_same(load_dataset("my_digits", tmp_path / "data"), dataset)
     write_published(folder, small_idx(seed=1))
-    with pytest.raises(UserError, match=r"my_digits/1\.0\.0 holds different data from "):
+    with pytest.raises(UserError, match=r"my_digits/1\.0\.0 holds .*: name another --dataset"):
         load_dataset("my_digits", tmp_path / "data", folder)
     assert_same(load_dataset("my_digits", tmp_path / "data"), dataset)
     assert load_dataset("my_letters", tmp_path / "data", folder).fingerprint != dataset.fingerprint

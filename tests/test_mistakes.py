@@ -191,6 +191,7 @@ def test_numbers_of_numpy_are_settings():
     assert Config(learning_rate=np.float32(0.01), batch_size=np.int64(128)) == Config()
     config = Config(batch_size=np.int64(32), learning_rate=np.float32(0.5))
     assert json.loads(json.dumps(dataclasses.asdict(config)))["batch_size"] == 32
+    assert repr(Config(mixup=1)) == repr(Config(mixup=1.0))  # which are traced alike
 
 
 def test_a_snapshot_starts_its_own_runs_alone(config, small):

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from mlp_jax.errors import UserError
 from mlp_jax.files import write_signed_json
 from mlp_jax.records import rows as store
 from mlp_jax.records.directory import read_metadata
@@ -89,6 +90,16 @@ def test_other_hardware_may_round_otherwise(small_dir, here, small):
     assert compare(row, progress, exact=False).startswith("equal within the tolerance")
     row["train_loss_by_epoch"][0] *= 1.1
     assert compare(row, progress, exact=False).startswith("DIFFERENT")
+
+
+def test_a_metric_that_this_code_lacks_is_named(small_dir, here):
+    import mlp_jax as mj
+
+    sweep_main([*TINY, "--data-dir", str(small_dir), "--seeds", "0:1", "--out", "s"])
+    row = mj.read_runs("s").to_pylist()[0] | {"train_margin": 0.5}
+    *_, progress = mj.fit(read_metadata(Path("s")).config, mj.load_dataset("kmnist", small_dir))
+    with pytest.raises(UserError, match="the stored rows have train_margin, which this code"):
+        compare(row, progress, exact=True)
 
 
 def test_the_mean_training_loss_of_older_rows_was_rounded_otherwise(small_dir, here):

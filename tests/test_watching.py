@@ -124,6 +124,14 @@ def test_a_run_ends_with_the_path_of_its_curve(small_dir, here, capsys):
         assert len(image.convert("L").getcolors()) > 20
 
 
+def test_a_curve_that_was_lost_is_drawn_again(small_dir, here):
+    flags = [*TINY, "--data-dir", str(small_dir), "--out", "a"]
+    train_main(flags)
+    Path("a/curve.png").unlink()  # as if killed just before it
+    train_main([*flags, "--resume"])
+    assert Path("a/curve.png").exists()
+
+
 def test_one_epoch_has_no_curve_and_needs_no_matplotlib(small_dir, here):
     code = "import sys; from mlp_jax.train import main; main(sys.argv[1:])\n"
     code += "assert 'matplotlib' not in sys.modules"

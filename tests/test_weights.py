@@ -218,8 +218,12 @@ def test_a_photo_is_no_sheet(here):
     assert Path("photo.png").read_bytes() == b"mine"
 
 
-def test_a_photo_is_no_page(here):
-    Path("photo.png").write_text("mine")
-    with pytest.raises(UserError, match=r"photo\.png exists and is no \.html file"):
-        demo_main(["-o", "photo.png"])
-    assert Path("photo.png").read_text() == "mine"
+@pytest.mark.parametrize("name", ["photo.png", "index.html"])
+def test_a_page_replaces_no_other_file(here, name):
+    Path(name).write_text("<title>mine</title>")
+    with pytest.raises(UserError, match=rf"--out {name} exists and is not such a page"):
+        demo_main(["-o", name])
+    assert Path(name).read_text() == "<title>mine</title>"
+    Path(name).unlink()
+    for _ in range(2):  # its own it replaces
+        demo_main(["-o", name, "--members", "1"])

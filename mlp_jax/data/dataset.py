@@ -57,7 +57,8 @@ def load_dataset(
         dataset = made or _decode(name, directory, quiet)
         _write_cache(directory, dataset)
     if made and made.fingerprint != dataset.fingerprint:
-        raise UserError(f"{directory} holds different data from {manual_dir}: remove it")
+        line = f"{directory} holds different data from {manual_dir}"
+        raise UserError(f"{line}: name another --dataset, or move that directory away")
     if name == "mnist" and dataset.fingerprint != MNIST_SHA256:
         raise UserError(f"{directory} does not hold MNIST as it was published: remove it")
     return hold_out(dataset) if split == "validation" else dataset

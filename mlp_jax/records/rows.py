@@ -176,6 +176,9 @@ def read_table(paths: Sequence[Path], columns: Sequence[str]):
     import pyarrow as pa
 
     table = pa.Table.from_batches(list(read_batches(paths, columns)))
+    if "predictions" in columns:  # sorting puts them in one array, which may pass 2 GiB
+        at = table.schema.get_field_index("predictions")
+        table = table.set_column(at, "predictions", table[at].cast(pa.large_binary()))
     return table.sort_by([(name, "ascending") for name in ROW_ID])
 
 

@@ -3,6 +3,7 @@
 Rewriting, after a resume or for more runs, replaces what was there.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from time import perf_counter as clock
@@ -53,8 +54,9 @@ def check_installed() -> None:
 def open_writer(directory: Path) -> Any:
     from tensorboardX import SummaryWriter
 
-    # makes TensorBoard drop this directory's data from step 1 on
-    return SummaryWriter(str(directory), purge_step=1)
+    # purge_step makes TensorBoard drop this directory's data from step 1 on; the suffix keeps
+    # apart the files of shards that begin one in the same second
+    return SummaryWriter(str(directory), purge_step=1, filename_suffix=f".{os.getpid()}")
 
 
 def write_families(experiment: Any) -> None:

@@ -208,22 +208,18 @@ def test_a_snapshot_starts_its_own_runs_alone(config, small):
     wrong = make_dataset(small.name, small.train._replace(labels=labels), small.test, 4)
     with pytest.raises(UserError, match="on different data"):
         fit(config, wrong, seeds=(7, 8), start=snapshot)
-    decayed = dataclasses.replace(config, schedule="linear")
-    start = next(fit(decayed, small, seeds=(7,))).snapshot()
+    # a schedule, or a fork's step, may read how many steps there are
     with pytest.raises(UserError, match="with different settings"):
-        fit(dataclasses.replace(decayed, epochs=5), small, seeds=(7,), start=start)
-    longer = dataclasses.replace(config, epochs=5)
+        fit(dataclasses.replace(config, epochs=5), small, seeds=(7, 8), start=snapshot)
     older = snapshot._replace(history={"train_loss": snapshot.history["train_loss"]})
     with pytest.raises(UserError, match="has other metrics: test_correct"):
-        next(fit(longer, small, seeds=(7, 8), start=older))
-    assert [each.epoch for each in fit(longer, small, seeds=(7, 8), start=snapshot)] == [2, 3, 4, 5]
+        next(fit(config, small, seeds=(7, 8), start=older))
+    assert [each.epoch for each in fit(config, small, seeds=(7, 8), start=snapshot)] == [2]
 
 
-def test_a_snapshot_within_an_epoch_is_not_trained_further(config, small):
+def test_a_finished_snapshot_is_not_trained_further(config, small):
     part = dataclasses.replace(config, epochs=0.7)
     *_, end = fit(part, small, seeds=(7,))
-    with pytest.raises(UserError, match=r"of 0\.7 epochs cannot be extended"):
-        fit(dataclasses.replace(config, epochs=2), small, seeds=(7,), start=end.snapshot())
     assert not list(fit(part, small, seeds=(7,), start=end.snapshot()))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -83,23 +83,13 @@ def fit(
         raise UserError("fit needs at least one run")
     if start and start.runs != tuple(runs):
         raise UserError("the snapshot to start from belongs to other runs")
-    if start and _without_length(start.config) != _without_length(config):
+    if start and replace(start.config, learning_rate=1.0) != replace(config, learning_rate=1.0):
         raise UserError("the snapshot to start from was trained with different settings")
     if start and start.fingerprint != dataset.fingerprint:
         raise UserError("the snapshot to start from was trained on different data")
-    if start and start.epoch > start.config.epochs != config.epochs:
-        raise UserError(f"a training of {start.config.epochs} epochs cannot be extended")
     placement = placement or place(len(runs), run_bytes(config))
     programs = programs or current_programs(config, placement, dataset.arrays)
     return _epochs(config, dataset, tuple(runs), placement, start, programs)
-
-
-def _without_length(config: Config) -> Config:
-    """`config` without what may change: the rate and, if no schedule reads it, the length."""
-    fixed: dict[str, Any] = {"learning_rate": 1.0}
-    if config.schedule == "constant" and not config.warmup:
-        fixed["epochs"] = 1
-    return replace(config, **fixed)
 
 
 def _epochs(

@@ -138,7 +138,8 @@ def sweep_runs(
 
 def used_streams(config: Config) -> tuple[str, ...]:
     """The streams whose seeds have an effect."""
-    noise = (config.dropout, config.input_dropout, config.input_noise, config.mixup, config.vat)
+    hidden = config.dropout if config.hidden else 0
+    noise = (hidden, config.input_dropout, config.input_noise, config.mixup, config.vat)
     used = {"dropout": any(noise), "augment": config.augments, "data": config.examples != "all"}
     return tuple(name for name in STREAMS if used.get(name, True))
 

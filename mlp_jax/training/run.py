@@ -138,8 +138,7 @@ def sweep_runs(
 
 def used_streams(config: Config) -> tuple[str, ...]:
     """The streams whose seeds have an effect."""
-    hidden = config.dropout if config.hidden else 0
-    noise = (hidden, config.input_dropout, config.input_noise, config.mixup, config.vat)
+    noise = (config.dropout, config.input_dropout, config.input_noise, config.mixup, config.vat)
     used = {"dropout": any(noise), "augment": config.augments, "data": config.examples != "all"}
     return tuple(name for name in STREAMS if used.get(name, True))
 

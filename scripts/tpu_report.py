@@ -1,12 +1,13 @@
-"""What the TPU's compiler expects of a training, where there is no TPU: memory and cycles a step.
+"""What the TPU's compiler expects of a training, where there is no TPU: memory and cycles per step.
 
     pip install '.[tpu]'
     python scripts/tpu_report.py --out results/tpu.json
 
 libtpu compiles for chips that are not there. A row is one program of `keras-sgd`, for one topology
-and number of lanes. Its cycles are the compiler's own estimates, added up over the instructions of
-a training step: no timing, and without the few instructions that it gives no estimate for, which
-are listed. A row that the file has already is not compiled again.
+and number of lanes; one lane is the program of `train`. Its cycles are the compiler's own
+estimates, added up over the instructions of a training step: no timing, and without the few that it
+gives no estimate for, of which fusions and custom calls are listed. Rows that the file has already
+are kept, if the same code and versions made them.
 """
 
 import dataclasses
@@ -41,16 +42,17 @@ from mlp_jax.training import step
 from mlp_jax.training.arrays import N_PIXELS, Split
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.parallel import Placement, auto_lanes
-from mlp_jax.training.programs import compile_programs, run_bytes
+from mlp_jax.training.programs import compile_programs, fingerprint_code, run_bytes
 
 RECIPE = "keras-sgd"
 N_TRAIN, N_TEST = 60_000, 10_000
 DEAREST = 10
+OTHERS = ("tpu7x:2x2x1", "v4:2x2x1", "v3:2x2", "v2:2x2")
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    topologies: tuple[str, ...] = ("v5e:1x1", "v5e:2x2", "v6e:1x1", "v5p:2x2x1")
+    topologies: tuple[str, ...] = ("v5e:1x1", "v5e:2x2", "v6e:1x1", "v5p:2x2x1", *OTHERS)
     """Chips to compile for: all of v5e:2x2, and one of the others."""
     lanes: tuple[int, ...] = (16, 32, 64)
     """Runs a device trains at once, beside what `--lanes auto` takes; for v5e:2x2 that alone."""
@@ -149,10 +151,7 @@ def choose_lanes(device_kind: str) -> int:
 
 
 def main(args: Args) -> None:
-    rows = {}
-    if args.out and args.out.exists():
-        kept = json.loads(args.out.read_text())["rows"]
-        rows = {(row["topology"], row["lanes"]): row for row in kept}
+    rows = kept_rows(args.out) if args.out and args.out.exists() else {}
     for topology in args.topologies:
         auto = choose_lanes(describe_devices(topology)[0].device_kind)
         for lanes in sorted({auto, *(args.lanes if topology != "v5e:2x2" else ())}):
@@ -166,12 +165,23 @@ def main(args: Args) -> None:
                 write_json(args.out, to_record(rows))
 
 
+def kept_rows(path: Path) -> dict:
+    """The rows of an earlier record, by topology and lanes; exits if they are of other code."""
+    before, now = json.loads(path.read_text()), to_record({})
+    names = ("jax", "jaxlib", "flax", "optax", "libtpu")
+    versions = [[each["environment"]["versions"][n] for n in names] for each in (before, now)]
+    if before["program"] != now["program"] or versions[0] != versions[1]:
+        sys.exit(f"error: {path} was made by other code or versions: name another --out")
+    return {(row["topology"], row["lanes"]): row for row in before["rows"]}
+
+
 def to_record(rows: dict) -> dict:
     environment = describe_environment(jax.devices())
     environment["versions"]["libtpu"] = importlib.metadata.version("libtpu")
     return {
         "what": "estimates of the TPU's compiler, without a TPU: nothing was timed",
         "recipe": RECIPE,
+        "program": fingerprint_code(RECIPES[RECIPE], data_shapes(N_TEST)),
         "environment": environment,
         "rows": [rows[key] for key in sorted(rows)],
     }

@@ -22,12 +22,13 @@ from mlp_jax.errors import UserError, one_line
 RUNS = "runs"
 
 MAX_AUTO_LANES = 256
-"""Calculated, not measured: past some hundred lanes, weight traffic limits the speed, and more
-lanes gain nothing."""
+"""For GPUs. Calculated, not measured: past some hundred lanes, weight traffic limits the speed, and
+more lanes gain nothing."""
 
 VMEM = {
     **{kind: 16 * 2**20 for kind in ("TPU v2", "TPU v3", "TPU v4")},
     **{"TPU v5": 64 * 2**20, "TPU v5 lite": 128 * 2**20, "TPU v6 lite": 128 * 2**20},
+    "TPU7x": 64 * 2**20,
 }
 """Bytes of a TPU core's vector memory by `device_kind`, from jax.experimental.pallas.tpu."""
 

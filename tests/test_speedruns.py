@@ -1,6 +1,7 @@
 """scripts/speedruns.py: what may enter the log of a search."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def test_a_setting_is_a_row_and_a_seed_counts_once(sweep):
     rows = mj.read_runs("a").to_pylist() + mj.read_runs("b").to_pylist()[1:]
     assert first["mean"] == pytest.approx(sum(row["test_correct"] for row in rows) / 300, abs=5e-4)
     assert (second["seeds"], "sd" in second) == ([5], False)
+
+
+def test_the_log_is_that_of_its_rows():
+    log = json.loads(speedruns.SEARCH.read_text())
+    assert log["rows"] == speedruns.search_rows(speedruns.searched())
 
 
 def test_what_is_no_search_is_refused(sweep):

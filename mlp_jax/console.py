@@ -80,7 +80,7 @@ class Bar:
         seconds = clock() - self._began - self._experiment.compile_seconds
         finished = self._n_runs - (self._bar.total - self._bar.n - new) // self._epochs
         rate = self._trained / self._epochs / seconds * 3600
-        text = f"{finished} of {self._n_runs} runs, {rate:.0f} runs an hour"
+        text = f"{finished} of {self._n_runs} runs, {rate:.0f} runs per hour"
         text += f" on {epoch.nodes} nodes" if epoch.nodes > 1 else ""
         self._bar.set_description_str(text, refresh=False)
         self._bar.update(new)

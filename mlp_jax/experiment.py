@@ -223,7 +223,7 @@ def _with_weights(directory: Path, stored: dict[Run, dict], metadata: Metadata) 
 
 
 def chunk_size(chunk: Literal["auto"] | int, epochs: float, width: int) -> int:
-    """Runs that share a file: a multiple of `width`; "auto" is enough for about 50 epochs a lane.
+    """Runs that share a file: a multiple of `width`; "auto" is enough for about 50 epochs per lane.
 
     Short chunks lose less to a kill, and cost more files.
     """

@@ -3,7 +3,7 @@
     pip install -e ".[bench]"
     python scripts/benchmark.py users       an epoch of one run, beside peers as users write them
     python scripts/benchmark.py epoch       an epoch of one run, beside Keras on JAX at its best
-    python scripts/benchmark.py sweep       seeds an hour, beside single runs and Keras at its best
+    python scripts/benchmark.py sweep       seeds per hour, beside single runs and Keras at its best
     python scripts/benchmark.py whole       the same beside single runs, as whole processes, of
                                             long runs and of short ones
     python scripts/benchmark.py scaling     time per seed, and memory, by the number of seeds
@@ -57,7 +57,7 @@ from mlp_jax.records.provenance import describe_environment
 RECIPE = "keras-sgd"
 Part = Literal["users", "epoch", "sweep", "whole", "scaling", "devices", "process"]
 EPOCHS_A_TURN = 2
-ROUNDS = {"users": 8, "epoch": 25, "sweep": 8, "process": 5}  # a few minutes a part on two cores
+ROUNDS = {"users": 8, "epoch": 25, "sweep": 8, "process": 5}  # a few minutes per part on two cores
 WHOLE_ROUNDS, WHOLE_SEEDS = 3, {"keras-sgd": 4, "short": 40}  # twenty minutes
 SIZES = (2, 4, 8, 16, 32, 64)
 SEED_EPOCHS = 16  # timed for each size at least, so small sizes are timed as long as larger ones
@@ -67,6 +67,8 @@ MAX_APART, MIN_ACCURACY = 0.015, 0.8
 # 3 epochs, 1.30 times as many after 8 and after 21; with Glorot's weights, as many as the others.
 MAX_TIMES_ERRORS = 1.5
 PRODUCTS = "the matrix products alone"
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
+PREPARE = "preparing Fashion-MNIST's files"
 SHAPES = mj.RECIPES[RECIPE].batch_size, mj.RECIPES[RECIPE].hidden
 USERS, BEST = "as its users write it", "at its best"
 HEADINGS = {
@@ -210,7 +212,7 @@ def interleave(peers: list[Peer], rounds: int) -> list[dict]:
     for row, peer in zip(rows, peers, strict=True):
         accuracy = None if None in peer.accuracies else mean(peer.accuracies)
         row |= {"test accuracy": accuracy, "after epochs": EPOCHS_A_TURN * rounds + 1}
-        row["seeds an hour"] = 3600 / (row["seconds"] * mj.RECIPES[RECIPE].epochs)
+        row["seeds per hour"] = 3600 / (row["seconds"] * mj.RECIPES[RECIPE].epochs)
     if not are_same_training(rows):
         show("FAILED: these accuracies are not those of the same training", rows)
         sys.exit(1)
@@ -274,15 +276,15 @@ def measure_sweep(args: Args) -> dict:
     peers = [
         Peer("mlp_jax, a sweep", train_mlp_jax, args.data_dir, "sweep"),
         Peer("mlp_jax, single runs", train_mlp_jax, args.data_dir, "single"),
-        Peer("mlp_jax, one process a core", train_mlp_jax, args.data_dir, "single", cores=cores),
+        Peer("mlp_jax, one process per core", train_mlp_jax, args.data_dir, "single", cores=cores),
     ]
     for name, backend in (("JAX", "jax"), ("TF", "tensorflow")):
-        for layout, pinned in (("one process", None), ("one a core", cores)):
+        for layout, pinned in (("one process", None), ("one per core", cores)):
             peer = f"Keras on {name}, {layout}", train_keras_at_best, args.data_dir, backend
             add(peers, ("keras", backend), *peer, cores=pinned)
     peers.append(Peer(PRODUCTS, train_products, *SHAPES, cores=cores))
     rows = interleave(peers, args.rounds or ROUNDS["sweep"])
-    title = f"a seed and epoch with its evaluation, {BEST}, seconds; ratios to the first line"
+    title = f"seconds per seed and epoch, with evaluation, {BEST}; ratios to the first line"
     show(title, rows)
     for name in ("single runs", "Keras on JAX", "Keras on TF"):
         if ways := [row for row in rows if name in row["what"]]:
@@ -292,7 +294,7 @@ def measure_sweep(args: Args) -> dict:
 
 
 def measure_whole(args: Args) -> dict:
-    """A sweep, then each of its seeds in a process of its own: one after another, and one a core.
+    """A sweep, then each of its seeds in a process of its own: one after another, and one per core.
 
     Exits if a result differs.
     """
@@ -303,7 +305,9 @@ def measure_whole(args: Args) -> dict:
             for name, took in time_whole(args, recipe, n_seeds).items():
                 seconds.setdefault(name, []).append(took / n_seeds)
         rows, epochs = timed(seconds), mj.RECIPES[recipe].epochs
-        show(f"whole processes, {n_seeds} seeds of {recipe}, {epochs} epochs: seconds a seed", rows)
+        show(
+            f"whole processes, {n_seeds} seeds of {recipe}, {epochs} epochs: seconds per seed", rows
+        )
         record[f"whole {recipe}"] = rows
     return record
 
@@ -326,7 +330,7 @@ def time_whole(args: Args, recipe: str, n_seeds: int) -> dict[str, float]:
         shares = [range(n_seeds)[i :: len(cores)] for i in range(len(cores))]
         with ThreadPoolExecutor(len(cores)) as pool:
             ended = pool.map(train, itertools.repeat("pinned"), shares, cores)
-            seconds["mlp_jax.train, one a core"] = max(ended)
+            seconds["mlp_jax.train, one per core"] = max(ended)
         table = mj.read_runs(Path(scratch, "sweep"), ["test_correct"]).to_pydict()
         for seed, correct in zip(table["seed"], table["test_correct"], strict=True):
             # on a single core XLA rounds some recipes differently
@@ -338,10 +342,14 @@ def time_whole(args: Args, recipe: str, n_seeds: int) -> dict[str, float]:
 
 
 def run(front: str, args: Args, *flags: str, core: int | None = None) -> tuple[float, float]:
-    """Wall seconds and peak memory in MB of `python -m mlp_jax.<front>`, from start to end."""
+    """What `time_process` says of `python -m mlp_jax.<front>`, on one core or on all."""
     data = ["--data-dir", str(args.data_dir)] if args.data_dir else []
-    command = ["taskset", "-c", str(core)] if core is not None else []
-    command += [sys.executable, "-m", f"mlp_jax.{front}", *flags, "--quiet", *data]
+    pin = ["taskset", "-c", str(core)] if core is not None else []
+    return time_process([*pin, sys.executable, "-m", f"mlp_jax.{front}", *flags, "--quiet", *data])
+
+
+def time_process(command: list[str]) -> tuple[float, float]:
+    """Wall seconds and peak memory in MB of a process, from start to end; exits if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -357,16 +365,23 @@ def peak_mb(usage: resource.struct_rusage) -> float:
 
 
 def measure_process(args: Args) -> dict:
-    helps, runs = [], []
+    processes: dict[str, list] = {"train --help": [], "train --epochs 1": []}
+    if FASHION.exists():
+        processes[PREPARE] = []
+    load = "import mlp_jax; mlp_jax.load_dataset('fashion_mnist', {!r}, {!r})"
     for _ in range(args.rounds or ROUNDS["process"]):
-        helps.append(run("train", args, "--help"))
+        processes["train --help"].append(run("train", args, "--help"))
         with tempfile.TemporaryDirectory() as out:
-            runs.append(run("train", args, "--epochs", "1", "--out", out))
+            processes["train --epochs 1"].append(run("train", args, "--epochs", "1", "--out", out))
+        if FASHION.exists():
+            with tempfile.TemporaryDirectory() as new:
+                command = [sys.executable, "-c", load.format(new, str(FASHION))]
+                processes[PREPARE].append(time_process(command))
     rows = []
-    for name, processes in (("train --help", helps), ("train --epochs 1", runs)):
-        seconds, peaks = zip(*processes, strict=True)
+    for name, each in processes.items():
+        seconds, peaks = zip(*each, strict=True)
         rows.append(timed({name: seconds})[0] | {"peak MB": max(peaks)})
-    show("whole processes of mlp_jax.train", rows)
+    show("whole processes", rows)
     return {"process": rows}
 
 
@@ -374,7 +389,7 @@ def measure_scaling(args: Args) -> dict:
     rows = []
     for size in SIZES:
         rows.append(fresh(train_size, args.data_dir, size))
-    show("sweeps by their seeds: seconds a seed and epoch, peak memory, the runs' state", rows)
+    show("sweeps by their seeds: seconds per seed and epoch, peak memory, the runs' state", rows)
     grown, state = (rows[-1][name] - rows[0][name] for name in ("peak MB", "state MB"))
     print(f"from {SIZES[0]} to {SIZES[-1]} seeds memory grows by {grown / state:.2f} of the state")
     return {"scaling": rows}
@@ -389,7 +404,7 @@ def measure_devices(args: Args) -> dict:
     for n_devices in SIZES:
         rows.append(fresh(train_size, args.data_dir, n_devices, n_devices))
         rows[-1]["ratio"] = rows[-1]["seconds"] / rows[0]["seconds"]
-    show("sweeps by their devices, a seed on each: seconds a seed and epoch", rows)
+    show("sweeps by their devices, a seed on each: seconds per seed and epoch", rows)
     return {"devices": rows}
 
 
@@ -432,7 +447,7 @@ def draw(record: dict):
     n = sorted({row["after epochs"] // EPOCHS_A_TURN for part in parts.values() for row in part})
     machine = "{cores} cores of {processor}".format(**record["environment"])
     rounds = f"{' or '.join(map(str, n))} rounds"
-    title = f"An epoch of keras-sgd and its validation: {machine}, {rounds}"
+    title = f"An epoch of keras-sgd and its evaluation: {machine}, {rounds}"
     figure, ax = new_figure(title, 1.2 + 0.24 * sum(len(part) + 1 for part in parts.values()))
     names: list[str] = []
     for part, rows in parts.items():
@@ -452,8 +467,8 @@ def draw(record: dict):
             ax.annotate(f"{ratio:.2f} ({row['seconds']:.2f} s)", (ends[1], y), (4, 0), **inset)
             names.append(row["what"])
     ax.set_yticks([y for y, name in enumerate(names) if name], [*filter(None, names)])
-    label = "seconds a seed, relative to the first bar of each block\n"
-    label += f"solid lines: range over the rounds; dashed: {PRODUCTS}, in XLA"
+    label = "seconds per seed, relative to the first bar of each block (its 1.00)\n"
+    label += f"solid lines: range over the rounds; dashed: {PRODUCTS}, in XLA, where measured"
     ax.set(ylim=(len(names) - 0.4, -0.6), xlabel=label)
     return figure
 
@@ -489,7 +504,8 @@ if __name__ == "__main__":
         save_figure(args.draw.with_suffix(".png"), figure, dpi=125)
         sys.exit()
     # not here: a process starts with the peak memory of its parent, which must stay small
-    record = {"environment": fresh(describe)}
+    record = {"command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]])}
+    record |= {"environment": fresh(describe)}
     for part in args.parts:
         record |= globals()[f"measure_{part}"](args)
         if args.out:

@@ -10,8 +10,10 @@ those that most runs get wrong, all recipes counting alike.
 """
 
 import dataclasses
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -66,7 +68,7 @@ def make_rungs(seconds: dict[str, float]) -> list[dict]:
     for name in RECIPES:
         family = json.loads((RESULTS / name / "summary.json").read_text())["families"][0]
         config = read_metadata(RESULTS / name).config
-        took = config.epochs * seconds[name] if name in seconds else None
+        took = config.n_epochs * seconds[name] if name in seconds else None
         rung = {"rung": name, "runs": family["runs"], "epochs": config.epochs, "seconds": took}
         columns = ("sd", "independent_sd", "distribution_sd")
         rung |= {"accuracy": family["mean"]} | {column: family[column] for column in columns}
@@ -84,12 +86,13 @@ def make_rungs(seconds: dict[str, float]) -> list[dict]:
 
 
 def time_epochs(args: Args) -> dict[str, float]:
-    """Median seconds of a whole epoch of each recipe, one run at a time, in turns."""
+    """Median seconds of an epoch of each recipe, or of a part as `sprint` has, in turns."""
     trainings = {}
     for name in RECIPES:
-        # the epochs of all turns, and one to compile
-        config = dataclasses.replace(mj.RECIPES[name], epochs=args.rounds + 1)
-        trainings[name] = mj.fit(config, mj.load_data(config, data_dir=args.data_dir))
+        config = mj.RECIPES[name]
+        if config.epochs > 1:  # those of all turns, and one to compile
+            config = dataclasses.replace(config, epochs=args.rounds + 1)
+        trainings[name] = epochs_of(config, mj.load_data(config, data_dir=args.data_dir))
         next(trainings[name])
     seconds = {name: [] for name in RECIPES}
     for _ in range(args.rounds):
@@ -98,6 +101,12 @@ def time_epochs(args: Args) -> dict[str, float]:
             next(training)
             seconds[name].append(time.perf_counter() - start)
     return {name: median(each) for name, each in seconds.items()}
+
+
+def epochs_of(config: mj.Config, data) -> Iterator:
+    """The epochs of runs of `config`, one after another."""
+    for seed in itertools.count():
+        yield from mj.fit(config, data, seeds=[seed])
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray) -> list[list[float]]:
@@ -176,21 +185,21 @@ def draw_missed(images: np.ndarray, each: list[dict], title: str):
 
 def main(args: Args) -> None:
     test = mj.load_dataset("mnist", args.data_dir).test
-    old = json.loads(OUT.read_text()) if OUT.exists() else {"timed": {"seconds an epoch": {}}}
+    old = json.loads(OUT.read_text()) if OUT.exists() else {"timed": {"seconds per epoch": {}}}
     timed = old["timed"]
     if args.rounds:
         took = time_epochs(args)
         timed = {
             "environment": describe_environment(jax.devices()),
             "rounds": args.rounds,
-            "seconds an epoch": took,
+            "seconds per epoch": took,
         }
     predicted = {name: read_predictions(name) for name in RECIPES}
     upper = {name: predicted[name] for name in UPPER}
     record = {
         "command": "python scripts/ladder.py --rounds 9",
         "timed": timed,
-        "rungs": make_rungs(timed["seconds an epoch"]),
+        "rungs": make_rungs(timed["seconds per epoch"]),
         "confusion": {name: confusion(each, test.labels) for name, each in upper.items()},
         "missed by all": {name: missed(each, test.labels) for name, each in upper.items()},
         "hardest": hardest(predicted, test.labels),

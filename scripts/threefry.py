@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import statistics
+import sys
 from pathlib import Path
 from time import perf_counter as clock
 
@@ -78,6 +79,9 @@ def main(args: Args) -> None:
             start = clock()
             draw_masks(kind, jax.random.fold_in(key, turn)).block_until_ready()
             seconds[name].append(clock() - start)
+    low, _, high = statistics.quantiles(seconds["rolled"], n=4)
+    if high > 1.15 * low:
+        sys.exit(f"error: a quarter takes {high / low:.2f} times as long: keep the machine idle")
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     record = {
         "command": f"python scripts/threefry.py --turns {args.turns} --out results/threefry.json",

@@ -85,7 +85,7 @@ def test_accuracies_of_another_training_fail(what, accuracy, is_same):
 def test_the_figure_shows_every_row(tmp_path):
     floor = a_row(benchmark.PRODUCTS, 0.7, None)
     users = [a_row("mlp_jax, one run", 1), a_row("PyTorch", 2.5), floor]
-    sweep = [a_row("mlp_jax, a sweep", 1), a_row("Keras on TF, one a core", 1.5), floor]
+    sweep = [a_row("mlp_jax, a sweep", 1), a_row("Keras on TF, one per core", 1.5), floor]
     environment = {"processor": "a processor", "cores": 2}
     record = {"environment": environment, "users": users, "sweep": sweep, "scaling": []}
     figure = benchmark.draw(json.loads(json.dumps(record)))

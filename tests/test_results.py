@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
+from quoting import README, ROOT, close, points, read, row
 
 from mlp_jax import results
 from mlp_jax.analysis.summary import compare_to_reference, to_json
@@ -35,13 +36,7 @@ from mlp_jax.training.parallel import Placement
 from mlp_jax.training.run import make_run
 from mlp_jax.verify import TOLERANCE, same_machine
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-SPEED_PARTS = ("epoch", "sweep", "whole keras-sgd", "whole short")
 TRIED = ("tried", "survived", "lost")
-PRODUCTS = "the matrix products alone"
-ONE_BY_ONE = "mlp_jax.train, one after another"
-ONE_A_CORE = "mlp_jax.train, one a core"
 RECORDS = sorted(path.parent for path in ROOT.glob("results/*/summary.json"))
 CROSSED = [each for each in RECORDS if each.name.endswith("-crossed")]
 SWEEPS = [each for each in RECORDS if each not in CROSSED]
@@ -55,26 +50,8 @@ FRESH = 1000
 """The first seed of a speedrun's record: its settings were chosen with lower ones."""
 
 
-def read(path):
-    return json.loads((ROOT / path).read_text())
-
-
 def by_name(path):
     return path.name
-
-
-def close(a, b):
-    """Equal but for the last bits, which another processor or NumPy may round otherwise."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(close(a[name], b[name]) for name in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(close, a, b))
-    return a == pytest.approx(b, rel=1e-9) if isinstance(a, float) else a == b
-
-
-def points(interval, digits=3):
-    """An interval in percentage points."""
-    return "{} ({} to {})".format(*(f"{100 * end:.{digits}f}" for end in interval.values()))
 
 
 def count_epochs(summary):
@@ -100,10 +77,6 @@ def record_line(directory):
         reference,
         beside,
     )
-
-
-def row(*cells):
-    return "| " + " | ".join(cells) + " |"
 
 
 def endless_line():
@@ -248,123 +221,6 @@ def headline():
     )
 
 
-def times(row, turned=False):
-    """The ratio of a row of results/speed.json and its range; `turned`: of the first row to it."""
-    ends = [row[column] for column in ("ratio", "ratio min", "ratio max")]
-    if turned:
-        ends = [1 / ends[0], 1 / ends[2], 1 / ends[1]]
-    return "{:.2f} ({:.2f} to {:.2f})".format(*ends)
-
-
-def users_lines():
-    """README's table on one run, beside what users of other frameworks write."""
-    for i, timed in enumerate(read("results/speed.json")["users"]):
-        accuracy = timed["test accuracy"]
-        yield row(
-            f"{timed['what']}, in XLA" if timed["what"] == PRODUCTS else timed["what"],
-            f"{timed['seconds']:.2f} s",
-            f"{50 * timed['seconds']:.0f} s",
-            times(timed) if i else "1",
-            f"{100 * accuracy:.1f}" if accuracy else "-",
-        )
-
-
-def speed_lines():
-    """README's table on speed where a goal was set."""
-    speed = read("results/speed.json")
-    epoch, sweep, whole, short = ({r["what"]: r for r in speed[part]} for part in SPEED_PARTS)
-    keras = times(epoch["Keras on JAX"], turned=True)
-    yield row("time of an epoch of one run, relative to Keras on JAX", keras, "0.75 at most")
-    runs = "seeds an hour of a sweep, relative to"
-    goals = {"single runs": "1.25 at least", "one process a core": "1 at least"}
-    goals |= {"Keras on JAX": "1.8 at least", "Keras on TF": "3 at least"}
-    for name, goal in goals.items():
-        best = min((r for what, r in sweep.items() if name in what), key=lambda r: r["ratio"])
-        yield row(f"{runs} {best['what']}, epochs alone", times(best), goal)
-    for recipe, ways, goal in (("keras-sgd", whole, 1.08), ("short", short, 4)):
-        for what, aim in ((ONE_BY_ONE, "-"), (ONE_A_CORE, f"{goal} at least")):
-            train = what.replace("mlp_jax.train", f"`train --recipe {recipe}`")
-            yield row(f"{runs} {train}, whole processes", times(ways[what]), aim)
-    yield row("its matrix products alone, relative to a sweep's epoch", times(sweep[PRODUCTS]), "-")
-    sizes = speed["scaling"]
-    seconds, peak, state = ([r[n] for r in sizes] for n in ("seconds", "peak MB", "state MB"))
-    seeds = f"{sizes[0]['seeds']} to {sizes[-1]['seeds']} seeds"
-    took = f"{min(seconds):.2f} to {max(seconds):.2f} s"
-    yield row(f"per seed and epoch, sweeps of {seeds}", took, "flat")
-    grown = (peak[-1] - peak[0]) / (state[-1] - state[0])
-    yield row("their memory grows, relative to the runs' state", f"{grown:.2f}", "1")
-    for timed, goal in zip(speed["process"], ("0.5 s", "3 s, 450 MB"), strict=True):
-        low, high = timed["seconds min"], timed["seconds max"]
-        took = f"{timed['seconds']:.1f} s ({low:.1f} to {high:.1f}), {timed['peak MB']:.0f} MB"
-        yield row(f"`{timed['what']}`, data cached", took, goal)
-
-
-def speed_bound():
-    """README's words on what the matrix products leave to win."""
-    sweep = {row["what"]: row for row in read("results/speed.json")["sweep"]}
-    bounds, names = [], ("single runs", "Keras on JAX", "Keras on TF")
-    for name in names:
-        best = min(row["ratio"] for what, row in sweep.items() if name in what)
-        bounds.append(f"{best / sweep[PRODUCTS]['ratio']:.2f}")
-    said = [f"{bound} times as fast as {name}" for bound, name in zip(bounds, names, strict=True)]
-    return f"{said[0]}, {said[1]} and {said[2]}"
-
-
-def correct_counts(recipe):
-    """Correct test images of each run of a speedrun's record."""
-    table = read_runs(ROOT / "results" / recipe, ["recipe", "vary", "seed", "test_correct"])
-    assert set(table["recipe"].to_pylist()) == {recipe}
-    assert set(table["vary"].to_pylist()) == {"all"}
-    assert min(table["seed"].to_pylist()) == FRESH
-    return table["test_correct"].to_pylist()
-
-
-def above(recipe):
-    """P(a mean this high) if it were the goal, by Student's t, one-sided."""
-    correct = correct_counts(recipe)
-    return scipy.stats.ttest_1samp(correct, GOALS[recipe], alternative="greater").pvalue
-
-
-def speedrun_lines():
-    """README's table on the speedruns, a line for each contender."""
-    rows = {row["what"]: row for row in read("results/speedruns.json")["rows"]}
-    for name, timed in rows.items():
-        times = [rows["Keras on TensorFlow"][n] / timed[n] for n in ("seconds", "cpu seconds")]
-        reached, goal = f"{100 * timed['test accuracy']:.2f}, 1 run", "-"
-        if name in RECIPES:
-            summary = read(f"results/{name}/summary.json")
-            family = summary["families"][0]
-            reached = f"{points(family['mean'], 2)}, {family['runs']:,} runs"
-        if name in GOALS:
-            p = above(name)
-            goal = f"{GOALS[name] / 100:.2f}, p {'< 1e-9' if p < 1e-9 else f'= {p:.0e}'}"
-        yield row(
-            f"`{name}`" if name in RECIPES else name,
-            f"{timed['epochs']:g}",
-            f"{timed['seconds']:.3g} ({timed['cpu seconds']:.3g})",
-            "{:.3g} ({:.3g})".format(*times),
-            reached,
-            goal,
-        )
-
-
-def speedruns_load():
-    """README's words on the machine that the speedruns were timed on."""
-    record = read("results/speedruns.json")
-    return "{cores} cores of {processor}".format(**record["environment"])
-
-
-def hardware():
-    environment = read("results/speed.json")["environment"]
-    return "{cores} cores of {processor}".format(**environment)
-
-
-def time_line():
-    """README's row on what to expect, from start to end."""
-    rows = {timed["what"]: timed for timed in read("results/speed.json")["whole keras-sgd"]}
-    return f"| {hardware()} | {rows[ONE_BY_ONE]['seconds']:.0f} s |"
-
-
 @pytest.mark.parametrize("directory", SWEEPS, ids=by_name)
 def test_summaries_follow_from_the_rows(directory):
     summary = json.loads((directory / "summary.json").read_text())
@@ -466,23 +322,15 @@ def test_the_readme_quotes_the_records(directory):
     assert record_line(directory) in README
 
 
-def test_the_readme_quotes_its_headline_and_speed():
+def test_the_readme_quotes_its_headline():
     assert headline() in README.replace("\n", " ")
     zero = read("results/keras-sgd/summary.json")["families"][0]["distribution_sd"]["high"]
     assert f"consistent with zero, and at most {100 * zero:.3f} points" in README.replace("\n", " ")
     wrong = max(each["wrong"] for each in read("results/decide.json")["rows"])
     assert f"wrong in {wrong} of 1,000 at most" in README.replace("\n", " ")
-    for words in (
-        hardware_line(),
-        endless_line(),
-        hardware(),
-        speed_bound(),
-        crossed_line(),
-        held_line(),
-        *crossed_words(),
-    ):
+    for words in (hardware_line(), endless_line(), crossed_line(), held_line(), *crossed_words()):
         assert words in README.replace("\n", " ")
-    for line in [time_line(), *crossed_lines(), *decide_lines(), *users_lines(), *speed_lines()]:
+    for line in [*crossed_lines(), *decide_lines()]:
         assert line in README
 
 
@@ -574,20 +422,6 @@ def test_the_readme_quotes_the_answers():
     assert beyond_line() in README.replace("\n", " ")
 
 
-def test_ratios_of_speed_have_their_accuracy_beside_them():
-    speed = read("results/speed.json")
-    for part in ("users", "epoch", "sweep"):
-        errors = {timed["what"]: timed["test accuracy"] for timed in speed[part]}
-        assert errors.pop(PRODUCTS, None) is None
-        errors = {what: 1 - accuracy for what, accuracy in errors.items()}
-        # PyTorch's own initial weights are smaller and delay it
-        late = [errors.pop(what) for what in [*errors] if what.startswith("PyTorch")]
-        first, *_ = errors.values()
-        assert max(errors.values()) - min(errors.values()) < 0.005
-        assert all(error < 1.5 * first for error in late)
-    assert len(speed["users"]) == 7  # and no peer was left out
-
-
 def test_a_recipe_on_another_data_set_has_no_reference():
     metadata = read_metadata(FASHION)
     assert metadata.config == dataclasses.replace(RECIPES["keras-rmsprop"], dataset="fashion_mnist")
@@ -596,25 +430,6 @@ def test_a_recipe_on_another_data_set_has_no_reference():
     assert f"{points(family['mean'], 2)} % test accuracy on Fashion-MNIST" in README.replace(
         "\n", " "
     )
-
-
-@pytest.mark.parametrize("recipe", GOALS)
-def test_a_speedrun_exceeds_its_goal(recipe):
-    assert len(correct_counts(recipe)) >= (20 if recipe == "sprint-99" else 200)
-    assert above(recipe) < 0.01
-
-
-@pytest.mark.parametrize("recipe", GOALS)
-def test_a_speedrun_was_chosen_on_held_out_images(recipe):
-    """Its settings gave its goal there, with as many steps of 50,000 examples."""
-    wanted = {
-        name: value
-        for name, value in dataclasses.asdict(RECIPES[recipe]).items()
-        if value != getattr(Config(), name)
-    }
-    wanted["epochs"] *= 6 / 5
-    found = [row for row in read("results/speedruns-search.json") if close(row | wanted, row)]
-    assert max(row["mean"] for row in found) > GOALS[recipe] / 100
 
 
 def test_the_search_is_that_of_its_rows():
@@ -632,19 +447,6 @@ def test_the_search_is_that_of_its_rows():
         assert line["mean"] == pytest.approx(np.mean(correct) / 100)
         sd = np.std(correct, ddof=1) / 100 if len(correct) > 1 else None
         assert line["sd"] == pytest.approx(sd)
-
-
-def test_the_readme_quotes_the_speedruns():
-    assert speedruns_load() in README.replace("\n", " ")
-    for line in speedrun_lines():
-        assert line in README
-
-
-def test_seconds_of_speedruns_have_their_accuracy_beside_them():
-    for timed in read("results/speedruns.json")["rows"]:
-        name = timed["what"] if timed["what"] in RECIPES else "keras-sgd"
-        mean = read(f"results/{name}/summary.json")["families"][0]["mean"]["estimate"]
-        assert timed["test accuracy"] == pytest.approx(mean, abs=0.004)
 
 
 def test_there_are_records():

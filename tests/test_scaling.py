@@ -66,8 +66,9 @@ def size(n_bytes):
 
 
 def line(name, seeds, hours, stored, files, digits=3):
-    timed = " | ".join(short(x, digits) for x in (hours, seeds / hours))
-    timed = timed if hours > 1 / 60 else "under a minute | -"
+    timed = "under a minute" if hours < 1 / 60 else short(hours, digits)
+    # at one digit a rate would contradict the hours
+    timed += f" | {short(seeds / hours, digits) if digits > 1 else '-'}"
     return f"| {name} | {seeds:,} | {timed} | {size(stored)} | {files:,} |"
 
 
@@ -132,7 +133,24 @@ def test_the_text_quotes_its_numbers():
     gpu, tpu = (5 * 4 * P / A_SEED[name] * m[0] * m[1] / 1e6 for name, m in MACHINES.items())
     a_gpu, a_tpu = A_SEED.values()
     assert max(queue.values()) < CLUSTER["limit ms"] == 20
+    # products of a step: forward, and backward but for the gradient of the pixels
+    flop = (6 * P - 2 * 784 * 512) * CONFIG.batch_size
+    traffic, tf32, float32, bfloat16 = (
+        1e6 * n / rate
+        for n, rate in (
+            (7 * 4 * P, BANDWIDTH["H200"]),
+            (flop, 494e12),
+            (flop, 67e12),
+            (flop, 197e12),
+        )
+    )
+    mebibytes = {kind: size // 2**20 for kind, size in parallel.VMEM.items()}
     for words in (
+        f"{flop / 1e6:.0f} MFLOP per step and seed take {tf32:.1f} of the {traffic:.1f} micro",
+        f"they take {float32:.1f}, and an H200 would need {float32 / traffic:.1f} times the hours",
+        f"evaluation ({100 * 2 * P * 10_000 / (STEPS / CONFIG.epochs * flop):.0f} % of the arith",
+        f"would take {bfloat16:.1f} microseconds in bfloat16",
+        f"in the {mebibytes['TPU v5 lite']} MiB of VMEM",
         f"P = {P:,}, S = {STEPS:,} and 7 x 4 P = {7 * 4 * P / 1e6:.2f} MB",
         f"That is {1000 * a_gpu:.0f} ms per seed on an H200",
         f"{CYCLES:,.0f} cycles per seed with the {V5E['lanes']} lanes",

@@ -46,7 +46,7 @@ def make_rows(recipe: str, progress: "Progress", seconds: float) -> list[dict]:
         row |= {f"{stream}_seed": np.uint32(seed) for stream, seed in run.seeds._asdict().items()}
         row |= {name: values[i, -1] for name, values in progress.history.items()}
         row |= {f"{name}_by_epoch": values[i] for name, values in progress.history.items()}
-        # one byte a test image, in the order of the data set
+        # one byte per test image, in the order of the data set
         rows.append(row | {"predictions": progress.predictions[i].tobytes(), "seconds": seconds})
     return rows
 

@@ -159,8 +159,9 @@ def check_at_least(args, least: dict[str, int]) -> None:
 JOBS = {
     # public variables of a job's processes: index, count, first index, step of the indices
     "a SLURM array": tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "", ""),
+    # before srun, which starts a daemon of mpirun on each node
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "", ""),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "", ""),
 }
 
 

@@ -29,6 +29,7 @@ from mlp_jax.records.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from mlp_jax.records.compaction import finish_merge
 from mlp_jax.records.provenance import Metadata, check_same, git_state
 from mlp_jax.training.arrays import Dataset, for_dataset, params_digest, with_teacher
 from mlp_jax.training.config import RECIPES, Config
@@ -203,6 +204,8 @@ def open_experiment(
     with files.locked(directory, *shard):
         if overwrite:
             directories.clear(directory)
+        if shard[1] == 1:
+            finish_merge(directory)
         directories.claim(directory, metadata)
         if rows.row_files(directory):
             metadata = with_program(metadata, dataset)

@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     paths = [out / "summary.json", *(out / "figures" / name for name, _ in made.figures)]
     paths += [out / "report.html"] * args.html
     check_replaceable(paths)
+    if args.html:
+        check_page(paths[-1])
     files.make_directory(out / "figures")
     files.write_json(out / "summary.json", made.summary)
     for path, (_, figure) in zip(paths[1:], made.figures, strict=False):
@@ -72,6 +74,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.html:
         files.write_text(paths[-1], made.page)
     print(made.text, "", *paths, sep="\n")
+
+
+def check_page(path: Path) -> None:
+    """UserError if there is a page that is no report."""
+    from mlp_jax.analysis.page import NOTE
+
+    if path.exists() and NOTE not in path.read_text("utf-8", errors="replace"):
+        raise UserError(f"{path} was not written by mlp_jax: move it, or name another --out")
 
 
 def report(directory: str | Path, data_dir: str | Path | None = None) -> Report:

@@ -79,7 +79,7 @@ def test_compact_keeps_what_a_damaged_merge_merged(swept, caplog):
 def test_a_sweep_keeps_what_a_damaged_merge_merged(swept, monkeypatch, caplog):
     swept("--seeds", "0:4", "--chunk", "1", "--out", "s")
     before = rows.read_runs("s")
-    monkeypatch.setattr(compaction, "_remove_merged", lambda directory: None)  # killed before it
+    monkeypatch.setattr(compaction, "finish_merge", lambda directory: None)  # killed before it
     compaction.compact(Path("s"))
     (merged,) = rows.row_files(Path("s"))
     merged.write_bytes(merged.read_bytes()[:-9])
@@ -96,6 +96,29 @@ def test_compact_refuses_a_run_in_two_files_and_names_them(swept):
     with pytest.raises(UserError, match=r"s/runs/.* and s/runs/.* contain the same run: remove \w"):
         compact_main(["s"])
     assert len(rows.row_files(Path("s"))) == 3
+
+
+def test_a_sweep_ends_an_interrupted_merge(swept, monkeypatch):
+    swept("--seeds", "0:4", "--chunk", "1", "--devices", "1", "--out", "s")
+    with monkeypatch.context() as patched:
+        patched.setattr(compaction, "finish_merge", lambda directory: None)  # killed before it
+        compaction.compact(Path("s"))
+
+    def count():  # as other readers of Parquet do
+        return sum(pq.read_metadata(path).num_rows for path in Path("s/runs").iterdir())
+
+    assert count() == 8
+    swept("--seeds", "0:4", "--out", "s")
+    assert count() == 4
+
+
+def test_compact_of_a_damaged_file_is_one_line(swept):
+    swept("--seeds", "0:2", "--chunk", "1", "--devices", "1", "--out", "s")
+    path = rows.row_files(Path("s"))[1]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"{path.name} is damaged"):
+        compact_main(["s"])
+    assert len(rows.row_files(Path("s"))) == 2
 
 
 def test_compact_passes_over_sweeps_of_a_grid_without_rows(swept, capsys):

@@ -192,6 +192,8 @@ def test_numbers_of_numpy_are_settings():
     config = Config(batch_size=np.int64(32), learning_rate=np.float32(0.5))
     assert json.loads(json.dumps(dataclasses.asdict(config)))["batch_size"] == 32
     assert repr(Config(mixup=1)) == repr(Config(mixup=1.0))  # which are traced alike
+    with pytest.raises(UserError, match="label smoothing must be a number"):
+        Config(label_smoothing="0.1")
 
 
 def test_a_snapshot_starts_its_own_runs_alone(config, small):
@@ -380,6 +382,11 @@ def test_a_report_does_not_replace_a_summary_of_somebody(swept, data):
     Path("mine/summary.json").rename("mine/report.html")
     with pytest.raises(UserError, match=r"mine/report\.html was perhaps not written by mlp_jax"):
         report_main(["s", "--html", "--out", "mine", *data])
+    report_main(["s", *data])
+    Path("s/report.html").write_text("mine")
+    with pytest.raises(UserError, match=r"s/report\.html was not written by mlp_jax"):
+        report_main(["s", "--html", *data])
+    Path("s/report.html").unlink()
     Path("mine/report.html").rename("mine/comparison.json")
     with pytest.raises(UserError, match=r"comparison\.json was perhaps not written by mlp_jax"):
         compare_main(["s", "s", "--out", "mine", *data])

@@ -105,6 +105,12 @@ def test_a_shard_leaves_the_directory_in_which_another_is_about_to_write(small, 
         # a batch script outside srun is one process, however many tasks it may start
         (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),
         (None, {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, (3, 4)),
+        (  # mpirun in an allocation of two nodes, on which srun started its daemons
+            None,
+            {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}
+            | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+            (3, 8),
+        ),
     ],
 )
 def test_a_shard_is_that_of_the_job(text, environ, shard):

@@ -24,11 +24,14 @@ figure { margin: 1.5rem 0; } img { background: white; border-radius: 6px; max-wi
 """
 
 
+NOTE = "<p>Accuracies and errors in per cent, SDs in percentage points.</p>"  # of each page
+
+
 def make_page(text: str, summary: dict, figures: Iterable[tuple[str, Any]], settings: dict) -> str:
     """The page of a report; `text` and `settings` are shown as they are, and figures as SVG."""
     title = text.splitlines()[0]
     parts = [f"<h1>{escape(title)}</h1>"]
-    parts.append("<p>Accuracies and errors in per cent, SDs in percentage points.</p>")
+    parts.append(NOTE)
     for family in summary.get("families", []):
         name = "vary {vary}, learning rate {learning_rate:.9g}: {runs:,} runs".format(**family)
         rows = statistic_rows(family, summary["recipe"])

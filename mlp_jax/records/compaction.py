@@ -23,8 +23,8 @@ def compact(directory: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    _remove_merged(directory)
-    rows.check_unique(rows.row_files(directory))
+    finish_merge(directory)
+    rows.check_unique(rows.checked_files(directory))
     for paths in list(_groups(directory)):
         table = pa.concat_tables([pq.read_table(path) for path in paths])
         table = table.sort_by([(name, "ascending") for name in rows.ROW_ID])
@@ -33,7 +33,7 @@ def compact(directory: Path) -> None:
         files.write_signed_json(directory / rows.MERGE, names)
         with files.atomic_write(merged) as temporary:
             temporary.write_bytes(content)
-        _remove_merged(directory)
+        finish_merge(directory)
 
 
 def _groups(directory: Path) -> Iterator[list[Path]]:
@@ -54,7 +54,8 @@ def _groups(directory: Path) -> Iterator[list[Path]]:
     yield from (paths for paths in groups.values() if len(paths) > 1)
 
 
-def _remove_merged(directory: Path) -> None:
+def finish_merge(directory: Path) -> None:
+    """Remove what an interrupted merge left, which other readers of Parquet would count twice."""
     merge = rows.read_merge(directory)
     into = directory / "runs" / merge.get("into", "")
     if merge:

@@ -118,8 +118,10 @@ class Config:
                 object.__setattr__(self, field.name, value)
             elif isinstance(value, np.generic):
                 object.__setattr__(self, field.name, value := value.item())
-            elif field.type is float and isinstance(value, int):  # so that 1 is traced as 1.0
-                object.__setattr__(self, field.name, value := float(value))
+            if field.type is float:
+                if not isinstance(value, int | float):
+                    raise UserError(f"{_in_words(field.name)} must be a number, not {value!r}")
+                object.__setattr__(self, field.name, float(value))  # 1 is traced as 1.0
             if field.type is int and not isinstance(value, int):
                 raise UserError(f"{_in_words(field.name)} must be an integer, not {value!r}")
             if get_origin(field.type) is Literal and value not in get_args(field.type):

@@ -37,7 +37,7 @@ def load(data_dir: Path | None) -> list[tuple[np.ndarray, np.ndarray]]:
     """Pixels [n, 784] in [0, 1] and labels, of the training and the test images."""
     data = mj.load_dataset("mnist", data_dir)
     splits = (data.train, data.test)
-    return [(split.images.astype("float32") / 255, split.labels) for split in splits]
+    return [(split.images.astype("float32") / 255, split.labels.copy()) for split in splits]
 
 
 def import_keras(backend: str, seed: int):

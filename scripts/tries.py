@@ -11,21 +11,17 @@ machine idle otherwise.
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import tyro
-from benchmark import FOREVER, RECIPE, Peer, describe, fresh, peak_mb, show, timed
-from jax import lax
-from threefry import unrolled_bits
+from benchmark import FOREVER, RECIPE, Peer, describe, fresh, run, show, time_process, timed
 
 import mlp_jax as mj
 from mlp_jax.files import write_json
@@ -75,18 +71,13 @@ def train_streams(turn: Callable, seed: int, data_dir: Path | None) -> None:
 
 
 def train_unrolled(turn: Callable, seed: int, data_dir: Path | None) -> None:
-    """A sweep whose dropout masks are the same, but drawn with the cipher's rounds unrolled."""
-    key, shape = jax.random.key(0), (3, 5)
-    same = unrolled_bernoulli(key, 0.8, shape) == jax.random.bernoulli(key, 0.8, shape)
-    assert same.all()
-    with mock.patch.object(jax.random, "bernoulli", unrolled_bernoulli):
-        train_sweep(turn, seed, data_dir)
+    """A sweep of the same random bits, with the cipher's rounds unrolled as JAX does on GPUs."""
+    from jax._src.interpreters import mlir
+    from jax._src.random import threefry2x32 as cipher
 
-
-def unrolled_bernoulli(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
-    """`jax.random.bernoulli`: 23 bits as the fraction of a float32 in [1, 2), less 1, below p."""
-    ones = jnp.uint32(0x3F800000)
-    return lax.bitcast_convert_type((unrolled_bits(key, shape) >> 9) | ones, jnp.float32) - 1 < p
+    rule = cipher._threefry2x32_lowering_rule
+    mlir.register_lowering(cipher.threefry2x32_p, rule, platform="cpu")
+    train_sweep(turn, seed, data_dir)
 
 
 def train_with_little_scoring(turn: Callable, seed: int, data_dir: Path | None) -> None:
@@ -122,7 +113,7 @@ def train_without_dropout(turn: Callable, seed: int, data_dir: Path | None) -> N
 CHANGES = {
     AS_IT_IS: train_sweep,
     "a stream of epochs per device": train_streams,
-    "the cipher of dropout's bits unrolled": train_unrolled,
+    "the cipher's rounds unrolled": train_unrolled,
     "no dropout": train_without_dropout,
     "scoring 1,000 test images instead of 10,000": train_with_little_scoring,
 }
@@ -141,48 +132,33 @@ def measure_sweep(args: Args) -> list[dict]:
 
 
 def measure_start(args: Args) -> dict:
-    seconds: dict[str, list[float]] = {name: [] for name in (*FLAGS, "imports alone")}
+    seconds: dict[str, list[float]] = {name: [] for name in FLAGS}
     compiling: dict[str, list[float]] = {name: [] for name in FLAGS}
-    peaks, training, results = [], [], {}
+    imports, training, results = [], [], {}
     for _ in range(args.rounds):
         for name, flags in FLAGS.items():
-            took, peak, summary, result = start(args, flags)
+            took, summary, results[name] = start(args, flags)
             seconds[name].append(took)
             compiling[name].append(summary["compile_seconds"])
             if name == AS_IT_IS:
-                peaks.append(peak)
                 training.append(summary["train_seconds"])
-            results[name] = result
-        began = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", "import mlp_jax.train, mlp_jax.experiment"], check=True
-        )
-        seconds["imports alone"].append(time.perf_counter() - began)
+        load = "import mlp_jax.train, mlp_jax.experiment"
+        imports.append(time_process([sys.executable, "-c", load])[0])
     rows = timed(seconds)
-    for row, compile_row in zip(rows, timed(compiling), strict=False):
+    for row, compile_row in zip(rows, timed(compiling), strict=True):
         row |= {"compile seconds": compile_row["seconds"]}
         row["same results"] = results[row["what"]] == results[AS_IT_IS]
     show("train --epochs 1, whole processes: seconds; ratios to the first line", rows)
-    whole = {"peak MB": max(peaks), "epoch seconds": sorted(training)[len(training) // 2]}
-    return {"rows": rows} | whole
+    return {"rows": rows, "import seconds": median(imports), "epoch seconds": median(training)}
 
 
-def start(args: Args, flags: str) -> tuple[float, float, dict, list]:
-    """Wall seconds, peak MB, summary.json and the rows of `train --epochs 1`."""
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "mlp_jax.train", "--epochs", "1", "--quiet", "--out", out]
-        command += ["--data-dir", str(args.data_dir)] if args.data_dir else []
-        began = time.perf_counter()
-        environment = os.environ | {"XLA_FLAGS": flags}
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        took = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            sys.exit(f"error: {command} with XLA_FLAGS={flags} failed")
+def start(args: Args, flags: str) -> tuple[float, dict, list]:
+    """Wall seconds, summary.json and the row of `train --epochs 1`."""
+    with tempfile.TemporaryDirectory() as out, mock.patch.dict(os.environ, {"XLA_FLAGS": flags}):
+        took, _ = run("train", args, "--epochs", "1", "--out", out)
         summary = json.loads(Path(out, "summary.json").read_text())
         row = mj.read_runs(out).drop_columns(["seconds"]).to_pylist()
-    return took, peak_mb(usage), summary, row
+    return took, summary, row
 
 
 def main(args: Args) -> None:

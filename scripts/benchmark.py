@@ -467,8 +467,8 @@ def draw(record: dict):
             ax.annotate(f"{ratio:.2f} ({row['seconds']:.2f} s)", (ends[1], y), (4, 0), **inset)
             names.append(row["what"])
     ax.set_yticks([y for y, name in enumerate(names) if name], [*filter(None, names)])
-    label = "seconds per seed, relative to the first bar of each block (its 1.00)\n"
-    label += f"solid lines: range over the rounds; dashed: {PRODUCTS}, in XLA, where measured"
+    label = "seconds per seed, relative to the first bar of each block\n"
+    label += f"solid lines: range over the rounds; dashed: {PRODUCTS}, in XLA"
     ax.set(ylim=(len(names) - 0.4, -0.6), xlabel=label)
     return figure
 

@@ -22,7 +22,7 @@ from mlp_jax.errors import UserError, one_line
 RUNS = "runs"
 
 MAX_AUTO_LANES = 256
-"""For GPUs. Calculated, not measured: past some hundred lanes, weight traffic limits the speed, and
+"""Calculated for GPUs, not measured: past some hundred lanes, weight traffic limits the speed, and
 more lanes gain nothing."""
 
 VMEM = {

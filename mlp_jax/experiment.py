@@ -204,8 +204,6 @@ def open_experiment(
     with files.locked(directory, *shard):
         if overwrite:
             directories.clear(directory)
-        if shard[1] == 1:
-            finish_merge(directory)
         directories.claim(directory, metadata)
         if rows.row_files(directory):
             metadata = with_program(metadata, dataset)
@@ -218,6 +216,7 @@ def open_experiment(
         yield Experiment(directory, metadata, dataset, trainer, stored, finished, **saving)
         if shard[1] == 1:  # else another shard may be about to write there
             files.remove_if_empty(directory / "checkpoints")
+            finish_merge(directory)
 
 
 def _with_weights(directory: Path, stored: dict[Run, dict], metadata: Metadata) -> dict[Run, dict]:

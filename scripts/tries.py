@@ -44,7 +44,7 @@ FLAGS = {
 class Args:
     data_dir: Path | None = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    rounds: int = 6
+    rounds: int = 4
     """Turns of each."""
     out: Path | None = None
     """File for the results, as JSON."""

@@ -143,10 +143,16 @@ def _one_line_errors():
         raise UserError(message.removeprefix("Error parsing ")) from None
 
 
-def check_teacher(teacher: Path | None, out: Path | None) -> None:
-    """UserError if a student would be written over its teacher."""
+def check_training(args: Any) -> None:
+    """UserError for flags of `TrainingArgs` that cannot be followed."""
+    check_at_least(args, {"checkpoint_every": 0})
+    teacher, out = args.teacher, args.out
     if teacher and out and (teacher / "weights").resolve() == (out / "weights").resolve():
         raise UserError(f"--teacher and --out are both {out}: name another --out")
+    if args.tensorboard:
+        from mlp_jax.tensorboard import check_installed
+
+        check_installed()
 
 
 def check_at_least(args, least: dict[str, int]) -> None:

@@ -70,15 +70,9 @@ class Cell(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing from --out; raises UserError."""
-    recipe = cli.parse_recipe(argv)
-    default = Args(config=RECIPES[recipe], recipe=recipe, out=tyro.MISSING)
-    grid = [cli.parse_args(Args, words, PROG, default) for words in cli.expand_grid(argv)]
-    args = grid[0]
-    at_least_1 = dict.fromkeys(("devices", "lanes", "chunk"), 1)
-    cli.check_at_least(args, at_least_1 | {"checkpoint_every": 0, "crossed": 0})
-    cli.check_teacher(args.teacher, args.out)
+    args, configs = parse_grid(argv)
     index, count = cli.parse_shard(args.shard or ("0/1" if args.ray else None))
-    cells = make_cells(args, [each.config for each in grid])
+    cells = make_cells(args, configs)
     if count > 1 and not args.quiet:
         print(f"shard {index} of {count}", flush=True)
     if not any(cell.runs[index::count] for cell in cells):
@@ -186,10 +180,8 @@ def train_cell(
     """
     # slow to import, so after bad flags are answered
     from mlp_jax.experiment import load_data, open_experiment
-    from mlp_jax.tensorboard import check_installed, log_sweep
+    from mlp_jax.tensorboard import log_sweep
 
-    if tensorboard:
-        check_installed()
     dataset = load_data(cell.config, **data)
     opened = open_experiment(cell.directory, cell.config, dataset, cell.runs, **options)
     del dataset  # the devices have their own
@@ -201,6 +193,17 @@ def train_cell(
             bar.update(epoch)
         bar.close()
         return len(experiment.missing(cell.runs))
+
+
+def parse_grid(argv: list[str] | None) -> tuple[Args, list[Config]]:
+    """The flags, and the settings of each combination that they name; UserError."""
+    recipe = cli.parse_recipe(argv)
+    default = Args(config=RECIPES[recipe], recipe=recipe, out=tyro.MISSING)
+    grid = [cli.parse_args(Args, words, PROG, default) for words in cli.expand_grid(argv)]
+    args = grid[0]
+    cli.check_training(args)
+    cli.check_at_least(args, {"devices": 1, "lanes": 1, "chunk": 1, "crossed": 0})
+    return args, [each.config for each in grid]
 
 
 def make_cells(args: Args, configs: Sequence[Config]) -> list[Cell]:

@@ -42,10 +42,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # slow to import, so after bad flags are answered
     from mlp_jax.experiment import load_data, open_experiment
-    from mlp_jax.tensorboard import check_installed, log_run
+    from mlp_jax.tensorboard import log_run
 
-    if args.tensorboard:
-        check_installed()
     dataset = load_data(args.config, **args.data_options())
     config = for_dataset(args.config, dataset)
     out = args.out or directories.new_directory(Path("runs") / f"{args.recipe}-seed{args.seed}")
@@ -68,14 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             more = () if args.out else ("--out", str(out))
             again = cli.command_line(PROG, argv, *more, *(() if args.resume else ("--resume",)))
             stop.exit(f"{len(lines)} of {config.n_epochs} epochs saved; resume with: {again}")
-        check_finite({"epoch": config.n_epochs} | experiment.finished[run], out)
-        summary = summarize(experiment, run)
-        if lines or not (out / "summary.json").exists():
-            files.write_json(out / "summary.json", summary)
-        # one epoch is no curve, and matplotlib takes a second to import
-        missing = lines or not (out / CURVE).exists()
-        if missing and config.n_epochs > 1 and (out / "metrics.jsonl").exists():
-            save_curve(out, experiment.metadata)
+        summary = write_results(out, experiment, run, bool(lines))
     say()
     print(console.verdict(args.recipe, config, summary))
     if (out / CURVE).exists():
@@ -84,8 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_args(args: Args) -> None:
     """UserError for flags that conflict with each other or with the contents of --out."""
-    cli.check_at_least(args, {"checkpoint_every": 0})
-    cli.check_teacher(args.teacher, args.out)
+    cli.check_training(args)
     if args.resume and (args.overwrite or not args.out):
         raise UserError("--resume needs --out, and cannot be combined with --overwrite")
     if args.out and directories.check_out_dir(args.out):
@@ -119,6 +109,21 @@ def check_finite(line: dict, out: Path) -> None:
             f"the loss is not finite after epoch {line['epoch']} (training {line['train_loss']},"
             f" test {line['test_loss']}); the epochs so far are in {out}"
         )
+
+
+def write_results(out: Path, experiment, run, trained: bool) -> dict:
+    """Write summary.json, which is returned, and the curve, if just `trained` or missing."""
+    metadata = experiment.metadata
+    n_epochs = metadata.config.n_epochs
+    check_finite({"epoch": n_epochs} | experiment.finished[run], out)
+    summary = summarize(experiment, run)
+    if trained or not (out / "summary.json").exists():
+        files.write_json(out / "summary.json", summary)
+    # one epoch is no curve, and matplotlib takes a second to import
+    missing = trained or not (out / CURVE).exists()
+    if missing and n_epochs > 1 and (out / "metrics.jsonl").exists():
+        save_curve(out, metadata)
+    return summary
 
 
 def save_curve(out: Path, metadata: Metadata) -> None:

@@ -156,6 +156,28 @@ def test_a_fork_that_reads_what_programs_share_is_refused(setting, config, small
         fit(config, small, seeds=[0])
 
 
+def test_a_fork_that_treats_one_data_set_otherwise_is_refused(config, small, monkeypatch):
+    def schedule(progress, *, config):
+        return 0.5 if config.dataset == "mine" else 1.0
+
+    monkeypatch.setattr(step, "schedule", schedule)
+    fit(config, small, seeds=[0])
+    with pytest.raises(UserError, match="do not read them"):
+        fit(config, small._replace(name="mine"), seeds=[0])
+
+
+@pytest.mark.parametrize(("setting", "threshold"), [("epochs", 5), ("learning_rate", 0.05)])
+def test_a_fork_that_treats_long_or_fast_runs_otherwise_is_refused(
+    setting, threshold, config, small, monkeypatch
+):
+    def schedule(progress, *, config):
+        return 1 - progress if getattr(config, setting) > threshold else 1.0
+
+    monkeypatch.setattr(step, "schedule", schedule)
+    with pytest.raises(UserError, match="do not read them"):
+        fit(config, small, seeds=[0])
+
+
 def test_a_metric_is_one_line(config, small, monkeypatch):
     """What the loss returns beside itself reaches the history by its name."""
 

@@ -31,8 +31,12 @@ from mlp_jax.training.step import (
 )
 
 FIXED_VALUES = {"learning_rate": 1.0, "epochs": 1, "dataset": "", "split": "test", "teacher": ""}
-OTHER_VALUES = dict(zip(FIXED_VALUES, (0.5, 3, "other", "validation", "other"), strict=True))
-"""Code that reads one of these settings would make a difference between the two."""
+OTHER_VALUES = dict(zip(FIXED_VALUES, (1e-9, 10**6, "other", "validation", "other"), strict=True))
+"""Code that reads one of these settings, or compares it with a threshold, would make a difference
+between the two."""
+
+NAMES = ("dataset", "split", "teacher")
+"""Of these, what code may compare with a value of its own, as in `config.dataset == "mnist"`."""
 
 EPOCHS = (1e-9, 0.3, 0.5, 0.7, 2)
 STEPS = [1, 141, 234, 328, 938, 1, 70, 118, 164, 470]
@@ -50,11 +54,12 @@ class Programs(NamedTuple):
 def compile_programs(config: Config, placement: Placement, data: tuple) -> Programs:
     """Compile ahead of time for `Dataset.arrays`, of which only shapes and types matter.
 
-    Configs that differ only in traced values share a program.
+    Configs that differ in learning rate and epochs alone share a program.
     """
     leaves, tree = jax.tree.flatten(_shapes(data, placement.replicated))
     settings = tuple(numerics().values())
-    return _compile(program_config(config), placement, tuple(leaves), tree, settings)
+    shared: dict[str, Any] = {k: v for k, v in FIXED_VALUES.items() if k not in NAMES}
+    return _compile(replace(config, **shared), placement, tuple(leaves), tree, settings)
 
 
 def current_programs(config: Config, placement: Placement, data: tuple) -> Programs:
@@ -62,7 +67,7 @@ def current_programs(config: Config, placement: Placement, data: tuple) -> Progr
     compiled = _compile.cache_info().misses
     programs = compile_programs(config, placement, data)
     was_cached = _compile.cache_info().misses == compiled
-    if was_cached and programs.fingerprint != fingerprint_code(config, data):
+    if was_cached and programs.fingerprint != _digest(checked_text(config, data)):
         _compile.cache_clear()
         programs = compile_programs(config, placement, data)
     return programs
@@ -92,13 +97,14 @@ def _compile(
 
     `settings` are JAX's own, which it reads when it traces.
     """
+    fixed = program_config(config)
     array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=placement.run_sharding)
     scalar = jax.ShapeDtypeStruct((), np.int32, sharding=placement.replicated)
     width, data = placement.width, jax.tree.unflatten(tree, leaves)
     shared = (*data, scalar, scalar)
     runs = (array((width, len(STREAMS)), np.uint32), array((width,), np.float32))
     init_fn, epoch_fn = (
-        jax.jit(map_runs(functools.partial(fn, config), placement), donate_argnums=0)
+        jax.jit(map_runs(functools.partial(fn, fixed), placement), donate_argnums=0)
         for fn in (_init, _epoch)
     )
     init = init_fn.lower((), runs, ())
@@ -110,11 +116,19 @@ def _compile(
     with ThreadPoolExecutor(max_workers=2) as beside:
         quick = beside.submit(init.compile, COMPILER_OPTIONS["init"])
         slow = beside.submit(epoch.compile, options)
-        text = program_text(config, data)  # while XLA compiles
-        if text != program_text(config, data, OTHER_VALUES):
-            names = ", ".join(f"config.{name}" for name in OTHER_VALUES)
-            raise UserError(f"one compiled program serves all values of {names}: do not read them")
+        text = checked_text(config, data)  # while XLA compiles
         return Programs(quick.result(), slow.result(), _digest(text))
+
+
+def checked_text(config: Config, data: tuple) -> str:
+    """`program_text`; UserError for code that reads a setting that the program is not given."""
+    own = {name: getattr(config, name) for name in NAMES}
+    own = {name: value for name, value in own.items() if value != FIXED_VALUES[name]}
+    text = program_text(config, data)
+    if text != program_text(config, data, OTHER_VALUES | own):
+        names = ", ".join(f"config.{name}" for name in OTHER_VALUES)
+        raise UserError(f"one compiled program serves all values of {names}: do not read them")
+    return text
 
 
 def program_text(config: Config, data: tuple, values: dict[str, Any] = FIXED_VALUES) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,8 @@ def test_runs_get_directories_of_their_own(small_dir, here, capsys):
 def test_a_used_directory_is_kept_unless_told(small_dir, here):
     run(small_dir, "--out", "a", "--quiet")
     Path("a/mine.txt").write_text("not ours")
+    (weights,) = Path("a/weights").iterdir()
+    copy = shutil.copy(weights, weights.with_name("my-best.npz"))
     before = Path("a/config.json").read_text()
     with pytest.raises(UserError, match="a has results: add --resume or --overwrite, or name"):
         run(small_dir, "--out", "a", "--seed", "1")
@@ -96,6 +99,7 @@ def test_a_used_directory_is_kept_unless_told(small_dir, here):
     run(small_dir, "--out", "a", "--seed", "1", "--overwrite", "--quiet")
     assert json.loads(Path("a/config.json").read_text())["seed"] == 1
     assert Path("a/mine.txt").exists()
+    assert copy.exists()
 
 
 @pytest.mark.parametrize("main", [train_main, sweep_main])

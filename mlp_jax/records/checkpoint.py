@@ -6,7 +6,6 @@ weights may be used on any device and version of JAX.
 
 import dataclasses
 import operator
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from flax import traverse_util
 
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, expand, load_arrays, log, read_or_quarantine, save_arrays
+from mlp_jax.records.directory import WEIGHTS_NAME
 from mlp_jax.records.provenance import Metadata, check_same, settings
 from mlp_jax.records.rows import LOSSES
 from mlp_jax.training.arrays import N_PIXELS, Dataset
@@ -28,8 +28,6 @@ from mlp_jax.training.run import Run, make_run
 
 SHIPPED = Path(__file__).parents[1] / "weights" / "mnist.npz"
 """The committee shipped with mlp_jax, made by scripts/ship_weights.py."""
-
-WEIGHTS_NAME = re.compile(r"[a-z]+-lr[0-9.e+-]+-seed\d+\.npz")
 
 
 def save_checkpoint(path: Path, snapshot: Snapshot, seconds: list[float], metadata: Metadata):

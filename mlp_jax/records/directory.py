@@ -7,7 +7,8 @@ mlp_jax leaves. A damaged file proves nothing, and what is not ours is left alon
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from mlp_jax.training.config import format_setting
 
 CONFIG = "config.json"
 CURVE = "curve.png"
+WEIGHTS_NAME = re.compile(r"[a-z]+-lr[0-9.e+-]+-seed\d+\.npz")
+CHECKPOINT_NAME = re.compile(r"[0-9a-f]{16}\.npz")
 NOT_OURS = "{} is not empty and contains no mlp_jax results"
 SINGLE_RUN_FILES = ("metrics.jsonl", "summary.json", CURVE)
 UNITS = ('"units": "fractions (0 to 1)', '"units": "shares of 1')
@@ -75,8 +78,7 @@ def _from_files(directory: Path) -> Metadata | None:
             mixed = mixed or metadata._replace(program=None)
     if mixed:
         return mixed
-    arrays = [sorted((directory / name).glob("*.npz")) for name in ("checkpoints", "weights")]
-    for path in itertools.chain(*arrays):
+    for path in _array_files(directory):
         with contextlib.suppress(UserError, KeyError):
             return Metadata.from_json(load_arrays(path)[1]["run"])
     return None
@@ -167,8 +169,7 @@ def clear(directory: Path) -> None:
     """Remove the results of a single run; files that mlp_jax did not write stay."""
     if (stored := stored_metadata(directory)) and stored.seed is None:
         raise UserError(f"{directory} has a sweep: name another --out")
-    arrays = [*directory.glob("checkpoints/*.npz"), *directory.glob("weights/*.npz")]
-    for path in [*rows.row_files(directory), *filter(_is_ours, arrays)]:
+    for path in [*rows.row_files(directory), *filter(_is_ours, _array_files(directory))]:
         path.unlink()
     for name in SINGLE_RUN_FILES:
         (directory / name).unlink(missing_ok=True)
@@ -177,6 +178,13 @@ def clear(directory: Path) -> None:
         (directory / CONFIG).unlink()
     for name in ("checkpoints", "weights", "runs"):
         remove_if_empty(directory / name)
+
+
+def _array_files(directory: Path) -> Iterator[Path]:
+    """Checkpoints and weights, under the names that mlp_jax gives."""
+    for folder, name in (("checkpoints", CHECKPOINT_NAME), ("weights", WEIGHTS_NAME)):
+        paths = sorted((directory / folder).glob("*.npz"))
+        yield from (path for path in paths if name.fullmatch(path.name))
 
 
 def _is_ours(path: Path) -> bool:

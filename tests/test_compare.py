@@ -49,6 +49,13 @@ def test_shared_seeds_are_compared_in_pairs():
     assert math.isnan(got.over_test_sets.low)
 
 
+def test_runs_that_are_all_equal_have_no_correlation():
+    rng = np.random.default_rng(2)
+    stuck = dict.fromkeys(range(7), 0.1135)
+    assert np.std([*stuck.values()]) > 0  # by rounding
+    assert math.isnan(compare(stuck, scores(rng, 7), margin=0.001).correlation)
+
+
 def test_other_seeds_are_compared_as_independent():
     rng = np.random.default_rng(1)
     a, b = scores(rng, 20), scores(rng, 35, 0.9695, 0.002, first=17)  # 3 seeds in common

@@ -72,7 +72,7 @@ def compare(
     error, df = welch(x, y)
     if paired:
         own = (x - y).var(ddof=1)
-        if x.std() * y.std() > 0:
+        if np.ptp(x) and np.ptp(y):
             correlation, ratio = np.corrcoef(x, y)[0, 1], own / (x.var(ddof=1) + y.var(ddof=1))
         error, df = math.sqrt(own / x.size), x.size - 1
     error = max(error, resolution * math.sqrt((1 / x.size + 1 / y.size) / 12))

@@ -14,6 +14,7 @@ Names are imported on first use, so importing the package costs nothing.
 """
 
 import importlib
+import os
 import sys
 import types
 from typing import Any
@@ -33,6 +34,7 @@ _HOMES = {
     "sweep": "sweep",
 }
 __all__ = list(_HOMES)
+_ENVIRON = dict(os.environ)  # what changes later, JAX may not have read
 
 
 def __getattr__(name: str) -> Any:

@@ -10,3 +10,5 @@ from mlp_jax.sweep import sweep as sweep
 from mlp_jax.training.config import RECIPES as RECIPES
 from mlp_jax.training.config import Config as Config
 from mlp_jax.training.fit import fit as fit
+
+_ENVIRON: dict[str, str]

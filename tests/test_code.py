@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -192,9 +193,19 @@ def test_options_of_the_compiler_are_numerics(monkeypatch):
 
 def test_xla_flags_may_be_in_a_file(tmp_path, monkeypatch):
     (tmp_path / "flags").write_text("--xla_cpu_enable_fast_math=true\n")
-    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
+    for environ in (os.environ, mj._ENVIRON):
+        monkeypatch.setitem(environ, "XLA_FLAGS", str(tmp_path / "flags"))
     environment = describe_environment(jax.devices())
     assert environment["xla_flags"] == "--xla_cpu_enable_fast_math=true"
+
+
+@pytest.mark.parametrize("name", ["XLA_FLAGS", "ONEDNN_DEFAULT_FPMATH_MODE"])
+def test_flags_that_come_too_late_are_refused(name, config, small, here, monkeypatch):
+    """JAX has read its variables by now, so a row would name flags that were not in force."""
+    monkeypatch.setenv(name, "--xla_cpu_enable_fast_math=true")
+    with pytest.raises(UserError, match=r"flags became .* after mlp_jax was imported"):
+        mj.sweep(config, small, "s", seeds=[0])
+    assert not list(here.iterdir())
 
 
 def test_a_setting_of_jax_that_changes_is_compiled_in(config, small):

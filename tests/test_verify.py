@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import mlp_jax
 from mlp_jax.errors import UserError
 from mlp_jax.files import write_signed_json
 from mlp_jax.records import rows as store
@@ -127,7 +128,8 @@ def test_edited_code_is_no_other_hardware(small_dir, here, monkeypatch, capsys):
 
     train_step = step.train_step
     monkeypatch.setattr(step, "train_step", edited)
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_foo=1")
+    for environ in (os.environ, mlp_jax._ENVIRON):
+        monkeypatch.setitem(environ, "XLA_FLAGS", "--xla_cpu_foo=1")
     with pytest.raises(SystemExit):
         verify(small_dir, "s")
     assert "training loss differs by 0.0e+00): trained with different" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlp_jax
 from mlp_jax.errors import UserError
 from mlp_jax.training.config import RECIPES, Config, format_setting
 
@@ -31,7 +32,7 @@ class Metadata(NamedTuple):
     environment: dict[str, Any]
     seed: int | None = None
     images: str | None = None  # fingerprint of the training images
-    program: str | None = None  # fingerprint of the training code, see `fit.program_text`
+    program: str | None = None  # fingerprint of the training code, see `programs.program_text`
     mixed: bool = False  # stored by --allow-mixed beside rows with other numerics
 
     def changed(self) -> dict[str, Any]:
@@ -76,7 +77,10 @@ class Metadata(NamedTuple):
 
 
 def describe_environment(devices: Sequence) -> dict[str, Any]:
-    """Versions, hardware, numerics, and the commit of the code."""
+    """Versions, hardware, numerics, and the commit of the code.
+
+    UserError if flags were changed since mlp_jax was imported.
+    """
     from mlp_jax.training import parallel  # imports jax
 
     flags = _cpuinfo("flags")
@@ -92,8 +96,7 @@ def describe_environment(devices: Sequence) -> dict[str, Any]:
         "instructions": flags and " ".join(each for each in INSTRUCTIONS if each in flags.split()),
         "cores": parallel.n_cores(),  # XLA's threads: their number can change roundings
         **parallel.numerics(),
-        "xla_flags": _xla_flags(),
-        "library_flags": _library_flags(),
+        **_flags(),
         "git": git_state(),
     }
 
@@ -118,18 +121,33 @@ FORMER_NUMERICS: dict[str, Any] = {
 }
 
 
-def _xla_flags() -> str:
-    flags = os.environ.get("XLA_FLAGS", "")
+def _flags() -> dict[str, str]:
+    """Of XLA and its libraries, which read their variables once."""
+    flags, before = (
+        {"xla_flags": _xla_flags(environ), "library_flags": _library_flags(environ)}
+        for environ in (os.environ, mlp_jax._ENVIRON)
+    )
+    for name, now in flags.items():
+        if now != before[name]:
+            raise UserError(
+                f"{name} became {now!r} after mlp_jax was imported, perhaps too late for JAX:"
+                " set the variable before Python starts"
+            )
+    return flags
+
+
+def _xla_flags(environ: Mapping[str, str]) -> str:
+    flags = environ.get("XLA_FLAGS", "")
     if flags and not flags.lstrip().startswith("-"):  # the name of a file that has them
         with contextlib.suppress(OSError):
             return Path(flags).read_text().strip()
     return flags
 
 
-def _library_flags() -> str:
+def _library_flags(environ: Mapping[str, str]) -> str:
     """The variables that set what XLA calls for products: oneDNN on CPU, cuBLAS, libtpu."""
     names = ("ONEDNN_", "DNNL_", "NVIDIA_TF32_OVERRIDE", "LIBTPU_INIT_ARGS")
-    found = (f"{name}={value}" for name, value in os.environ.items() if name.startswith(names))
+    found = (f"{name}={value}" for name, value in environ.items() if name.startswith(names))
     return " ".join(sorted(each for each in found if "VERBOSE" not in each))
 
 

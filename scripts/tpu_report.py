@@ -168,10 +168,10 @@ def main(args: Args) -> None:
 def kept_rows(path: Path) -> dict:
     """The rows of an earlier record, by topology and lanes; exits if they are of other code."""
     before, now = json.loads(path.read_text()), to_record({})
-    names = ("jax", "jaxlib", "flax", "optax", "libtpu")
-    versions = [[each["environment"]["versions"][n] for n in names] for each in (before, now)]
-    if before["program"] != now["program"] or versions[0] != versions[1]:
-        sys.exit(f"error: {path} was made by other code or versions: name another --out")
+    names = ("versions", "compiler_options", "xla_flags", "library_flags", "matmul_precision")
+    made_by = [[each["program"], *map(each["environment"].get, names)] for each in (before, now)]
+    if made_by[0] != made_by[1]:
+        sys.exit(f"error: {path} was made by other code, versions or flags: name another --out")
     return {(row["topology"], row["lanes"]): row for row in before["rows"]}
 
 

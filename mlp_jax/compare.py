@@ -190,11 +190,9 @@ def caveats(target: "Target", comparison: "Comparison") -> list[str]:
     return [f"{target.name} has {text}." for text, there in texts.items() if there]
 
 
-def title(target: "Target", *, with_rate: bool) -> str:
-    metadata, changed = target.metadata, target.metadata.changed()
-    if with_rate:
-        changed["learning_rate"] = f"{target.rate:.9g}"
-    return f"{metadata.title(changed)} on {metadata.device_kind}"
+def title(target: "Target") -> str:
+    metadata = target.metadata
+    return f"{metadata.title(metadata.changed([target.rate]))} on {metadata.device_kind}"
 
 
 def compared_scores(a: "Target", b: "Target", comparison: "Comparison") -> list[list[float]]:
@@ -237,7 +235,7 @@ def write(
         record.append(to_json(each | {"says": format_verdict(a, b, comparison)}))
         compared = compared_scores(a, b, comparison)
         sides = zip((a, b), labels(a, b), strict=True)
-        names = (f"{label}, {title(side, with_rate=a.rate != b.rate)}" for side, label in sides)
+        names = (f"{label}, {title(side)}" for side, label in sides)
         files.save_figure(paths[i], draw_comparison(*compared, comparison, tuple(names)))
     units = "fractions (0 to 1); intervals at 95 %"
     files.write_json(out / "comparison.json", {"units": units, "comparisons": record})

@@ -115,7 +115,8 @@ def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:
             sums = read_blocks(paths, family, config)
             crossed[family.rate] = sums and crossed_indices(sums, used_streams(config))
     summary = summarize(families, metadata.recipe, config, processors, crossed)
-    drawn = list(figures(families, summary, dataset.test.images, crossed, metadata.title()))
+    title = metadata.title(metadata.changed({family.rate for family in families}))
+    drawn = list(figures(families, summary, dataset.test.images, crossed, title))
     settings = dataclasses.asdict(config) | {"data, SHA-256": metadata.fingerprint}
     settings["learning_rate"] = ", ".join(f"{rate:.9g}" for rate in {f.rate: 0 for f in families})
     settings |= {f"runs on {name}": count for name, count in processors.items()}
@@ -141,7 +142,8 @@ def report_grid(cells: Sequence[Path]) -> Report:
     if not summary["cells"]:
         raise UserError(f"{cells[0].parent} has no runs to rank: report on each of its sweeps")
     first = stored[0]
-    changed = shared_items([each.changed() for each in stored])
+    rates = {run_id.learning_rate for cell in scores.values() for run_id in cell}
+    changed = shared_items([each.changed(rates) for each in stored])
     figure = draw_ranking(summary, f"{first.title(changed)} on {first.device_kind}")
     settings = shared_items([vars(each.config) for each in stored]) | first.environment["versions"]
     return Report(format_ranking(summary), summary, [("grid.png", figure)], settings)

@@ -3,6 +3,7 @@ import html.parser
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 import weakref
@@ -25,7 +26,7 @@ from mlp_jax.records import directory as directories
 from mlp_jax.records import rows as records
 from mlp_jax.records.provenance import Metadata
 from mlp_jax.report import main as report_main
-from mlp_jax.report import report
+from mlp_jax.report import report, report_sweep
 from mlp_jax.training.arrays import Split, make_dataset
 from mlp_jax.training.config import RECIPES
 
@@ -178,6 +179,17 @@ def test_the_reference_is_given_only_for_its_own_settings(tmp_path, dataset, cha
     assert whole["share_below"]["estimate"] == 2 / 5
     assert [whole[f"runs_{where}"] for where in ("below", "equal", "above")] == [2, 0, 3]
     assert whole["z"] == pytest.approx((194.52 - right.mean()) / right.std(ddof=1))
+
+
+@pytest.mark.parametrize(
+    ("rate", "title"), [(0.01, "keras-sgd"), (0.02, "keras-sgd (learning rate 0.02)")]
+)
+def test_figures_name_a_rate_that_is_not_the_recipes(rate, title, tmp_path, dataset):
+    sweep = write_sweep(tmp_path / "s", random_rows(dataset, 3, rate=rate))
+    titles = [figure.get_suptitle() for _, figure in report_sweep(sweep, None).figures]
+    assert titles
+    for each in titles:
+        assert re.search(rf"\b{re.escape(title)}, 3 runs on", each), each
 
 
 def test_families_are_set_beside_all_and_rates_beside_each_other(tmp_path, dataset, capsys):

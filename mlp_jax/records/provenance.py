@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,15 +35,17 @@ class Metadata(NamedTuple):
     program: str | None = None  # fingerprint of the training code, see `programs.program_text`
     mixed: bool = False  # stored by --allow-mixed beside rows with other numerics
 
-    def changed(self) -> dict[str, Any]:
+    def changed(self, rates: Collection[float] = ()) -> dict[str, Any]:
         """The settings that are not the recipe's own.
 
-        Without a sweep's learning rates, which may be several: its families are named by them.
+        `rates` are a sweep's learning rates: if they are several, its families are named by them.
         """
-        own = vars(RECIPES.get(self.recipe, Config()))
-        skipped = ("n_classes", *(("learning_rate",) if self.seed is None else ()))
-        settings = vars(self.config).items()
-        return {name: v for name, v in settings if v != own[name] and name not in skipped}
+        own, settings = vars(RECIPES.get(self.recipe, Config())), dict(vars(self.config))
+        del settings["n_classes"]
+        if self.seed is None:
+            one = next(iter(rates)) if len(rates) == 1 else own["learning_rate"]
+            settings["learning_rate"] = one
+        return {name: v for name, v in settings.items() if v != own[name]}
 
     def title(self, changed: Mapping[str, Any] | None = None) -> str:
         """The recipe and the settings that differ from it, for figures."""

@@ -256,13 +256,14 @@ def train_until_decided(
         raise UserError(f"{name} has a teacher: add seeds with sweep --teacher, and then compare")
     use_cores()
     seeds = sorted(set().union(*(target.scores for target in targets)))
-    wanted = max(FIRST_LOOK, len(seeds))
+    lacking = (i for i, seed in enumerate(seeds) if any(seed not in t.scores for t in targets))
+    wanted = max(FIRST_LOOK, next(lacking, len(seeds)))
     with cli.StopSignals() as stop:
         while True:
             seeds += range(seeds[-1] + 1, seeds[-1] + 1 + wanted - len(seeds))
             for target in targets:
                 config, recipe = target.metadata.config, target.metadata.recipe
-                runs = make_runs(seeds, [target.vary], [target.rate])
+                runs = make_runs(seeds[:wanted], [target.vary], [target.rate])
                 data = {"data_dir": args.data_dir, "quiet": True}
                 cell = Cell(target.directory, config, runs)
                 kept = any(target.directory.glob("weights/*.npz"))
@@ -270,7 +271,7 @@ def train_until_decided(
                     stop.exit(f"what is finished is stored; resume with: {again}")
             targets = [open_target(target.name) for target in targets]
             a, b = (target.scores for target in targets)
-            pairs = [d for seed in seeds if not math.isnan(d := a[seed] - b[seed])]
+            pairs = [d for seed in seeds[:wanted] if not math.isnan(d := a[seed] - b[seed])]
             if not pairs:
                 raise UserError("in every pair a run diverged: there is nothing to compare")
             decision = decide(pairs, margin=args.margin / 100)

@@ -1,5 +1,6 @@
 """Hostile surroundings end in one line, and never in a lost row."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,15 @@ def test_a_platform_that_is_not_there(platform, small_dir, tmp_path):
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: JAX finds no device (platforms: {platform}): ")
     assert not list(tmp_path.iterdir())
+
+
+def test_jax_may_add_flags_of_a_tpu_when_it_is_imported(small_dir, tmp_path):
+    """As it does on every TPU machine."""
+    flags = [*TINY, "--data-dir", str(small_dir), "--out", "a", "--quiet"]
+    done = run("train", *flags, cwd=tmp_path, JAX_FORCE_TPU_INIT="1", JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    environment = json.loads((tmp_path / "a" / "config.json").read_text())["environment"]
+    assert "xla_tpu" in environment["library_flags"]
 
 
 def test_too_large_a_net(small_dir, tmp_path):

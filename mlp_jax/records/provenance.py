@@ -125,9 +125,11 @@ FORMER_NUMERICS: dict[str, Any] = {
 
 def _flags() -> dict[str, str]:
     """Of XLA and its libraries, which read their variables once."""
+    name = "LIBTPU_INIT_ARGS"  # JAX adds to it when it is imported
+    before = mlp_jax._ENVIRON | ({name: os.environ[name]} if name in os.environ else {})
     flags, before = (
         {"xla_flags": _xla_flags(environ), "library_flags": _library_flags(environ)}
-        for environ in (os.environ, mlp_jax._ENVIRON)
+        for environ in (os.environ, before)
     )
     for name, now in flags.items():
         if now != before[name]:

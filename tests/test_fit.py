@@ -166,7 +166,8 @@ def test_a_fork_that_treats_one_data_set_otherwise_is_refused(config, small, mon
         fit(config, small._replace(name="mine"), seeds=[0])
 
 
-@pytest.mark.parametrize(("setting", "threshold"), [("epochs", 5), ("learning_rate", 0.05)])
+@pytest.mark.parametrize("setting", ["epochs", "learning_rate"])
+@pytest.mark.parametrize("threshold", [0.05, 0.7, 5, 500])
 def test_a_fork_that_treats_long_or_fast_runs_otherwise_is_refused(
     setting, threshold, config, small, monkeypatch
 ):

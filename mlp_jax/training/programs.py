@@ -30,10 +30,16 @@ from mlp_jax.training.step import (
     train_epoch,
 )
 
-FIXED_VALUES = {"learning_rate": 1.0, "epochs": 1, "dataset": "", "split": "test", "teacher": ""}
-OTHER_VALUES = dict(zip(FIXED_VALUES, (1e-9, 10**6, "other", "validation", "other"), strict=True))
-"""Code that reads one of these settings, or compares it with a threshold, would make a difference
-between the two."""
+_SHARED = {
+    "learning_rate": (1e-9, 1e9),
+    "epochs": (1e-9, 10**9),
+    "dataset": ("", "other"),
+    "split": ("test", "validation"),
+    "teacher": ("", "other"),
+}
+FIXED_VALUES, OTHER_VALUES = ({name: two[i] for name, two in _SHARED.items()} for i in (0, 1))
+"""Two values of each setting that programs share: code that reads one, or compares it with a
+threshold, makes a difference between them."""
 
 NAMES = ("dataset", "split", "teacher")
 """Of these, what code may compare with a value of its own, as in `config.dataset == "mnist"`."""

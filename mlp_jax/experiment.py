@@ -162,7 +162,9 @@ def load_data(config: Config, *, teacher: Path | None = None, **options: Any) ->
     taught = with_teacher(dataset, committee.config, committee.params)
     if committee.fingerprint != dataset.fingerprint:
         raise UserError(f"the teacher was trained on different data from the {dataset.name} here")
-    check_predictions(committee, dataset)
+    # as training will build its networks: with the student's settings
+    own = {"hidden": committee.config.hidden, "n_classes": committee.config.n_classes}
+    check_predictions(committee._replace(config=dataclasses.replace(config, **own)), dataset)
     return taught
 
 

@@ -21,7 +21,7 @@ from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training.arrays import for_dataset, hold_out, params_digest, with_teacher
 from mlp_jax.training.fit import fit
-from mlp_jax.training.model import committee_probabilities, predict
+from mlp_jax.training.model import PRODUCTS, committee_probabilities, predict
 from mlp_jax.training.parallel import Placement
 from mlp_jax.verify import main as verify_main
 
@@ -49,6 +49,19 @@ def test_the_mean_probabilities_of_a_wider_committee(config, small, committee):
     pixels = small.test.images.astype(np.float32) / 255
     found = committee_probabilities(params, pixels, config=config)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_teacher_that_needs_other_settings_of_the_network_does_not_teach(
+    small_dir, here, monkeypatch
+):
+    """As where a fork adds a setting of the network, which the student has not."""
+    flags = "--dataset kmnist --hidden 8 --batch-size 32 --epochs 3 --seeds 0:1 --keep-weights"
+    sweep_main([*flags.split(), "--data-dir", str(small_dir), "--quiet", "--out", "s"])
+    config, teaches = mj.Config(dataset="kmnist"), {"data_dir": small_dir, "teacher": Path("s")}
+    load_data(config, **teaches)
+    monkeypatch.setitem(PRODUCTS, "bfloat16", (None, lambda x, w, *_, **__: -x @ w))
+    with pytest.raises(UserError, match="or a setting of it, has changed"):
+        load_data(dataclasses.replace(config, products="bfloat16"), **teaches)
 
 
 def test_a_student_learns_the_teacher_and_not_the_labels(config, small, taught):

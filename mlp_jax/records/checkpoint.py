@@ -231,7 +231,8 @@ def check_predictions(committee: Committee, dataset: Dataset) -> None:
         if abs(right - stored["test_correct"]) > 1 + len(dataset.test.labels) / 500:
             raise UserError(
                 f"the weights of seed {run.seed} had {stored['test_correct']} correct when they"
-                f" were trained and have {right} now: the code of the network has changed"
+                f" were trained and have {right} now: the code of the network, or a setting of it,"
+                " has changed"
             )
 
 

@@ -14,11 +14,12 @@ from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.provenance import FORMER_NUMERICS, VERSIONS, Metadata
 
-TOLERANCE = 0.01
-"""Relative difference of the first epoch's training loss allowed for other hardware or versions.
+TOLERANCES = {"train_loss": 0.03, "test_loss": 0.2}
+"""Relative differences of the first epoch's losses allowed for other hardware or versions.
 
-With other rounding (XLA's AVX2 code and fast math), seed 3 differed by 4e-6 in keras-sgd, 6e-4 in
-keras-rmsprop and 1e-3 in short. Later losses drift apart as far as those of two seeds.
+With other rounding (XLA's AVX2 code and fast math), four seeds differed by up to 4e-6 in the mean
+training loss of keras-sgd, 9e-4 of keras-rmsprop and 1e-2 of short, and by up to 3e-5, 4e-2 and
+4e-2 in the test loss. Later losses drift apart as far as those of two seeds.
 """
 
 
@@ -110,11 +111,12 @@ def compare(stored: dict, progress, *, exact: bool, older: bool = False) -> str:
         return f"equal bit for bit, {correct[-1]} correct"
     if older and all(is_rounding(name, stored[name], row[name]) for name in differing):
         return f"equal but for the last bit of training losses, {correct[-1]} correct"
-    first = stored["train_loss_by_epoch"][0]
-    drift = abs(progress.history["train_loss"][0, 0] - first) / first
-    numbers = f"{stored['test_correct']} correct stored, {correct[-1]} now; the first epoch's"
-    numbers += f" training loss differs by {drift:.1e}"
-    if not exact and drift <= TOLERANCE:
+    first = {name: stored[f"{name}_by_epoch"][0] for name in TOLERANCES}
+    drift = {name: abs(progress.history[name][0, 0] - first[name]) / first[name] for name in first}
+    numbers = f"{stored['test_correct']} correct stored, {correct[-1]} now; in the first epoch the"
+    numbers += " training loss differs by {train_loss:.1e}, the test loss by {test_loss:.1e}"
+    numbers = numbers.format(**drift)
+    if not exact and all(drift[name] <= most for name, most in TOLERANCES.items()):
         return f"equal within the tolerance for other hardware or versions ({numbers})"
     return f"DIFFERENT ({numbers})"
 
@@ -128,8 +130,10 @@ def same_value(stored: Any, now: Any) -> bool:
 
 def is_rounding(name: str, stored: Any, now: Any) -> bool:
     """Whether two values are training losses that differ in a float32's last bit at most."""
+    if not name.startswith("train_loss"):
+        return False
     difference = np.abs(np.subtract(stored, now, dtype=np.float64))
-    return name.startswith("train_loss") and bool(np.all(difference <= np.spacing(np.float32(now))))
+    return bool(np.all(difference <= np.spacing(np.float32(now))))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from mlp_jax.records.provenance import describe_environment
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training import step
-from mlp_jax.verify import compare, is_edited, same_machine
+from mlp_jax.verify import TOLERANCES, compare, is_edited, is_rounding, same_machine
 from mlp_jax.verify import main as verify_main
 
 TINY = [
@@ -89,8 +89,11 @@ def test_other_hardware_may_round_otherwise(small_dir, here, small):
     row["train_loss_by_epoch"][0] *= 1 + 1e-5
     assert compare(row, progress, exact=True).startswith("DIFFERENT")
     assert compare(row, progress, exact=False).startswith("equal within the tolerance")
-    row["train_loss_by_epoch"][0] *= 1.1
-    assert compare(row, progress, exact=False).startswith("DIFFERENT")
+    for name, most in TOLERANCES.items():
+        first = row[f"{name}_by_epoch"][0]
+        row[f"{name}_by_epoch"][0] = first * (1 + 2 * most)
+        assert compare(row, progress, exact=False).startswith("DIFFERENT")
+        row[f"{name}_by_epoch"][0] = first
 
 
 def test_a_metric_that_this_code_lacks_is_named(small_dir, here):
@@ -113,6 +116,7 @@ def test_the_mean_training_loss_of_older_rows_was_rounded_otherwise(small_dir, h
     losses[0] = np.nextafter(np.float32(losses[0]), np.float32(9)).item()
     assert compare(row, progress, exact=True, older=True).startswith("equal but for the last bit")
     assert compare(row, progress, exact=True).startswith("DIFFERENT")
+    assert not is_rounding("predictions", b"12", b"13")
     for name in ("train_loss_by_epoch", "test_loss_by_epoch"):
         changed = [np.nextafter(np.float32(row[name][0]), np.float32(9)).item(), row[name][1]]
         assert compare(row | {name: changed}, progress, exact=True, older=True).startswith("DIFF")
@@ -132,7 +136,7 @@ def test_edited_code_is_no_other_hardware(small_dir, here, monkeypatch, capsys):
         monkeypatch.setitem(environ, "XLA_FLAGS", "--xla_cpu_foo=1")
     with pytest.raises(SystemExit):
         verify(small_dir, "s")
-    assert "training loss differs by 0.0e+00): trained with different" in capsys.readouterr().out
+    assert "the test loss by 0.0e+00): trained with different" in capsys.readouterr().out
     metadata = read_metadata(Path("s"))
     other = metadata._replace(program="0" * 64)
     assert is_edited(metadata, other)

@@ -9,6 +9,7 @@ import pytest
 
 from mlp_jax.training import optim, step
 from mlp_jax.training.arrays import count_steps
+from mlp_jax.training.fit import fit
 from mlp_jax.training.losses import Batch
 from mlp_jax.training.model import to_float
 from mlp_jax.training.run import STREAMS, make_run
@@ -198,7 +199,21 @@ def test_a_part_of_an_epoch_is_its_first_steps(config, small):
 )
 def test_epochs_as_steps(epochs, settings, steps, config):
     config = dataclasses.replace(config, epochs=epochs, **settings)
-    assert count_steps(config, 300) == steps
+    assert count_steps(config, step.count_examples(300, config=config)) == steps
+
+
+def test_a_schedule_ends_at_the_last_example_of_a_forks_share(config, small, monkeypatch):
+    monkeypatch.setattr(step, "example_indices", lambda key, n, *, config: jnp.arange(n // 10))
+    factors, schedule = [], step.schedule
+
+    def noted(progress, *, config):
+        jax.debug.callback(lambda each: factors.append(float(each)), progress)
+        return schedule(progress, config=config)
+
+    monkeypatch.setattr(step, "schedule", noted)
+    list(fit(dataclasses.replace(config, epochs=4, batch_size=10), small, seeds=[0]))
+    jax.effects_barrier()
+    assert sorted(factors) == pytest.approx(np.arange(12) / 12)
 
 
 def test_an_epoch_holds_every_example_once():

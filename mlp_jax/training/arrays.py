@@ -172,8 +172,7 @@ def for_dataset(config: Config, dataset: Dataset) -> Config:
     )
 
 
-def count_steps(config: Config, n_train: int) -> int:
-    """Steps of a run; a partial epoch is rounded to whole steps, at least one."""
-    n_examples = n_train // 2 if config.examples == "half" else n_train
+def count_steps(config: Config, n_examples: int) -> int:
+    """Steps of a run of epochs of so many examples; a partial one is rounded, to at least one."""
     steps = math.ceil(n_examples / config.batch_size)  # of an epoch
     return max((config.n_epochs - 1) * steps + 1, round(config.epochs * steps))

@@ -13,7 +13,7 @@ from mlp_jax.training.config import Config
 from mlp_jax.training.parallel import Placement, from_groups, place, to_groups
 from mlp_jax.training.programs import Programs, current_programs, run_bytes
 from mlp_jax.training.run import Run, make_run
-from mlp_jax.training.step import TrainState, eval_params
+from mlp_jax.training.step import TrainState, count_examples, eval_params
 
 
 class Snapshot(NamedTuple):
@@ -110,7 +110,8 @@ def _epochs(
     else:
         begin, history = 0, {}
         states = [programs.init((), group, ())[0] for group in groups]
-    n_steps = np.int32(count_steps(config, len(dataset.train.labels)))
+    n_examples = count_examples(len(dataset.train.labels), config=config)
+    n_steps = np.int32(count_steps(config, n_examples))
     for epoch in range(begin, config.n_epochs):
         results = []
         for i, group in enumerate(groups):

@@ -46,7 +46,7 @@ NAMES = ("dataset", "split", "teacher")
 
 EPOCHS = (1e-9, 0.3, 0.5, 0.7, 2)
 STEPS = [1, 141, 234, 328, 938, 1, 70, 118, 164, 470]
-"""Of EPOCHS with all of 60,000 images and with half, when the first fingerprints were stored."""
+"""Of EPOCHS of 60,000 images and of 30,000, when the first fingerprints were stored."""
 
 
 class Programs(NamedTuple):
@@ -154,9 +154,8 @@ def program_text(config: Config, data: tuple, values: dict[str, Any] = FIXED_VAL
     constants = [each for part in (init, epoch) for each in _constants(part.jaxpr)]
     # str(jaxpr) is coloured on a terminal and in a notebook
     init, epoch = (part.jaxpr.pretty_print(use_color=False) for part in (init, epoch))
-    halves = (Config(), Config(examples="half"))
-    every = [replace(each, epochs=epochs) for each in halves for epochs in EPOCHS]
-    steps = [count_steps(each, 60_000) for each in every]
+    runs = [replace(Config(), epochs=epochs) for epochs in EPOCHS]
+    steps = [count_steps(each, n) for n in (60_000, 30_000) for each in runs]
     return f"{init}\n{epoch}\n{constants}" + (f"\n{steps}" if steps != STEPS else "")
 
 

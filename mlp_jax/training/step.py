@@ -138,6 +138,12 @@ def example_indices(key: jax.Array, n_train: int, *, config: Config) -> jax.Arra
     return jnp.arange(n_train)
 
 
+def count_examples(n_train: int, *, config: Config) -> int:
+    """How many examples `example_indices` gives."""
+    indices = jax.eval_shape(lambda: example_indices(jax.random.key(0), n_train, config=config))
+    return indices.shape[0]
+
+
 def epoch_order(
     key: jax.Array, epoch: jax.Array, n_train: int, batch_size: int
 ) -> tuple[jax.Array, jax.Array]:

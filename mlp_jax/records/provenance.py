@@ -142,10 +142,15 @@ def _flags() -> dict[str, str]:
 
 def _xla_flags(environ: Mapping[str, str]) -> str:
     flags = environ.get("XLA_FLAGS", "")
-    if flags and not flags.lstrip().startswith("-"):  # the name of a file that has them
-        with contextlib.suppress(OSError):
-            return Path(flags).read_text().strip()
-    return flags
+    is_file = flags and not flags.lstrip().startswith("-")
+    return _read_flags(flags) if is_file else flags
+
+
+@functools.cache  # as JAX has read it
+def _read_flags(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().strip()
+    return path
 
 
 def _library_flags(environ: Mapping[str, str]) -> str:

@@ -27,6 +27,7 @@ from mlp_jax.records.checkpoint import (
 )
 from mlp_jax.records.provenance import Metadata, describe_environment
 from mlp_jax.train import main as train_main
+from mlp_jax.training import fit as fit_module
 from mlp_jax.training.arrays import with_teacher
 from mlp_jax.training.config import Config
 from mlp_jax.training.fit import fit
@@ -54,6 +55,22 @@ def test_a_checkpoint_of_other_runs_is_quarantined(config, small, tmp_path, capl
     others = [make_run(seed, config.learning_rate) for seed in (5, 6)]
     assert load_checkpoint(path, others, about) is None
     assert "it belongs to other runs" in caplog.text
+
+
+def test_the_weights_of_a_run_do_not_depend_on_the_run_beside_it(config, small, monkeypatch):
+    """Also where a fork changes what is evaluated and stored."""
+
+    def rounded(state):
+        largest = max(jax.tree.leaves(jax.tree.map(lambda leaf: abs(leaf).max(), state.params)))
+        return jax.tree.map(lambda leaf: jnp.round(8 * leaf / largest) * largest / 8, state.params)
+
+    monkeypatch.setattr(fit_module, "eval_params", rounded)
+    *_, both = fit(config, small, seeds=[0, 1])
+    *_, alone = fit(config, small, seeds=[1])
+    for a, b in zip(
+        *map(jax.tree.leaves, (both.fetch_params(), alone.fetch_params())), strict=True
+    ):
+        np.testing.assert_array_equal(a[1], b[0])
 
 
 def test_weights_of_other_numbers_are_made_again(swept):

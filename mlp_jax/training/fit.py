@@ -49,7 +49,7 @@ class Progress(NamedTuple):
 
     def fetch_params(self) -> dict:
         """A copy of the weights to predict with, NumPy arrays [runs, ...]."""
-        return from_groups([eval_params(state) for state in self.states], len(self.runs))
+        return from_groups([jax.vmap(eval_params)(state) for state in self.states], len(self.runs))
 
     def snapshot(self) -> Snapshot:
         state = from_groups(self.states, len(self.runs))

@@ -127,18 +127,20 @@ def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:
 def report_grid(cells: Sequence[Path]) -> Report:
     from mlp_jax.analysis.ranking import draw_ranking, format_ranking, rank
     from mlp_jax.records import rows
-    from mlp_jax.results import count_processors
+    from mlp_jax.results import count_images, count_processors
 
     stored = [read_metadata(cell) for cell in cells]
     if len({(each.config.dataset, each.config.split) for each in stored}) > 1:
         raise UserError(f"{cells[0].parent} has sweeps on different images: report on each of them")
     scores: dict[str, dict] = {}
+    resolution = 0.0
     for cell, metadata, name in zip(cells, stored, name_cells(cells, stored), strict=True):
         paths = rows.row_files(cell)  # none of a sweep that has just begun
         mixed = any("--allow-mixed" in each for each in count_processors(paths, metadata))
         checked = rows.checked_files(cell) if paths else []
         scores[name + " (--allow-mixed)" * mixed] = rows.read_scores(checked) if checked else {}
-    summary = rank(scores)
+        resolution = 1 / count_images(checked) if checked else resolution
+    summary = rank(scores, resolution=resolution)
     if not summary["cells"]:
         raise UserError(f"{cells[0].parent} has no runs to rank: report on each of its sweeps")
     first = stored[0]

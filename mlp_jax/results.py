@@ -78,6 +78,12 @@ def check_seeds(path: Path) -> None:
                 raise UserError(line)
 
 
+def count_images(paths: Sequence[Path]) -> int:
+    """How many images the runs were evaluated on."""
+    _, predicted = next(rows.read_predictions(paths))
+    return predicted.shape[1]
+
+
 def read_families(paths: Sequence[Path], labels: np.ndarray, n_classes: int) -> list[Family]:
     """The families of a sweep; UserError for rows that contradict themselves."""
     metrics = ("test_correct", *rows.LOSSES)

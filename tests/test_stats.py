@@ -43,6 +43,17 @@ def test_mean_and_sd_goldens():
     np.testing.assert_allclose(stats.sd_interval([1, 2, 3]), want)
 
 
+def test_runs_that_happen_to_be_equal_are_not_certain():
+    """As the same numbers before they were rounded to whole images would not be."""
+    mean, sd = (each([7, 7, 7], resolution=1) for each in (stats.mean_interval, stats.sd_interval))
+    before = np.array([-1, 0, 1]) / math.sqrt(12)  # as wide as rounding makes them
+    assert mean[1:] == pytest.approx(7 + np.array(stats.mean_interval(before)[1:]))
+    assert sd == pytest.approx((0, 0, stats.sd_interval(before).high))
+    x = [6, 7, 9]
+    assert stats.mean_interval(x, resolution=1) == stats.mean_interval(x)
+    assert stats.sd_interval(x, resolution=1) == stats.sd_interval(x)
+
+
 def test_mean_interval_is_scipys():
     x = np.random.default_rng(0).normal(size=17)
     want = scipy.stats.ttest_1samp(x, 0).confidence_interval(0.95)
@@ -181,7 +192,11 @@ def test_identical_runs_vary_by_nothing():
     counts = count(predictions)
     assert counts.classes.max() == 600
     assert preds.variance_parts(counts) == (0, 0, 0, 0)
-    assert distribution_sd(predictions) == (0, 0, 0)
+    estimate, low, high = distribution_sd(predictions)
+    assert (estimate, low) == (0, 0)
+    # runs that are equal once rounded to whole images may differ before
+    rounding = stats.sd_interval(counts.correct, resolution=1).high / 5
+    assert high == pytest.approx(rounding * math.sqrt(5 / 4))
     assert preds.predicted_sd(counts).label_free == 0
     assert preds.disagreement(counts).disagreement == 0
 

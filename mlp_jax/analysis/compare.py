@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from mlp_jax.analysis.stats import HIGH, Interval, Z, brunner_munzel, paired_improvement, welch
+from mlp_jax.analysis.stats import (
+    HIGH,
+    Interval,
+    Z,
+    brunner_munzel,
+    paired_improvement,
+    sd_of_rounding,
+    welch,
+)
 
 ALPHA = 0.05
 FIRST_LOOK = 30  # pairs before the sequence starts: it needs an SD
@@ -75,7 +83,7 @@ def compare(
         if np.ptp(x) and np.ptp(y):
             correlation, ratio = np.corrcoef(x, y)[0, 1], own / (x.var(ddof=1) + y.var(ddof=1))
         error, df = math.sqrt(own / x.size), x.size - 1
-    error = max(error, resolution * math.sqrt((1 / x.size + 1 / y.size) / 12))
+    error = max(error, sd_of_rounding(resolution) * math.sqrt(1 / x.size + 1 / y.size))
     mean, half = float(x.mean() - y.mean()), float(stats.t.ppf(HIGH, df) * error)
     wider = math.hypot(half, Z * sd_over_test_sets)
     with np.errstate(divide="ignore", invalid="ignore"):  # equal runs: 0 / 0 is no difference

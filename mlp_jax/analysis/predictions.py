@@ -142,7 +142,7 @@ def distribution_sd(counts: PredictionCounts) -> Interval:
     least at 30 runs; at a skewness of 3, 74, 87 and 93 %. Without the images, down to 78 %.
     """
     n, parts = len(counts.labels), variance_parts(counts)
-    ends = np.array(sd_interval(np.sort(counts.correct))[1:]) / n
+    ends = np.array(sd_interval(np.sort(counts.correct), resolution=1)[1:]) / n
     of_runs = n / (n - 1) * (ends**2 - parts.independent) - parts.distribution
     both = of_runs**2 + Z**2 * image_variance(counts)
     low, high = np.sign(of_runs) * np.sqrt(both.clip(min=0)) + parts.distribution

@@ -14,12 +14,12 @@ from mlp_jax.analysis.tables import format_value
 ALPHA = 0.05
 
 
-def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]]) -> dict:
+def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]], *, resolution: float) -> dict:
     """Mean accuracy of each cell and learning rate, highest first.
 
     A cell maps (vary, learning rate, seed) to accuracy, nan for a run that diverged. Runs that
     vary one stream, or cross them, are left out. Intervals are Student's at 1 - ALPHA / m of m
-    means (Bonferroni), None below two runs.
+    means (Bonferroni), None below two runs; `resolution` is that of `mean_interval`.
     """
     scores: dict[tuple[str, float], list[float]] = {}
     for name, cell in cells.items():
@@ -32,7 +32,8 @@ def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]]) -> dict:
         cell = {"settings": name, "learning_rate": rate, "runs": kept.size}
         cell["diverged"] = len(values) - kept.size
         if kept.size > 1:
-            cell["mean"] = mean_interval(kept, tail=ALPHA / len(scores) / 2)
+            tail = ALPHA / len(scores) / 2
+            cell["mean"] = mean_interval(kept, tail=tail, resolution=resolution)
             cell["sd"] = float(kept.std(ddof=1))
         else:
             cell["mean"] = Interval(kept.item() if kept.size else math.nan, math.nan, math.nan)

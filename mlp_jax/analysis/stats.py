@@ -27,11 +27,21 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_interval(x: ArrayLike, *, tail: float = LOW) -> Interval:
-    """Mean with Student's t interval, which leaves `tail` on each side, in the unit of `x`."""
+def mean_interval(x: ArrayLike, *, tail: float = LOW, resolution: float = 0.0) -> Interval:
+    """Mean with Student's t interval, which leaves `tail` on each side, in the unit of `x`.
+
+    `resolution` is the step between two possible values: an SD below that of rounding to it, as of
+    two runs that happen to be equal, is not believed.
+    """
     x = np.asarray(x, np.float64)
-    mean, half = x.mean(), stats.t.ppf(1 - tail, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size)
+    mean, sd = x.mean(), np.maximum(x.std(ddof=1), sd_of_rounding(resolution))
+    half = stats.t.ppf(1 - tail, x.size - 1) * sd / math.sqrt(x.size)
     return Interval(mean, mean - half, mean + half)
+
+
+def sd_of_rounding(resolution: float) -> float:
+    """SD of the error of rounding to multiples of `resolution`."""
+    return resolution / math.sqrt(12)
 
 
 def excess_kurtosis(x: ArrayLike) -> float:
@@ -55,14 +65,16 @@ def _degrees(x: NDArray) -> float:
     return (x.size - 1) / (1 + excess_kurtosis(x) * (x.size - 1) / (2 * x.size))
 
 
-def sd_interval(x: ArrayLike) -> Interval:
+def sd_interval(x: ArrayLike, *, resolution: float = 0.0) -> Interval:
     """SD with the chi-square interval, wider for heavy tails, in the unit of `x`.
 
-    It covers 95 % of the time for normal values, 90 to 94 % for t5 and Laplace.
+    It covers 95 % of the time for normal values, 90 to 94 % for t5 and Laplace. The upper end is
+    that of `mean_interval`'s least SD, at least.
     """
     x = np.asarray(x, np.float64)
     sd, df = x.std(ddof=1), _degrees(x)
-    return Interval(sd, *sd * np.sqrt(df / stats.chi2.ppf([HIGH, LOW], df)))
+    both = np.array([sd, np.maximum(sd, sd_of_rounding(resolution))])
+    return Interval(sd, *both * np.sqrt(df / stats.chi2.ppf([HIGH, LOW], df)))
 
 
 def bootstrap(

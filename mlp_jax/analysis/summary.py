@@ -93,10 +93,13 @@ def family_statistics(family: Family, families: list[Family], recipe: str, confi
     if runs >= 2:
         result["over_test_sets"] = stats.Z * predictions.sd_over_test_sets(counts)
         # on whole numbers, so that equal runs have an SD of 0, not a rounding error
-        estimators = {"mean": stats.mean_interval, "sd": stats.sd_interval}
-        estimators["interquartile_mean"] = stats.interquartile_mean
-        for name, estimator in estimators.items():
-            result[name] = stats.Interval(*(end / n_test for end in estimator(correct)))
+        of_images = {
+            "mean": stats.mean_interval(correct, resolution=1),
+            "sd": stats.sd_interval(correct, resolution=1),
+            "interquartile_mean": stats.interquartile_mean(correct),
+        }
+        for name, interval in of_images.items():
+            result[name] = stats.Interval(*(end / n_test for end in interval))
         parts = predictions.variance_parts(counts)
         result |= {"v_test": parts.test, "v_ind": parts.independent}
         result["independent_sd"] = math.sqrt(parts.independent)

@@ -166,6 +166,16 @@ def test_a_fork_that_treats_one_data_set_otherwise_is_refused(config, small, mon
         fit(config, small._replace(name="mine"), seeds=[0])
 
 
+def test_a_fork_that_treats_some_lengths_otherwise_is_refused_for_these(config, small, monkeypatch):
+    def schedule(progress, *, config):
+        return 1 - progress if 3 <= config.epochs <= 4 else 1.0
+
+    monkeypatch.setattr(step, "schedule", schedule)
+    fit(dataclasses.replace(config, epochs=2), small, seeds=[0])
+    with pytest.raises(UserError, match="do not read them"):
+        fit(dataclasses.replace(config, epochs=3), small, seeds=[0])
+
+
 @pytest.mark.parametrize("setting", ["epochs", "learning_rate"])
 @pytest.mark.parametrize("threshold", [0.05, 0.7, 5, 500])
 def test_a_fork_that_treats_long_or_fast_runs_otherwise_is_refused(

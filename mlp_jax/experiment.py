@@ -94,7 +94,8 @@ class Experiment:
                     break
         finally:  # keep finished runs even if the caller leaves its loop
             if ended:
-                self._store(ended, self.metadata)
+                with files.uninterrupted():
+                    self._store(ended, self.metadata)
 
     def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from their checkpoint if there is one."""

@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -220,6 +222,23 @@ def _flock(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
             line = f"{path.parent} is in use by another process: wait until it ends"
             raise UserError(line) from None
         yield
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C until the block ends, as an impatient second one in a notebook."""
+    handler, held = signal.getsignal(signal.SIGINT), []
+    # other threads get no signals, and a handler that is not Python's cannot be put back
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for number in held[:1]:
+            signal.raise_signal(number)
 
 
 def remove_if_empty(directory: Path) -> None:

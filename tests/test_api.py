@@ -1,6 +1,7 @@
 """The Python API: what README shows, weights that travel, and an import that costs nothing."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 import mlp_jax as mj
+from mlp_jax.records import rows
 from mlp_jax.records.checkpoint import weights_path
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
@@ -65,6 +67,21 @@ def test_sweep_prints_nothing_resumes_and_is_the_command(small_dir, here, capfd)
     families = ["--seeds", "0:3", "--vary", "all", "init"]
     sweep_main([*TINY, "--data-dir", str(small_dir), *families, "--out", "t"])
     assert mj.read_runs("t").drop_columns("seconds") == table.drop_columns("seconds")
+
+
+def test_ctrl_c_while_rows_are_written_loses_none(config, small, here, monkeypatch):
+    """As a second one does, since the first ends the training."""
+    write_rows = rows.write_rows
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        write_rows(*args)
+
+    monkeypatch.setattr(rows, "write_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mj.sweep(config, small, "s", seeds=range(3))
+    assert mj.read_runs("s")["seed"].to_pylist() == [0, 1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_wrong_arguments_are_one_line_before_anything_is_trained(small, here):

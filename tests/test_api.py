@@ -69,6 +69,15 @@ def test_sweep_prints_nothing_resumes_and_is_the_command(small_dir, here, capfd)
     assert mj.read_runs("t").drop_columns("seconds") == table.drop_columns("seconds")
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler: a shell starts its background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_rows_are_written_loses_none(config, small, here, monkeypatch):
     """As a second one does, since the first ends the training."""
     write_rows = rows.write_rows

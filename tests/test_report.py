@@ -300,6 +300,15 @@ def test_few_runs_print_dashes(tmp_path, dataset, capsys, runs):
     assert (sweep / "figures" / "accuracy.png").exists() == (runs == 2)
 
 
+def test_equal_runs_of_a_stream_have_no_share(tmp_path, dataset):
+    rows = random_rows(dataset, 9) + [
+        make_row(dataset.test.labels, seed, range(5), vary="init") for seed in range(3)
+    ]
+    _, init = summary_of(write_sweep(tmp_path / "s", rows))["families"]
+    assert init["sd_over_all"] is None
+    assert init["runs_for_mean"] > 2
+
+
 @pytest.mark.parametrize("wrong", [[3, 4], []])
 def test_equal_runs_have_no_spread(tmp_path, dataset, wrong):
     rows = [make_row(dataset.test.labels, seed, wrong) for seed in range(20)]

@@ -94,9 +94,12 @@ def interquartile_mean(x: ArrayLike, *, n_resamples: int = 50_000, rng: Rng = 0)
     """Mean of the middle half with a percentile bootstrap, in the unit of `x`.
 
     Agarwal, arXiv 2108.13264, whose 50,000 resamples are the default. Counts of each distinct value
-    are drawn instead of values: accuracies have few, so many runs cost little.
+    are drawn instead of values: accuracies have few, so many runs cost little. By simulation it
+    covers 50 % at 2 runs, 85 % at 4, and 92 % or more from 5 on; below, the ends are nan.
     """
     x = np.asarray(x, np.float64)
+    if x.size < 5:
+        return Interval(stats.trim_mean(x, 0.25), math.nan, math.nan)
     distinct, counts = np.unique(x, return_counts=True)
     rng, cut = np.random.default_rng(rng), x.size // 4
 

@@ -106,7 +106,8 @@ def family_statistics(family: Family, families: list[Family], recipe: str, confi
         result["distribution_sd"] = predictions.distribution_sd(counts)
         result["halves_sd"] = float(predictions.signed_sqrt(parts.halves))
         result |= predictions.disagreement(counts)._asdict()
-        result["runs_for_mean"] = stats.seeds_for_mean(result["sd"].estimate, 1e-4)
+        least = stats.sd_of_rounding(1 / n_test)
+        result["runs_for_mean"] = stats.seeds_for_mean(max(result["sd"].estimate, least), 1e-4)
         result["runs_for_sd"] = stats.seeds_for_sd(0.05, stats.excess_kurtosis(correct))
         result |= compare_to_reference(family, recipe, config) | sd_over_all(family, families)
     if runs >= 3:
@@ -136,10 +137,10 @@ def compare_to_reference(family: Family, recipe: str, config: Config) -> dict:
 def sd_over_all(family: Family, families: list[Family]) -> dict:
     """The SD of a one-stream family relative to that of "all" at the same rate."""
     for other in families:
-        scores = other.correct
         beside = other is not family and (other.vary, other.rate) == ("all", family.rate)
-        if beside and len(set(scores)) > 1:
-            ratio = stats.variance_ratio(family.correct, scores)
+        # the SD of equal runs is not 0, but unknown
+        if beside and min(len(set(each.correct)) for each in (family, other)) > 1:
+            ratio = stats.variance_ratio(family.correct, other.correct)
             return {"sd_over_all": stats.Interval(*map(math.sqrt, ratio))}
     return {}
 

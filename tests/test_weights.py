@@ -61,8 +61,9 @@ def test_the_weights_of_a_run_do_not_depend_on_the_run_beside_it(config, small, 
     """Also where a fork changes what is evaluated and stored."""
 
     def rounded(state):
-        largest = max(jax.tree.leaves(jax.tree.map(lambda leaf: abs(leaf).max(), state.params)))
-        return jax.tree.map(lambda leaf: jnp.round(8 * leaf / largest) * largest / 8, state.params)
+        leaves = jax.tree.leaves(state.params)
+        unit = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves])) / 8
+        return jax.tree.map(lambda leaf: jnp.round(leaf / unit) * unit, state.params)
 
     monkeypatch.setattr(fit_module, "eval_params", rounded)
     *_, both = fit(config, small, seeds=[0, 1])

@@ -12,7 +12,7 @@ import tyro
 from mlp_jax import cli, files
 from mlp_jax.errors import UserError
 from mlp_jax.records.directory import check_replaceable
-from mlp_jax.records.provenance import numerics, settings
+from mlp_jax.records.provenance import is_edited, numerics, settings
 from mlp_jax.training.run import make_runs
 
 if TYPE_CHECKING:  # --help does without
@@ -152,9 +152,10 @@ def differences(a: "Target", b: "Target") -> dict[str, tuple]:
         for each in (a, b)
     )
     found = {n: (ours[n], theirs.get(n)) for n in ours if ours[n] != theirs.get(n)}
-    # an older record's is not known; and other settings make another program of the same code
+    # other settings make another program of the same code
     programs = [program_config(each.metadata.config) for each in (a, b)]
-    if None in found.get("program", ()) or programs[0] != programs[1] or "teacher" in found:
+    edited = is_edited(a.metadata, b.metadata)
+    if not edited or programs[0] != programs[1] or "teacher" in found:
         found.pop("program", None)
     return found
 

@@ -12,7 +12,7 @@ from mlp_jax import cli
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.provenance import FORMER_NUMERICS, VERSIONS, Metadata
+from mlp_jax.records.provenance import FORMER_NUMERICS, VERSIONS, is_edited
 
 TOLERANCES = {"train_loss": 0.03, "test_loss": 0.2}
 """Relative differences of the first epoch's losses allowed for other hardware or versions.
@@ -84,15 +84,6 @@ def same_machine(there: dict, here: dict) -> bool:
     return all(there[name] == here[name] for name in (*names, *FORMER_NUMERICS)) and all(
         there["versions"][name] == here["versions"][name] for name in VERSIONS
     )
-
-
-def is_edited(there: Metadata, here: Metadata) -> bool:
-    """Whether the training code is known to differ: other versions or settings trace it anew."""
-    before, now = ({**FORMER_NUMERICS, **each.environment} for each in (there, here))
-    versions = (before["versions"][name] == now["versions"][name] for name in VERSIONS)
-    names = ("prng", "matmul_precision", "x64", "threefry_partitionable", "random_seed_offset")
-    comparable = all(versions) and all(before[name] == now[name] for name in names)
-    return comparable and there.program not in (None, here.program)
 
 
 def compare(stored: dict, progress, *, exact: bool, older: bool = False) -> str:

@@ -17,7 +17,7 @@ import mlp_jax as mj
 from mlp_jax.compare import main as compare_main
 from mlp_jax.errors import UserError
 from mlp_jax.files import write_signed_json
-from mlp_jax.records import directory, rows
+from mlp_jax.records import directory, provenance, rows
 from mlp_jax.records.provenance import FORMER_NUMERICS, describe_environment, git_state
 from mlp_jax.report import main as report_main
 from mlp_jax.results import count_processors, open_target
@@ -116,6 +116,18 @@ def test_compare_names_other_code_and_not_a_missing_fingerprint(swept, data, cap
     assert "They differ in training code" in capsys.readouterr().out
 
 
+def test_compare_names_the_precision_that_made_another_program(swept, data, capsys):
+    before = jax.config.values["jax_default_matmul_precision"]
+    swept("--seeds", "0:3", "--out", "s")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        swept("--seeds", "0:3", "--out", "t")
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+    compare_main(["s", "t", *data])
+    assert "They differ in matmul precision (default, highest); p" in capsys.readouterr().out
+
+
 def test_a_mixed_file_does_not_speak_for_a_directory(swept, data):
     for seed in range(3):
         swept("--seeds", f"{seed}:{seed + 1}", "--out", "s")
@@ -206,6 +218,19 @@ def test_flags_that_come_too_late_are_refused(name, config, small, here, monkeyp
     with pytest.raises(UserError, match=r"flags became .* after mlp_jax was imported"):
         mj.sweep(config, small, "s", seeds=[0])
     assert not list(here.iterdir())
+
+
+def test_flags_of_a_tpu_that_come_after_its_first_use_are_refused(config, small, monkeypatch):
+    """JAX adds to them when it is imported, which may be after mlp_jax."""
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--by_jax=true")
+    provenance._first_tpu_flags.cache_clear()
+    try:
+        assert "by_jax" in describe_environment(jax.devices())["library_flags"]
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", "--by_jax=true --by_user=true")
+        with pytest.raises(UserError, match=r"library_flags became .*by_user"):
+            describe_environment(jax.devices())
+    finally:
+        provenance._first_tpu_flags.cache_clear()
 
 
 def test_a_setting_of_jax_that_changes_is_compiled_in(config, small):

@@ -15,11 +15,11 @@ from mlp_jax.errors import UserError
 from mlp_jax.files import write_signed_json
 from mlp_jax.records import rows as store
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.provenance import describe_environment
+from mlp_jax.records.provenance import describe_environment, is_edited
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training import step
-from mlp_jax.verify import TOLERANCES, compare, is_edited, is_rounding, same_machine
+from mlp_jax.verify import TOLERANCES, compare, is_rounding, same_machine
 from mlp_jax.verify import main as verify_main
 
 TINY = [

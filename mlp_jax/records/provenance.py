@@ -125,29 +125,35 @@ FORMER_NUMERICS: dict[str, Any] = {
 
 def _flags() -> dict[str, str]:
     """Of XLA and its libraries, which read their variables once."""
-    name = "LIBTPU_INIT_ARGS"  # JAX adds to it when it is imported
-    before = mlp_jax._ENVIRON | ({name: os.environ[name]} if name in os.environ else {})
-    flags, before = (
-        {"xla_flags": _xla_flags(environ), "library_flags": _library_flags(environ)}
-        for environ in (os.environ, before)
-    )
-    for name, now in flags.items():
-        if now != before[name]:
+    now, before = _read_flags(os.environ), _read_flags(mlp_jax._ENVIRON | _first_tpu_flags())
+    for name, flags in now.items():
+        if flags != before[name]:
             raise UserError(
-                f"{name} became {now!r} after mlp_jax was imported, perhaps too late for JAX:"
+                f"{name} became {flags!r} after mlp_jax was imported, perhaps too late for JAX:"
                 " set the variable before Python starts"
             )
-    return flags
+    return now
+
+
+def _read_flags(environ: Mapping[str, str]) -> dict[str, str]:
+    return {"xla_flags": _xla_flags(environ), "library_flags": _library_flags(environ)}
+
+
+@functools.cache
+def _first_tpu_flags() -> dict[str, str]:
+    """As JAX left them: it adds to this variable when it is imported."""
+    name = "LIBTPU_INIT_ARGS"
+    return {name: os.environ[name]} if name in os.environ else {}
 
 
 def _xla_flags(environ: Mapping[str, str]) -> str:
     flags = environ.get("XLA_FLAGS", "")
     is_file = flags and not flags.lstrip().startswith("-")
-    return _read_flags(flags) if is_file else flags
+    return _read_flag_file(flags) if is_file else flags
 
 
 @functools.cache  # as JAX has read it
-def _read_flags(path: str) -> str:
+def _read_flag_file(path: str) -> str:
     with contextlib.suppress(OSError):
         return Path(path).read_text().strip()
     return path
@@ -210,6 +216,18 @@ def numerics(metadata: Metadata) -> dict[str, Any]:
     versions = environment["versions"]
     here = {name: versions[name] for name in VERSIONS}
     return here | {name: environment[name] for name in names} | {"program": metadata.program}
+
+
+def is_edited(a: Metadata, b: Metadata) -> bool:
+    """Whether the training code is known to differ.
+
+    It is unknown in older records, and where versions or settings of JAX differ: with others, the
+    same code is traced to another program.
+    """
+    ours, theirs = numerics(a), numerics(b)
+    traced = ("prng", "matmul_precision", "x64", "threefry_partitionable", "random_seed_offset")
+    comparable = all(ours[name] == theirs[name] for name in (*VERSIONS, *traced))
+    return comparable and a.program != b.program and None not in (a.program, b.program)
 
 
 def check_settings(place: Path | str, stored: Metadata, asked: Metadata) -> None:

@@ -24,6 +24,7 @@ _HOMES = {
     "RECIPES": "training.config",
     "UserError": "errors",
     "compare": "compare",
+    "describe_environment": "records.provenance",
     "fit": "training.fit",
     "load_data": "experiment",
     "load_dataset": "data.dataset",
@@ -32,6 +33,7 @@ _HOMES = {
     "read_runs": "records.rows",
     "report": "report",
     "sweep": "sweep",
+    "use_cores": "training.parallel",
 }
 __all__ = list(_HOMES)
 _ENVIRON = dict(os.environ)  # what changes later, JAX may not have read

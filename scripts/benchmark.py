@@ -52,7 +52,6 @@ from _peers import (
 
 import mlp_jax as mj
 from mlp_jax.files import save_figure, write_json
-from mlp_jax.records.provenance import describe_environment
 
 RECIPE = "keras-sgd"
 Part = Literal["users", "epoch", "sweep", "whole", "scaling", "devices", "process"]
@@ -67,6 +66,7 @@ MAX_APART, MIN_ACCURACY = 0.015, 0.8
 # 3 epochs, 1.30 times as many after 8 and after 21; with Glorot's weights, as many as the others.
 MAX_TIMES_ERRORS = 1.5
 PRODUCTS = "the matrix products alone"
+EVAL_BATCH = 1000  # test images that mlp_jax scores at once
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 PREPARE = "preparing Fashion-MNIST's files"
 SHAPES = mj.RECIPES[RECIPE].batch_size, mj.RECIPES[RECIPE].hidden
@@ -140,15 +140,15 @@ def serve(pipe, pinned: set[int] | None, train: Callable, *args) -> None:
 
 def train_mlp_jax(turn: Callable, seed: int, data_dir: Path | None, layout: str) -> None:
     """One run as mlp_jax.train places it ("single"), or one per core as mlp_jax.sweep ("sweep")."""
-    from mlp_jax.training.model import count_parameters
-    from mlp_jax.training.parallel import n_cores, use_cores
+    import jax
 
     seeds = [seed]
     if layout == "sweep":
-        use_cores()
-        seeds = range(n_cores())
+        mj.use_cores()
+        seeds = range(jax.local_device_count())
     for progress in fit(seeds, FOREVER, data_dir):
-        assert count_parameters(progress.fetch_params()) == PARAMETERS * len(seeds)
+        sizes = (leaf.size for leaf in jax.tree.leaves(progress.fetch_params()))
+        assert sum(sizes) == PARAMETERS * len(seeds)
         turn(list(progress.test_accuracy))
 
 
@@ -162,8 +162,6 @@ def train_products(turn: Callable, seed: int, batch_size: int, hidden: tuple[int
     import jax
     import jax.numpy as jnp
     from jax import lax
-
-    from mlp_jax.training.step import EVAL_BATCH
 
     widths = (784, *hidden, 10)
 
@@ -418,9 +416,7 @@ def train_size(data_dir: Path | None, size: int, n_devices: int | None = None) -
     """Seconds per seed and epoch of `size` seeds; by default on a device per core."""
     import jax
 
-    from mlp_jax.training.parallel import use_cores
-
-    use_cores(n_devices)
+    mj.use_cores(n_devices)
     epochs = -(-SEED_EPOCHS // size)
     training = fit(range(size), 1 + epochs, data_dir)
     next(training)  # compiles, and makes the initial weights
@@ -485,9 +481,7 @@ def show(title: str, rows: list[dict]) -> None:
 
 def describe() -> dict:
     """Processor, cores and versions, which are printed and stored with the results."""
-    import jax
-
-    environment = describe_environment(jax.devices())
+    environment = mj.describe_environment()
     for name in ("keras", "tensorflow-cpu", "torch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             environment["versions"][name] = importlib.metadata.version(name)

@@ -21,6 +21,7 @@ import tyro
 from benchmark import fresh, peak_mb
 from faults import ray_cluster
 
+import mlp_jax as mj
 from mlp_jax.files import write_json
 
 NODES = 2
@@ -38,12 +39,9 @@ class Args:
 
 
 def describe() -> dict:
-    import jax
     import ray
 
-    from mlp_jax.records.provenance import describe_environment
-
-    environment = describe_environment(jax.devices())
+    environment = mj.describe_environment()
     return environment | {"versions": environment["versions"] | {"ray": ray.__version__}}
 
 

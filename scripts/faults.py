@@ -36,7 +36,6 @@ from benchmark import fresh
 import mlp_jax as mj
 from mlp_jax.data.dataset import CACHE
 from mlp_jax.files import load_arrays, save_arrays, write_json
-from mlp_jax.records.provenance import describe_environment
 
 # a net that trains in seconds: only files and moments matter here
 SETTINGS = ["--hidden", "32", "--epochs", "16", "--checkpoint-every", "3", "--quiet"]
@@ -569,12 +568,6 @@ def count(fault: str, alone: Job, trials: int, seed: int) -> dict:
     return row
 
 
-def environment() -> dict:
-    import jax
-
-    return describe_environment(jax.devices())
-
-
 def flags(args: Args) -> list[str]:
     """Those that decide what is tried."""
     commands = shlex.join(["--commands", *args.commands])
@@ -589,7 +582,7 @@ def main(args: Args) -> None:
         print("cannot mount disks here: full and read-only disks are left out")
         faults = {name: fault for name, fault in FAULTS.items() if "disk" not in name}
     print(f"{'fault':<38}{'command':<12}{'tried':>6}{'survived':>10}{'lost':>6}", flush=True)
-    record = {"commands": [], "environment": fresh(environment), "faults": []}
+    record = {"commands": [], "environment": fresh(mj.describe_environment), "faults": []}
     if args.out and args.out.exists():
         record |= json.loads(args.out.read_text()) | {"environment": record["environment"]}
     rows = record["faults"]

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-import jax
 import numpy as np
 import tyro
 
@@ -25,7 +24,6 @@ import mlp_jax as mj
 from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure, show_images
 from mlp_jax.files import save_figure, write_json
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.provenance import describe_environment
 from mlp_jax.records.rows import predictions
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -190,7 +188,7 @@ def main(args: Args) -> None:
     if args.rounds:
         took = time_epochs(args)
         timed = {
-            "environment": describe_environment(jax.devices()),
+            "environment": mj.describe_environment(),
             "rounds": args.rounds,
             "seconds per epoch": took,
         }

@@ -24,10 +24,10 @@ import numpy as np
 import tyro
 from benchmark import fresh, peak_mb
 
+import mlp_jax as mj
 from mlp_jax.files import make_directory, write_json
 from mlp_jax.records import compaction, provenance, rows
 from mlp_jax.records import directory as directories
-from mlp_jax.training.config import RECIPES
 from mlp_jax.training.run import make_run
 
 RECIPE = "keras-sgd"
@@ -52,21 +52,11 @@ class Args:
     """File for the results, as JSON."""
 
 
-def describe() -> dict:
-    import jax
-
-    return provenance.describe_environment(jax.devices())
-
-
 def write_sweep(directory: Path, runs: int, chunk: int, args: Args) -> dict:
     """Write a sweep of made-up rows; its size on disk, and how long it took to write and check."""
-    import jax
-
-    from mlp_jax.data.dataset import load_dataset
-
-    dataset = load_dataset("mnist", args.data_dir)
-    environment = provenance.describe_environment(jax.devices())
-    about = (RECIPE, RECIPES[RECIPE], dataset.fingerprint, environment)
+    dataset = mj.load_dataset("mnist", args.data_dir)
+    environment = mj.describe_environment()
+    about = (RECIPE, mj.RECIPES[RECIPE], dataset.fingerprint, environment)
     metadata = provenance.Metadata(*about, images=dataset.image_fingerprint)
     rng = np.random.default_rng(args.seed)
     labels = dataset.test.labels.astype(np.uint8)
@@ -107,7 +97,7 @@ def make_rows(first: int, n: int, labels, taken_for, chances, rng: np.random.Gen
     """Rows of the seeds from `first`, `n` of them; by epoch, losses fall and accuracies rise."""
     from mlp_jax.training.fit import Progress
 
-    config = RECIPES[RECIPE]
+    config = mj.RECIPES[RECIPE]
     wrong = rng.random((n, len(labels)), dtype=np.float32) < chances
     predictions = np.where(wrong, taken_for, labels)
     right = np.count_nonzero(predictions == labels, axis=1)
@@ -148,7 +138,7 @@ def main(args: Args) -> None:
     if len(chunks) != len(args.runs) or min(*chunks, *args.runs) < 1:
         sys.exit("error: --chunk takes one number, or as many as --runs, each at least 1")
     # not here: a process starts with the peak memory of its parent, which must stay small
-    environment = fresh(describe)
+    environment = fresh(mj.describe_environment)
     sweeps = []
     for runs, chunk in zip(args.runs, chunks, strict=True):
         with tempfile.TemporaryDirectory() as place:

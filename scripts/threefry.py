@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import tyro
 from jax import lax
 
+import mlp_jax as mj
 from mlp_jax.files import write_json
-from mlp_jax.records.provenance import describe_environment
 
 MASK = (128, 512)  # units of a hidden layer for a batch
 N_MASKS = 2 * 469  # two hidden layers, 469 steps
@@ -85,7 +85,7 @@ def main(args: Args) -> None:
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     record = {
         "command": f"python scripts/threefry.py --turns {args.turns} --out results/threefry.json",
-        "environment": describe_environment(jax.devices()),
+        "environment": mj.describe_environment(),
         "seconds": seconds,
     }
     for name, value in seconds.items():

@@ -36,8 +36,8 @@ import jax.numpy as jnp
 import tyro
 from jax.experimental import topologies
 
+import mlp_jax as mj
 from mlp_jax.files import write_json
-from mlp_jax.records.provenance import describe_environment
 from mlp_jax.training import step
 from mlp_jax.training.arrays import N_PIXELS, Split
 from mlp_jax.training.config import RECIPES, Config
@@ -176,7 +176,7 @@ def kept_rows(path: Path) -> dict:
 
 
 def to_record(rows: dict) -> dict:
-    environment = describe_environment(jax.devices())
+    environment = mj.describe_environment()
     environment["versions"]["libtpu"] = importlib.metadata.version("libtpu")
     return {
         "what": "estimates of the TPU's compiler, without a TPU: nothing was timed",

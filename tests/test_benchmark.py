@@ -1,5 +1,6 @@
 """scripts/benchmark.py: what needs neither Keras nor PyTorch."""
 
+import ast
 import itertools
 import json
 import statistics
@@ -18,6 +19,7 @@ import _peers  # noqa: E402
 import benchmark  # noqa: E402
 import threefry  # noqa: E402
 
+from mlp_jax.training import step  # noqa: E402
 from mlp_jax.training.config import RECIPES  # noqa: E402
 
 
@@ -37,6 +39,19 @@ def test_a_peer_without_its_packages_is_named_and_left_out(capsys):
     assert peers == []
     assert "without Keras on nothing: no_such_package is not installed" in capsys.readouterr().out
     assert _peers.missing(("jax", "sh")) is None
+
+
+def test_benchmarks_measure_what_users_call():
+    """They train, load and read by the public API; beside it they only write files and draw."""
+    tools = {"files", "analysis.figures"}
+    made_up_rows = {"records", "training.run", "training.fit"}
+    allowed = {"benchmark": tools, "_peers": tools, "report_scale": tools | made_up_rows}
+    for name, modules in allowed.items():
+        tree = ast.parse((ROOT / "scripts" / f"{name}.py").read_text())
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        ours = {node.module for node in found if node.module.startswith("mlp_jax")}
+        assert ours <= {f"mlp_jax.{module}" for module in modules}
+    assert benchmark.EVAL_BATCH == step.EVAL_BATCH
 
 
 def test_peers_train_the_net_of_the_recipe():

@@ -78,13 +78,16 @@ class Metadata(NamedTuple):
         return metadata
 
 
-def describe_environment(devices: Sequence) -> dict[str, Any]:
-    """Versions, hardware, numerics, and the commit of the code.
+def describe_environment(devices: Sequence | None = None) -> dict[str, Any]:
+    """Versions, hardware, numerics, and the commit of the code; by default, of all local devices.
 
     UserError if flags were changed since mlp_jax was imported.
     """
-    from mlp_jax.training import parallel  # imports jax
+    import jax
 
+    from mlp_jax.training import parallel
+
+    devices = devices or jax.local_devices()
     flags = _cpuinfo("flags")
     packages = ("mlp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     return {

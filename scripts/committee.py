@@ -4,17 +4,23 @@
     python scripts/committee.py runs/best --out results/committee-best-augmented.json
 
 A committee names the class with the largest sum of probabilities. Its members are taken in random
-orders: for each size, the mean and the central 95 % of the accuracies over these. Writes the curve
-and a figure of it.
+orders: for each size, the mean and the central 95 % of the accuracies over these. Writes the curve,
+a figure of it, and the members' probabilities, from which the curve can be computed again. Members
+that are stored there stay in the committee when their weights are gone, so it may be trained on
+several machines, one after another.
 """
 
 import dataclasses
+import json
 import shlex
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
 
 import mlp_jax as mj
@@ -22,10 +28,11 @@ from mlp_jax.analysis.figures import BLUE, GRAY, new_figure
 from mlp_jax.analysis.stats import jeffreys
 from mlp_jax.data.dataset import check_dataset
 from mlp_jax.errors import UserError
-from mlp_jax.files import save_figure, write_json
-from mlp_jax.records.checkpoint import check_predictions, load_committee
+from mlp_jax.files import atomic_write, save_figure, write_json
+from mlp_jax.records.checkpoint import Committee, check_predictions, load_committee
 
 ORDERS = 500
+THOUSANDTHS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +40,52 @@ class Args:
     directory: tyro.conf.Positional[Path]
     """Directory of a sweep with --keep-weights."""
     out: Path
-    """File for the curve, as JSON; its figure is put beside it."""
+    """File for the curve, as JSON; the figure and the members are put beside it."""
     data_dir: Path | None = None
     """Where TFDS keeps its data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+
+class Member(NamedTuple):
+    """A run and what it says of the test images."""
+
+    correct: int
+    probabilities: np.ndarray  # uint16 [n, classes], in thousandths
+
+
+def ask_members(committee: Committee, images: np.ndarray) -> dict[int, Member]:
+    """The members whose weights are there, by seed."""
+    probabilities = np.asarray(jax.nn.softmax(mj.predict(committee, images)), float)
+    rounded = np.round(THOUSANDTHS * probabilities).astype(np.uint16)
+    answers = zip(committee.runs, committee.metrics, rounded, strict=True)
+    return {run.seed: Member(metrics["test_correct"], each) for run, metrics, each in answers}
+
+
+def read_members(path: Path, origin: dict | None = None) -> dict[int, Member]:
+    """The members stored at `path`, none if there is no file; UserError if of another `origin`."""
+    if not path.exists():
+        return {}
+    table = pq.read_table(path)
+    stored = json.loads(table.schema.metadata[b"origin"])
+    if origin and stored != origin:
+        raise UserError(f"{path} has members of other settings or data: name another --out")
+    shape = (-1, stored["config"]["n_classes"])
+    return {
+        row["seed"]: Member(row["correct"], np.frombuffer(row["thousandths"], "<u2").reshape(shape))
+        for row in table.to_pylist()
+    }
+
+
+def write_members(path: Path, members: dict[int, Member], origin: dict) -> None:
+    columns = {
+        "seed": [*members],
+        "correct": [member.correct for member in members.values()],
+        "thousandths": [
+            member.probabilities.astype("<u2").tobytes() for member in members.values()
+        ],
+    }
+    table = pa.table(columns).replace_schema_metadata({"origin": json.dumps(origin)})
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", compression_level=19)
 
 
 def count_correct(probabilities: np.ndarray, labels: np.ndarray, orders: int) -> np.ndarray:
@@ -54,20 +104,16 @@ def count_correct(probabilities: np.ndarray, labels: np.ndarray, orders: int) ->
     return correct
 
 
-def make_record(committee, dataset) -> dict:
+def make_curve(members: dict[int, Member], labels: np.ndarray) -> dict:
     """The curve, and the accuracy of all members together, as fractions."""
-    logits = mj.predict(committee, dataset.test.images)
-    probabilities = np.asarray(jax.nn.softmax(logits), float)
-    labels, n_test = dataset.test.labels, len(dataset.test.labels)
+    probabilities, n_test = np.stack([each.probabilities for each in members.values()]), len(labels)
     correct = count_correct(probabilities, labels, ORDERS)
     low, high = np.percentile(correct, (2.5, 97.5), axis=0)
     curve = zip(correct.mean(axis=0), low, high, strict=True)
     return {
-        "config": dataclasses.asdict(committee.config),
-        "seeds": [run.seed for run in committee.runs],
+        "seeds": [*members],
         "n_test": n_test,
-        "backend": jax.default_backend(),
-        "correct_alone": (logits.argmax(axis=-1) == labels).sum(axis=-1).tolist(),
+        "correct_alone": [member.correct for member in members.values()],
         "correct_together": int(correct[0, -1]),
         "accuracy": jeffreys(int(correct[0, -1]), n_test)._asdict(),
         "orders": ORDERS,
@@ -105,8 +151,15 @@ def main(args: Args) -> None:
     dataset = mj.load_dataset(config.dataset, args.data_dir, split=config.split)
     check_dataset(args.directory, committee.fingerprint, committee.fingerprint, dataset)
     check_predictions(committee, dataset)
+    config = json.loads(json.dumps(dataclasses.asdict(config)))
+    origin = {"config": config, "vary": committee.runs[0].vary, "data": dataset.fingerprint}
+    path = args.out.with_suffix(".parquet")
+    members = read_members(path, origin) | ask_members(committee, dataset.test.images)
+    members = dict(sorted(members.items()))
+    write_members(path, members, origin)
     command = shlex.join(["python", "scripts/committee.py", *sys.argv[1:]])
-    record = {"command": command} | make_record(committee, dataset)
+    record = {"command": command, "config": config, "backend": jax.default_backend()}
+    record |= make_curve(members, dataset.test.labels)
     write_json(args.out, record)
     save_figure(args.out.with_suffix(".png"), draw(record, args.directory.name))
     print(f"{len(record['seeds'])} runs, alone {np.mean(record['correct_alone']):.1f} of", end=" ")

@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlp_jax.errors import UserError
 from mlp_jax.sweep import main as sweep_main
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
@@ -32,10 +34,13 @@ def test_committees_are_counted():
         assert correct[:, size - 1].mean() == pytest.approx(np.mean(every), abs=0.5)
 
 
+def train(small_dir, *flags):
+    settings = ["--dataset", "kmnist", "--hidden", "16", "--batch-size", "32", "--epochs", "2"]
+    sweep_main([*settings, "--data-dir", str(small_dir), "--keep-weights", "--quiet", *flags])
+
+
 def test_the_record_is_that_of_the_sweep(small_dir, here, small, capsys):
-    flags = ["--dataset", "kmnist", "--hidden", "16", "--batch-size", "32", "--epochs", "2"]
-    flags += ["--data-dir", str(small_dir), "--seeds", "0:3", "--keep-weights", "--out", "s"]
-    sweep_main(flags)
+    train(small_dir, "--seeds", "0:3", "--out", "s")
     script.main(script.Args(Path("s"), Path("c.json"), small_dir))
     record = json.loads(Path("c.json").read_text())
     n_test = len(small.test.labels)
@@ -48,5 +53,24 @@ def test_the_record_is_that_of_the_sweep(small_dir, here, small, capsys):
     alone = by_members[0]
     assert round(n_test * alone["low"]) in record["correct_alone"]
     assert alone["mean"] == pytest.approx(np.mean(record["correct_alone"]) / n_test, abs=0.02)
+    assert script.make_curve(script.read_members(Path("c.parquet")), small.test.labels) == {
+        name: record[name] for name in record if name not in ("command", "config", "backend")
+    }
     assert Path("c.png").stat().st_size > 1000
     assert f"together {record['correct_together']}" in capsys.readouterr().out
+
+
+def test_members_stay_when_their_weights_are_gone(small_dir, here):
+    def record(directory, out):
+        script.main(script.Args(Path(directory), Path(out), small_dir))
+        return json.loads(Path(out).read_text()) | {"command": None}
+
+    train(small_dir, "--seeds", "0:2", "--out", "s")
+    assert record("s", "c.json")["seeds"] == [0, 1]
+    shutil.rmtree("s/weights")
+    train(small_dir, "--seeds", "2:4", "--out", "s")
+    train(small_dir, "--seeds", "0:4", "--out", "t")
+    assert record("s", "c.json") == record("t", "d.json")
+    train(small_dir, "--seeds", "0:1", "--epochs", "1", "--out", "u")
+    with pytest.raises(UserError, match=r"c\.parquet has members of other settings or data"):
+        record("u", "c.json")

@@ -71,10 +71,9 @@ def fit(
 
     The whole test set is evaluated after each epoch. To stop, leave the loop; to resume, pass the
     `Progress.snapshot()` of the same runs as `start`. `placement` defaults to all local devices: on
-    CPU one, whatever its cores, unless `jax_num_cpu_devices` was set before JAX started, as `sweep`
-    does. The learning rates are those of `runs`. `programs` may be given if they are compiled
-    already. UserError if the Config does not fit the data set, or `start` is of other runs,
-    settings or data.
+    CPU one, whatever its cores, unless `use_cores` was called before JAX started. The learning
+    rates are those of `runs`. `programs` may be given if they are compiled already. UserError if
+    the Config does not fit the data set, or `start` is of other runs, settings or data.
     """
     config = for_dataset(config, dataset)
     if runs is None:

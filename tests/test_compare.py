@@ -133,6 +133,9 @@ def test_equal_runs_are_equivalent():
         compare(same, other, margin=0).p_value,
     ) == ("better", 0)
     assert decide(np.zeros(40), margin=0.0001).verdict == "equivalent"
+    # of 2 test images, 30 pairs that happen to be equal say little
+    assert decide(np.zeros(40), margin=0.01, resolution=1 / 2).verdict == "undecided"
+    assert decide(np.zeros(40), margin=0.0001, resolution=1e-4).verdict == "equivalent"
     # two runs that happen to be equal say little: a count is rounded by an SD of 0.29 images
     two, higher = {0: 0.97, 1: 0.96}, {0: 0.9701, 1: 0.9601}
     got = compare(higher, two, margin=0.0001, resolution=1e-4)
@@ -187,6 +190,22 @@ def test_sd_over_test_sets_is_that_of_simulated_test_sets():
     np.testing.assert_allclose(np.mean(found, axis=0), want, rtol=0.14)
     one = count_predictions([wrong[0, :1]], labels, n_classes=2)
     assert math.isnan(predictions.sd_over_test_sets(one))
+    perfect = count_predictions([np.zeros((runs, n), np.uint8)], labels, n_classes=2)
+    assert math.isnan(predictions.sd_over_test_sets(perfect))
+    assert math.isnan(predictions.sd_over_test_sets(perfect, perfect))
+
+
+def test_sampling_of_images_at_few_errors():
+    """The interval from FEW_ERRORS on, over images that are hard or not."""
+    rng, n, missed = np.random.default_rng(6), 1000, 0
+    for _ in range(400):
+        hard = rng.random(n) < 2 * 15 / n  # missed by half of the runs
+        wrong = (rng.random((10, n)) < np.where(hard, rng.random(n), 0)).astype(np.uint8)
+        sd = predictions.sd_over_test_sets(count_predictions([wrong], hard * 0, n_classes=2))
+        few = wrong.sum() / 10 < predictions.FEW_ERRORS
+        assert math.isnan(sd) == few
+        missed += not few and abs(wrong.mean() - 15 / n) > 1.96 * sd
+    assert missed / 400 < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 400)
 
 
 def test_holm_is_statsmodels():

@@ -115,7 +115,7 @@ def errors_of(rows, labels):
 
 
 def test_summary_holds_the_statistics_of_the_rows(tmp_path, dataset):
-    rows = random_rows(dataset, 12)
+    rows = random_rows(dataset, 12, share=0.1)
     said = summarized(write_sweep(tmp_path / "s", rows), dataset)
     (family,) = said["families"]
     errors = errors_of(rows, dataset.test.labels)

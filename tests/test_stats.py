@@ -71,6 +71,15 @@ def test_interquartile_mean_goldens():
     assert math.isnan(high)
 
 
+def test_the_interquartile_mean_of_equal_runs_is_as_uncertain_as_their_mean():
+    same = np.full(9, 97.0)
+    wide = stats.mean_interval(same, resolution=1)
+    assert stats.interquartile_mean(same, resolution=1) == pytest.approx(wide)
+    assert wide.high - wide.low > 0.4
+    x = np.arange(40.0)  # nothing changes where the runs differ
+    assert stats.interquartile_mean(x, resolution=1) == stats.interquartile_mean(x)
+
+
 @pytest.mark.parametrize("decimals", [6, 1])  # without ties and with many
 def test_interquartile_mean_is_scipys_bootstrap(decimals):
     x = (np.random.default_rng(1).normal(size=24) ** 5).round(

@@ -90,12 +90,15 @@ def bootstrap(
     return Interval(estimate, *np.quantile(resamples, [LOW, HIGH], axis=0))
 
 
-def interquartile_mean(x: ArrayLike, *, n_resamples: int = 50_000, rng: Rng = 0) -> Interval:
+def interquartile_mean(
+    x: ArrayLike, *, resolution: float = 0.0, n_resamples: int = 50_000, rng: Rng = 0
+) -> Interval:
     """Mean of the middle half with a percentile bootstrap, in the unit of `x`.
 
     Agarwal, arXiv 2108.13264, whose 50,000 resamples are the default. Counts of each distinct value
     are drawn instead of values: accuracies have few, so many runs cost little. By simulation it
-    covers 50 % at 2 runs, 85 % at 4, and 92 % or more from 5 on; below, the ends are nan.
+    covers 50 % at 2 runs, 85 % at 4, and 92 % or more from 5 on; below, the ends are nan. They are
+    as wide as those of the mean of runs with the least SD of `mean_interval`, at least.
     """
     x = np.asarray(x, np.float64)
     if x.size < 5:
@@ -108,7 +111,9 @@ def interquartile_mean(x: ArrayLike, *, n_resamples: int = 50_000, rng: Rng = 0)
         ranks = np.cumsum(drawn, axis=1).clip(cut, x.size - cut)
         return np.diff(ranks, axis=1, prepend=cut) @ distinct / (x.size - 2 * cut)
 
-    return bootstrap(stats.trim_mean(x, 0.25), resample, n_resamples, distinct.size)
+    found, low, high = bootstrap(stats.trim_mean(x, 0.25), resample, n_resamples, distinct.size)
+    _, *least = mean_interval(np.full(x.size, found), resolution=resolution)
+    return Interval(found, min(low, least[0]), max(high, least[1]))
 
 
 def binomial_sd(p: float, n: int) -> float:

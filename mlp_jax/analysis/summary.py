@@ -96,7 +96,7 @@ def family_statistics(family: Family, families: list[Family], recipe: str, confi
         of_images = {
             "mean": stats.mean_interval(correct, resolution=1),
             "sd": stats.sd_interval(correct, resolution=1),
-            "interquartile_mean": stats.interquartile_mean(correct),
+            "interquartile_mean": stats.interquartile_mean(correct, resolution=1),
         }
         for name, interval in of_images.items():
             result[name] = stats.Interval(*(end / n_test for end in interval))

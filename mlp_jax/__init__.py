@@ -51,7 +51,8 @@ def __dir__() -> list[str]:
 
 class _Package(types.ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # importing the command mlp_jax.sweep would hide the function of that name
+        # importing the command mlp_jax.sweep would hide the function of that name; its main is
+        # reached by `from mlp_jax.sweep import main`
         if not (name in _HOMES and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 

@@ -100,9 +100,9 @@ def parse_args(
 def expand_grid(argv: Sequence[str] | None) -> list[list[str]]:
     """A command line for each combination of those settings in `argv` that have several values.
 
-    `--hidden 512 512` is one network, and `--hidden 512x512 1024x1024` are two.
+    `--hidden 512 512` is one network, and `--hidden 512x512 1024x1024` are two. `--flag=value` is
+    split, and `--ray` without an address gets "auto", which tyro could not tell from a missing one.
     """
-    # --flag=value is --flag value
     parts = (word.split("=", 1) if word.startswith("--") else [word] for word in _words(argv))
     words = list(itertools.chain(*parts))
     starts = [i for i, word in enumerate(words) if word.startswith("--")]

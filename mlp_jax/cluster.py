@@ -18,7 +18,7 @@ import jax
 
 from mlp_jax.errors import UserError, one_line
 from mlp_jax.machine import Epoch, Machine, chunks_of, prepare, with_program
-from mlp_jax.records.provenance import Metadata, check_same, version
+from mlp_jax.records.provenance import VERSIONS, Metadata, check_same, version
 from mlp_jax.training.arrays import Dataset
 from mlp_jax.training.parallel import use_cores
 
@@ -28,7 +28,6 @@ except ImportError:
     raise UserError("--ray needs Ray: pip install 'mlp_jax[ray]'") from None
 
 QUEUE = 256  # tasks that Ray knows at a time; nodes that could run more would idle
-PACKAGES = ("mlp_jax", "jax", "jaxlib", "flax", "optax")
 # JAX keeps the first that it sees
 _gpus = functools.cache(functools.partial(os.getenv, "CUDA_VISIBLE_DEVICES"))
 
@@ -52,22 +51,22 @@ class Cluster:
 
     def __init__(self, devices: Literal["auto"] | int):
         """A task takes `devices` of a node; "auto": a GPU, else what the smallest node has."""
-        for self._kind in ("GPU", "TPU", "CPU"):
-            if counts := self._counts():
-                break
+        kinds = {kind: self._counts(kind) for kind in ("GPU", "TPU", "CPU")}
+        self._kind = next((kind for kind, counts in kinds.items() if counts), "CPU")
+        counts = kinds[self._kind]
         auto = 1 if self._kind == "GPU" else min(counts, default=0)
         self._share = auto if devices == "auto" else devices
         if not 0 < self._share <= max(counts, default=0):
             raise UserError(f"no node of the Ray cluster has {self._share or 'any'} {self._kind}s")
         own: Any = {"resources": {"TPU": self._share}}  # Ray has no num_tpus
         own = own if self._kind == "TPU" else {f"num_{self._kind.lower()}s": self._share}
+        self._versions = {name: version(name) for name in ("mlp_jax", *VERSIONS)}
         # max_calls: Ray would end a process that has a GPU, and its programs and data, after a task
-        self._versions = {name: version(name) for name in PACKAGES}
         self._task = ray.remote(max_retries=-1, max_calls=0, **own)(_task)
 
-    def _counts(self) -> list[int]:
-        """Devices of each node that has some."""
-        counts = (node["Resources"].get(self._kind, 0) for node in ray.nodes() if node["Alive"])
+    def _counts(self, kind: str) -> list[int]:
+        """Devices of each node that has some of a kind."""
+        counts = (node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
         return [int(count) for count in counts if count]
 
     def prepare(self, metadata: Metadata, dataset: Dataset, n_runs: int, lanes) -> tuple:
@@ -89,7 +88,7 @@ class Cluster:
         while pending := pending + list(itertools.islice(submitted, QUEUE - len(pending))):
             done, pending = ray.wait(pending, timeout=1)  # so that a stop is noticed
             for here, _, ended in map(_get, done):
-                nodes = sum(count >= self._share for count in self._counts())
+                nodes = sum(count >= self._share for count in self._counts(self._kind))
                 trained = {"n_new": metadata.config.n_epochs, "nodes": nodes}
                 yield [each._replace(**trained) for each in ended], here
             if stop():

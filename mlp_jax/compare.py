@@ -12,7 +12,7 @@ import tyro
 from mlp_jax import cli, files
 from mlp_jax.errors import UserError
 from mlp_jax.records.directory import check_replaceable
-from mlp_jax.records.provenance import is_edited, numerics, settings
+from mlp_jax.records.provenance import differs_in_code, numerics, settings
 from mlp_jax.training.run import make_runs
 
 if TYPE_CHECKING:  # --help does without
@@ -112,20 +112,17 @@ def compare_targets(
     from mlp_jax.analysis.compare import compare as compare_scores
     from mlp_jax.analysis.predictions import error_covariance, sd_over_test_sets
 
-    families = [target.read_family(data_dir) for target in (a, b)]
-    for target, family in zip((a, b), families, strict=True):
-        if len(family.seeds) < 2:
+    for target in (a, b):
+        if len(target.finite) < 2:
             raise UserError(f"{target.name} has fewer than two runs that did not diverge")
-    ours, theirs = (
-        dict(zip(f.seeds.tolist(), f.correct / len(f.counts.labels), strict=True)) for f in families
-    )
-    shared, counts = ours.keys() & theirs.keys(), [family.counts for family in families]
+    shared = a.finite.keys() & b.finite.keys()
+    counts = [target.read_family(data_dir).counts for target in (a, b)]
     right = [target.read_correct(shared, counts[0].labels) if shared else {} for target in (a, b)]
     pairs = ((right[0][seed], right[1][seed]) for seed in shared)
     covariance = error_covariance(pairs, len(counts[0].labels))
     spread = sd_over_test_sets(*counts, pairs=len(shared), covariance=covariance)
     options = {"sd_over_test_sets": spread, "resolution": 1 / len(counts[0].labels)}
-    return compare_scores(ours, theirs, margin=margin, **options)
+    return compare_scores(a.finite, b.finite, margin=margin, **options)
 
 
 def format_verdict(a: "Target", b: "Target", comparison: "Comparison") -> str:
@@ -143,7 +140,7 @@ def labels(a: "Target", b: "Target") -> tuple[str, str]:
 
 def differences(a: "Target", b: "Target") -> dict[str, tuple]:
     """What may have made the difference: settings, and what else can change a number."""
-    from mlp_jax.training.programs import program_config
+    from mlp_jax.training.programs import FIXED_VALUES
 
     ours, theirs = (
         settings(each.metadata)
@@ -153,8 +150,8 @@ def differences(a: "Target", b: "Target") -> dict[str, tuple]:
     )
     found = {n: (ours[n], theirs.get(n)) for n in ours if ours[n] != theirs.get(n)}
     # other settings make another program of the same code
-    programs = [program_config(each.metadata.config) for each in (a, b)]
-    edited = is_edited(a.metadata, b.metadata)
+    programs = [dataclasses.replace(each.metadata.config, **FIXED_VALUES) for each in (a, b)]
+    edited = differs_in_code(a.metadata, b.metadata)
     if not edited or programs[0] != programs[1] or "teacher" in found:
         found.pop("program", None)
     return found
@@ -191,21 +188,13 @@ def caveats(target: "Target", comparison: "Comparison") -> list[str]:
     return [f"{target.name} has {text}." for text, there in texts.items() if there]
 
 
-def title(target: "Target") -> str:
-    metadata = target.metadata
-    return f"{metadata.title(metadata.changed([target.rate]))} on {metadata.device_kind}"
-
-
 def compared_scores(a: "Target", b: "Target", comparison: "Comparison") -> list[list[float]]:
     """Accuracies of the runs of each side that `comparison` is of."""
-    finite = [
-        {seed: score for seed, score in side.scores.items() if not math.isnan(score)}
-        for side in (a, b)
+    shared = a.finite.keys() & b.finite.keys()
+    paired = bool(comparison.pairs)
+    return [
+        [s for seed, s in each.finite.items() if seed in shared or not paired] for each in (a, b)
     ]
-    if comparison.pairs:
-        shared = finite[0].keys() & finite[1].keys()
-        finite = [{seed: scores[seed] for seed in sorted(shared)} for scores in finite]
-    return [list(scores.values()) for scores in finite]
 
 
 def figure_paths(out: Path, n_pairs: int) -> list[Path]:
@@ -235,8 +224,11 @@ def write(
         each |= {"until_decided": decision, "caveats": [*looked, *known]}
         record.append(to_json(each | {"says": format_verdict(a, b, comparison)}))
         compared = compared_scores(a, b, comparison)
-        sides = zip((a, b), labels(a, b), strict=True)
-        names = (f"{label}, {title(side)}" for side, label in sides)
+        names = []
+        for label, side in zip(labels(a, b), (a, b), strict=True):
+            about = side.metadata
+            title = about.title(about.changed([side.rate]))
+            names.append(f"{label}, {title} on {about.device_kind}")
         files.save_figure(paths[i], draw_comparison(*compared, comparison, tuple(names)))
     units = "fractions (0 to 1); intervals at 95 %"
     files.write_json(out / "comparison.json", {"units": units, "comparisons": record})
@@ -247,15 +239,17 @@ def train_until_decided(
 ) -> tuple[list["Target"], "Decision"]:
     """Train the same seeds of both until their difference is decided, or max_seeds; reopen them."""
     from mlp_jax.analysis.compare import FIRST_LOOK, decide
-    from mlp_jax.results import open_target
+    from mlp_jax.results import count_images, open_target
     from mlp_jax.sweep import Cell, train_cell
     from mlp_jax.training.parallel import use_cores
 
     if args.max_seeds < FIRST_LOOK:
         raise UserError(f"--max-seeds must be at least {FIRST_LOOK}, not {args.max_seeds}")
-    for name in (target.name for target in targets if target.metadata.config.teacher):
-        raise UserError(f"{name} has a teacher: add seeds with sweep --teacher, and then compare")
+    if taught := [target.name for target in targets if target.metadata.config.teacher]:
+        line = f"{taught[0]} has a teacher: add seeds with sweep --teacher, and then compare"
+        raise UserError(line)
     use_cores()
+    resolution = 1 / count_images(targets[0].paths)
     seeds = sorted(set().union(*(target.scores for target in targets)))
     lacking = (i for i, seed in enumerate(seeds) if any(seed not in t.scores for t in targets))
     wanted = max(FIRST_LOOK, next(lacking, len(seeds)))
@@ -267,20 +261,24 @@ def train_until_decided(
                 runs = make_runs(seeds[:wanted], [target.vary], [target.rate])
                 data = {"data_dir": args.data_dir, "quiet": True}
                 cell = Cell(target.directory, config, runs)
-                kept = any(target.directory.glob("weights/*.npz"))
-                if train_cell(cell, data, {"recipe": recipe, "keep_weights": kept}, stop):
+                options = {"recipe": recipe, "lanes": target.lanes}
+                options["keep_weights"] = any(target.directory.glob("weights/*.npz"))
+                if train_cell(cell, data, options, stop):
                     stop.exit(f"what is finished is stored; resume with: {again}")
             targets = [open_target(target.name) for target in targets]
             a, b = (target.scores for target in targets)
             pairs = [d for seed in seeds[:wanted] if not math.isnan(d := a[seed] - b[seed])]
             if not pairs:
                 raise UserError("in every pair a run diverged: there is nothing to compare")
-            decision = decide(pairs, margin=args.margin / 100)
+            decision = decide(pairs, margin=args.margin / 100, resolution=resolution)
             mean, low, high = (100 * end for end in decision.difference)
             ours, theirs = labels(*targets)
             verdicts = {"better": f"{ours} is better", "worse": f"{theirs} is better"}
             verdict = verdicts.get(decision.verdict, decision.verdict)
-            text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) points: {verdict}"
+            ends = f"{low:+.3f} to {high:+.3f}"
+            if decision.pairs < FIRST_LOOK:
+                ends = f"no interval below {FIRST_LOOK} pairs"
+            text = f"{mean:+.3f} ({ends}) points: {verdict}"
             of = f"{decision.pairs} of " * (decision.pairs < len(pairs))
             print(f"{of}{len(pairs)} pairs: {text}", flush=True)
             if decision.verdict != "undecided" or wanted >= args.max_seeds:

@@ -105,7 +105,7 @@ def accuracy_line(finished: dict[Run, dict], n_test: int) -> str:
     """Mean and SD of accuracy so far, by family, over runs that did not diverge."""
     families: dict[tuple, list[dict]] = {}
     for run, row in finished.items():
-        families.setdefault((run.vary, run.learning_rate), []).append(row)
+        families.setdefault(run.family, []).append(row)
     texts = []
     for (vary, rate), rows in families.items():
         kept = [row for row in rows if row["finite"]]

@@ -10,10 +10,10 @@ import numpy as np
 import tyro
 
 from mlp_jax import cli, files
-from mlp_jax.errors import UserError
+from mlp_jax.records.directory import check_replaceable
 
 TEMPLATE = Path(__file__).with_name("demo.html")
-TITLE = b"<title>Draw a digit</title>"  # of the pages that may be replaced
+TITLE = "<title>Draw a digit</title>"  # of the pages that may be replaced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(Args, argv, "python -m mlp_jax.demo")
     cli.check_at_least(args, {"members": 1})
     files.check_file(args.out)
-    if args.out.exists() and not (args.out.is_file() and TITLE in args.out.read_bytes()):
-        raise UserError(f"--out {args.out} exists and is not such a page: name another")
+    check_replaceable([args.out], (TITLE,))
 
     # --help does without
     from mlp_jax.records.checkpoint import for_upright, load_committee
@@ -80,7 +79,7 @@ def page_note(committee, members: int) -> str:
     found = f"{counts} of the {committee.config.split} images of {name}"
     if len(correct) == 1:
         return f"The network in this page recognizes {found}."
-    alike = len({(run.vary, run.learning_rate) for run in committee.runs[:members]}) == 1
+    alike = len({run.family for run in committee.runs[:members]}) == 1
     what = "seed" if alike else "seeds and learning rates"
     return (
         f"The {len(correct)} networks in this page differ in nothing but their {what}. Each"

@@ -7,16 +7,9 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input, in one line; the command line prints it and exits with `status`."""
 
-    status = 2
-
-    def __init__(self, line: str):
+    def __init__(self, line: str, status: int = 2):
         super().__init__(line.replace("\n", " "))  # a path may have any character
-
-
-class Diverged(UserError):
-    """A loss became infinite or NaN; the epochs before are kept."""
-
-    status = 1
+        self.status = status
 
 
 def one_line(error: BaseException) -> str:

@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     paths += [out / "report.html"] * args.html
     check_replaceable(paths)
     if args.html:
-        check_page(paths[-1])
+        from mlp_jax.analysis.page import NOTE
+
+        check_replaceable(paths[-1:], (NOTE,))
     files.make_directory(out / "figures")
     files.write_json(out / "summary.json", made.summary)
     for path, (_, figure) in zip(paths[1:], made.figures, strict=False):
@@ -74,14 +76,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.html:
         files.write_text(paths[-1], made.page)
     print(made.text, "", *paths, sep="\n")
-
-
-def check_page(path: Path) -> None:
-    """UserError if there is a page that is no report."""
-    from mlp_jax.analysis.page import NOTE
-
-    if path.exists() and NOTE not in path.read_text("utf-8", errors="replace"):
-        raise UserError(f"{path} was not written by mlp_jax: move it, or name another --out")
 
 
 def report(directory: str | Path, data_dir: str | Path | None = None) -> Report:
@@ -105,9 +99,12 @@ def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:
     from mlp_jax.analysis.figures import figures
     from mlp_jax.analysis.summary import summarize
     from mlp_jax.analysis.tables import format_table
-    from mlp_jax.results import open_results, read_blocks, read_families
+    from mlp_jax.records import rows
+    from mlp_jax.results import count_processors, open_dataset, read_blocks, read_families
 
-    metadata, paths, dataset, processors = open_results(directory, data_dir)
+    metadata, paths = read_metadata(directory), rows.checked_files(directory)
+    processors = count_processors(paths, metadata)
+    dataset = open_dataset(directory, metadata, data_dir)
     families = read_families(paths, dataset.test.labels, dataset.n_classes)
     config, crossed = metadata.config, {}
     for family in families:
@@ -162,11 +159,10 @@ def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:
 
     UserError if two have the same settings, or different data under one name.
     """
-    left_out = ("seed", "program")  # the settings determine the program
-    known = [settings(each._replace(seed=None)) | numerics(each) for each in stored]
-    known = [{k: v for k, v in each.items() if k not in left_out} for each in known]
+    # the settings determine the program
+    alike = [each._replace(seed=None, program=None) for each in stored]
+    known = [settings(each) | numerics(each) for each in alike]
     cell_of: dict[str, Path] = {}
-    data_of: dict[tuple[str, str], str] = {}
     names = cell_names(known) if len(cells) > 1 else [cells[0].name]
     if len(set(names)) < len(names):  # a sweep for each learning rate
         rates = [{"learning_rate": each.config.learning_rate} for each in stored]
@@ -174,10 +170,9 @@ def name_cells(cells: Sequence[Path], stored: Sequence[Metadata]) -> list[str]:
     for cell, metadata, name in zip(cells, stored, names, strict=True):
         if (other := cell_of.setdefault(name, cell)) != cell:
             raise UserError(f"{other} and {cell} have the same settings: move one of them away")
-        config, data = metadata.config, metadata.fingerprint
-        if data_of.setdefault((config.dataset, config.split), data) != data:
-            line = f"{cell} and the others were trained on different data named {config.dataset}"
-            raise UserError(line)
+        if metadata.fingerprint != stored[0].fingerprint:
+            name = metadata.config.dataset
+            raise UserError(f"{cell} and the others were trained on different data named {name}")
     return names
 
 

@@ -4,10 +4,11 @@ Equal rows give equal numbers however they are split into files; predictions are
 """
 
 import collections
+import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,26 +19,10 @@ from mlp_jax.errors import UserError
 from mlp_jax.files import expand
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.provenance import Metadata, check_same
+from mlp_jax.records.provenance import Metadata, check_one_sweep, numerics
 from mlp_jax.training.arrays import Dataset
 from mlp_jax.training.config import Config
 from mlp_jax.training.run import BLOCK, STREAMS, crossed_seeds, make_run
-
-
-class Results(NamedTuple):
-    """The finished runs of a directory, and the data they were trained on."""
-
-    metadata: Metadata
-    paths: list[Path]
-    dataset: Dataset
-    processors: dict[str, int]  # rows by what trained them
-
-
-def open_results(directory: Path, data_dir: str | Path | None = None) -> Results:
-    """UserError for no runs, other data, or rows that may not be pooled; Damaged."""
-    metadata, paths = read_metadata(directory), rows.checked_files(directory)
-    processors = count_processors(paths, metadata)
-    return Results(metadata, paths, open_dataset(directory, metadata, data_dir), processors)
 
 
 def open_dataset(directory: Path, metadata: Metadata, data_dir: str | Path | None) -> Dataset:
@@ -54,7 +39,7 @@ def count_processors(paths: Sequence[Path], metadata: Metadata) -> dict[str, int
     metadata = metadata._replace(mixed=False)  # each file says whether it is
     for path in paths:
         stored = rows.read_metadata(path)
-        check_same(path, stored, metadata)
+        check_one_sweep(path, stored, metadata)
         check_seeds(path)
         if stored.program and not stored.mixed:  # older rows, and config.json, may lack it
             metadata = metadata._replace(program=stored.program)
@@ -72,7 +57,7 @@ def check_seeds(path: Path) -> None:
     for batch in rows.read_batches([path], [f"{stream}_seed" for stream in streams]):
         columns = [batch[f"{stream}_seed"].to_pylist() for stream in streams]
         for run_id, *found in zip(rows.run_ids(batch), *columns, strict=True):
-            seeds = run_id.run.seeds
+            seeds = run_id.seeds
             if found != [getattr(seeds, stream) for stream in streams]:
                 line = f"{path}: seed {run_id.seed}, family {run_id.vary} has seeds {found}"
                 raise UserError(line)
@@ -130,7 +115,7 @@ class Target(NamedTuple):
     directory: Path
     metadata: Metadata
     paths: list[Path]
-    processors: dict[str, int]  # as in Results
+    processors: dict[str, int]  # rows by what trained them
     vary: str
     rate: float
     scores: dict[int, float]  # accuracy by seed, nan where a run diverged
@@ -138,6 +123,16 @@ class Target(NamedTuple):
     @property
     def family(self) -> tuple[str, float]:
         return self.vary, self.rate
+
+    @property
+    def lanes(self) -> Any:
+        """The --lanes with which its rows are extended."""
+        return numerics(self.metadata).get("lanes", "auto")
+
+    @property
+    def finite(self) -> dict[int, float]:
+        """The scores of the runs that did not diverge."""
+        return {seed: score for seed, score in self.scores.items() if not math.isnan(score)}
 
     def read_family(self, data_dir: Path | None = None) -> Family:
         dataset = open_dataset(self.directory, self.metadata, data_dir)
@@ -156,7 +151,7 @@ class Target(NamedTuple):
 
 def open_target(text: str) -> Target:
     """The Target of DIR[:FAMILY][@RATE]; default: family "all", and the only rate."""
-    match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@(\d*\.?\d+(?:e[+-]?\d+)?))?", text)
+    match = re.fullmatch(r"(.+?)(?::([a-z]+))?(?:@(\d*\.?\d+(?:[eE][+-]?\d+)?))?", text)
     place, vary, rate = match.groups() if match else (text, None, None)
     if expand(text).is_dir():
         place, vary, rate = text, None, None

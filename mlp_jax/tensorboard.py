@@ -64,9 +64,9 @@ def write_families(experiment: Any) -> None:
     if not rows.row_files(experiment.directory):
         return
     table, end = rows.read_runs(experiment.directory), "_by_epoch"
-    names = [name for name in table.column_names if name.endswith(end)]
-    history = {name.removesuffix(end): np.array(table[name].to_pylist()) for name in names}
-    finite = np.all([np.isfinite(values).all(axis=1) for values in history.values()], axis=0)
+    names = [name.removesuffix(end) for name in table.column_names if name.endswith(end)]
+    history = {name: rows.by_epoch(table, name) for name in names}
+    finite = rows.finite_runs(*history.values())
     families = [run_id.family for run_id in rows.run_ids(table)]
     for vary, rate in dict.fromkeys(families):
         kept = finite & np.array([family == (vary, rate) for family in families])

@@ -7,10 +7,9 @@ import math
 from pathlib import Path
 
 from mlp_jax import cli, console, files
-from mlp_jax.errors import Diverged, UserError
+from mlp_jax.errors import UserError
 from mlp_jax.records import directory as directories
 from mlp_jax.records.directory import CURVE
-from mlp_jax.records.provenance import Metadata
 from mlp_jax.training.arrays import for_dataset
 from mlp_jax.training.config import RECIPES
 from mlp_jax.training.run import make_run
@@ -33,7 +32,7 @@ class Args(cli.TrainingArgs):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train one run; raises UserError, or Diverged if a loss is not finite."""
+    """Train one run; raises UserError, with status 1 if a loss is not finite."""
     recipe = cli.parse_recipe(argv)
     default = Args(config=RECIPES[recipe], recipe=recipe)
     args = cli.parse_args(Args, argv, PROG, default)
@@ -103,11 +102,13 @@ def json_line(metrics: dict) -> str:
 
 
 def check_finite(line: dict, out: Path) -> None:
-    """Raises Diverged if a loss is infinite or NaN."""
+    """UserError, for exit status 1, if a loss is infinite or NaN."""
     if not (math.isfinite(line["train_loss"]) and math.isfinite(line["test_loss"])):
-        raise Diverged(
+        raise UserError(
             f"the loss is not finite after epoch {line['epoch']} (training {line['train_loss']},"
-            f" test {line['test_loss']}); the epochs so far are in {out}"
+            f" test {line['test_loss']}); the epochs so far are in {out}: try a lower"
+            " --learning-rate",
+            status=1,
         )
 
 
@@ -122,17 +123,12 @@ def write_results(out: Path, experiment, run, trained: bool) -> dict:
     # one epoch is no curve, and matplotlib takes a second to import
     missing = trained or not (out / CURVE).exists()
     if missing and n_epochs > 1 and (out / "metrics.jsonl").exists():
-        save_curve(out, metadata)
+        from mlp_jax.analysis.figures import draw_run
+
+        lines = map(json.loads, (out / "metrics.jsonl").read_text("utf-8").splitlines())
+        name = f"{metadata.title()} on {metadata.device_kind}, seed {metadata.seed}"
+        files.save_figure(out / CURVE, draw_run(list(lines), name))
     return summary
-
-
-def save_curve(out: Path, metadata: Metadata) -> None:
-    from mlp_jax.analysis.figures import draw_run
-
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
-    name = f"{metadata.title()} on {metadata.device_kind}, seed {metadata.seed}"
-    figure = draw_run(lines, name)
-    files.save_figure(out / CURVE, figure)
 
 
 def summarize(experiment, run) -> dict:

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tyro
@@ -12,7 +12,10 @@ from mlp_jax import cli
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.provenance import FORMER_NUMERICS, VERSIONS, is_edited
+from mlp_jax.records.provenance import FORMER_NUMERICS, VERSIONS, differs_in_code
+
+if TYPE_CHECKING:  # --help does without
+    from mlp_jax.training.fit import Progress
 
 TOLERANCES = {"train_loss": 0.03, "test_loss": 0.2}
 """Relative differences of the first epoch's losses allowed for other hardware or versions.
@@ -60,17 +63,16 @@ def main(argv: list[str] | None = None) -> None:
     all_equal = True
     for run_id in (ids[i] for i in chosen):
         path, stored = rows.find_row(paths, run_id)
-        *_, last = machine.train([run_id.run])
+        *_, last = machine.train([run_id])
         there = rows.read_metadata(path)
         exact = same_machine(there.environment, machine.metadata.environment)
-        edited = is_edited(there, machine.metadata)
+        edited = differs_in_code(there, machine.metadata)
         older = there.program is None
-        result = compare(stored, last.progress, exact=exact or edited, older=older)
-        if edited and not result.startswith("equal"):
-            result += ": trained with different training code"
-        all_equal &= result.startswith("equal")
-        name = "{}, learning rate {:.9g}, seed {}".format(*run_id)
-        print(f"{name}: {result}", flush=True)
+        equal, line = compare_rows(stored, last.progress, exact=exact or edited, older=older)
+        if edited and not equal:
+            line += ": trained with different training code"
+        all_equal &= equal
+        print("{}, learning rate {:.9g}, seed {}:".format(*run_id), line, flush=True)
     if not all_equal:
         sys.exit(1)
 
@@ -86,8 +88,10 @@ def same_machine(there: dict, here: dict) -> bool:
     )
 
 
-def compare(stored: dict, progress, *, exact: bool, older: bool = False) -> str:
-    """How a stored row and its retrained run compare, in one line.
+def compare_rows(
+    stored: dict, progress: "Progress", *, exact: bool, older: bool = False
+) -> tuple[bool, str]:
+    """Whether a stored row and its retrained run are equal, and how they compare, in one line.
 
     `older` rows, which name no training code, have a mean training loss that was multiplied by 1/n
     instead of divided by n, and so may differ in its last bit.
@@ -99,17 +103,17 @@ def compare(stored: dict, progress, *, exact: bool, older: bool = False) -> str:
     # older rows have fewer columns; float32 numbers were stored as they were
     differing = {name for name in stored if not same_value(stored[name], row[name])}
     if not differing:
-        return f"equal bit for bit, {correct[-1]} correct"
+        return True, f"equal bit for bit, {correct[-1]} correct"
     if older and all(is_rounding(name, stored[name], row[name]) for name in differing):
-        return f"equal but for the last bit of training losses, {correct[-1]} correct"
+        return True, f"equal but for the last bit of training losses, {correct[-1]} correct"
     first = {name: stored[f"{name}_by_epoch"][0] for name in TOLERANCES}
     drift = {name: abs(progress.history[name][0, 0] - first[name]) / first[name] for name in first}
     numbers = f"{stored['test_correct']} correct stored, {correct[-1]} now; in the first epoch the"
     numbers += " training loss differs by {train_loss:.1e}, the test loss by {test_loss:.1e}"
     numbers = numbers.format(**drift)
     if not exact and all(drift[name] <= most for name, most in TOLERANCES.items()):
-        return f"equal within the tolerance for other hardware or versions ({numbers})"
-    return f"DIFFERENT ({numbers})"
+        return True, f"equal within the tolerance for other hardware or versions ({numbers})"
+    return False, f"DIFFERENT ({numbers})"
 
 
 def same_value(stored: Any, now: Any) -> bool:

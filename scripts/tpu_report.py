@@ -42,7 +42,7 @@ from mlp_jax.training import step
 from mlp_jax.training.arrays import N_PIXELS, Split
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.parallel import Placement, auto_lanes
-from mlp_jax.training.programs import compile_programs, fingerprint_code, run_bytes
+from mlp_jax.training.programs import current_programs, fingerprint_code, run_bytes
 
 RECIPE = "keras-sgd"
 N_TRAIN, N_TEST = 60_000, 10_000
@@ -82,9 +82,9 @@ def compile_epoch(config: Config, placement: Placement, *, whole: bool) -> jax.s
     of the evaluation: the same step, compiled in a third of the time.
     """
     if whole:
-        return compile_programs(config, placement, data_shapes(N_TEST)).epoch
+        return current_programs(config, placement, data_shapes(N_TEST)).epoch
     with mock.patch.object(step, "epoch_order", unsorted_order):
-        return compile_programs(config, placement, data_shapes(step.EVAL_BATCH)).epoch
+        return current_programs(config, placement, data_shapes(step.EVAL_BATCH)).epoch
 
 
 def data_shapes(n_test: int) -> tuple:

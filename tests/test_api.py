@@ -46,6 +46,14 @@ def test_a_command_of_the_same_name_hides_no_function():
     assert mj.sweep.__module__ == "mlp_jax.sweep"
 
 
+def test_a_number_of_cores_stays_as_it_was_set():
+    code = "import mlp_jax as mj, jax; assert mj.use_cores(3) and mj.use_cores()"
+    code += "\nassert len(jax.devices()) == 3; assert not mj.use_cores(2)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(mj.UserError, match="at least one core, not 0"):
+        mj.use_cores(0)
+
+
 def test_fit_prints_nothing_and_is_the_command(small_dir, here, capfd):
     data = mj.load_dataset("kmnist", small_dir)
     accuracy = [epoch.test_accuracy for epoch in mj.fit(CONFIG, data, seeds=range(2))]

@@ -81,6 +81,27 @@ def test_also_those_within_inner_functions(wrap, simplified, config, small, monk
     assert len(found) == 2
 
 
+def test_a_key_is_a_constant_like_any_other(config, small, monkeypatch):
+    """As of a fork whose noise has a key of its own."""
+    found, loss_fn = set(), step.loss_fn
+    for seed in range(2):
+        key = jax.random.key(seed)
+
+        def edited(params, batch, keys, key=key, **options):
+            return loss_fn(params, batch, keys._replace(dropout=key), **options)
+
+        monkeypatch.setattr(step, "loss_fn", edited)
+        found.add(programs.fingerprint_code(config, small.arrays))
+    assert len(found) == 2
+
+
+def test_code_that_differs_each_time_it_is_traced_is_refused(config, small, monkeypatch):
+    rng, to_float = np.random.default_rng(0), step.to_float
+    monkeypatch.setattr(step, "to_float", lambda images: to_float(images) + rng.normal())
+    with pytest.raises(UserError, match="draw random numbers from the run's keys"):
+        fit(config, small, seeds=(0,))
+
+
 def test_config_json_names_the_code_before_the_first_row(swept):
     swept("--seeds", "0:1", "--out", "s")
     program = json.loads(Path("s/config.json").read_text())["program"]

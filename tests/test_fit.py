@@ -34,7 +34,7 @@ def train(config, dataset, seeds, *, placement=None, rates=None, start=None):
 
 def rows(snapshot):
     """What a run leaves, as bytes, one tuple a run."""
-    leaves = jax.tree.leaves((snapshot.state, snapshot.history, snapshot.predictions))
+    leaves = jax.tree.leaves((snapshot.states, snapshot.history, snapshot.predictions))
     return [tuple(leaf[i].tobytes() for leaf in leaves) for i in range(len(leaves[0]))]
 
 
@@ -243,7 +243,7 @@ def test_place():
     assert place(5, SIZE) == two_devices()
     assert place(5, SIZE, devices=1, lanes=3) == Placement(tuple(jax.devices()[:1]), 3)
     assert place(1, SIZE) == one_device()
-    with pytest.raises(UserError, match="--devices 3: only 2 here"):
+    with pytest.raises(UserError, match="devices 3: only 2 here"):
         place(5, SIZE, devices=3)
 
 

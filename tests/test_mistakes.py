@@ -192,8 +192,28 @@ def test_numbers_of_numpy_are_settings():
     config = Config(batch_size=np.int64(32), learning_rate=np.float32(0.5))
     assert json.loads(json.dumps(dataclasses.asdict(config)))["batch_size"] == 32
     assert repr(Config(mixup=1)) == repr(Config(mixup=1.0))  # which are traced alike
-    with pytest.raises(UserError, match="label smoothing must be a number"):
-        Config(label_smoothing="0.1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"label_smoothing": "0.1"}, "label smoothing must be a number, not '0.1'"),
+        ({"dropout": True}, "dropout must be a number, not True"),
+        ({"epochs": "3"}, "epochs must be a number, not '3'"),
+        ({"batch_size": False}, "batch size must be an integer, not False"),
+        ({"dataset": 3}, "dataset must be text, not 3"),
+        ({"hidden": 512}, r"hidden must be widths, such as \(512, 512\), not 512"),
+        ({"hidden": ("512",)}, "hidden must be widths"),
+    ],
+)
+def test_a_setting_of_another_type_is_one_line(settings, wanted):
+    with pytest.raises(UserError, match=wanted):
+        Config(**settings)
+
+
+def test_fit_takes_runs_or_seeds(config, small):
+    with pytest.raises(UserError, match="runs or seeds, not both"):
+        fit(config, small, [make_run(3, 0.1)], seeds=[3])
 
 
 def test_a_snapshot_starts_its_own_runs_alone(config, small):
@@ -201,17 +221,17 @@ def test_a_snapshot_starts_its_own_runs_alone(config, small):
     with pytest.raises(UserError, match="belongs to other runs"):
         fit(config, small, seeds=(3, 4), start=snapshot)
     other = dataclasses.replace(config, dropout=0.5)
-    with pytest.raises(UserError, match="with different settings"):
+    with pytest.raises(UserError, match=r"has dropout=0\.2, not 0\.5"):
         fit(other, small, seeds=(7, 8), start=snapshot)
     for elsewhere in (small._replace(name="mine"), with_teacher(small, *trained(config, small))):
-        with pytest.raises(UserError, match="with different settings"):
+        with pytest.raises(UserError, match=r"has (dataset|teacher)="):
             fit(config, elsewhere, seeds=(7, 8), start=snapshot)
     labels = (small.train.labels + 1) % 4
     wrong = make_dataset(small.name, small.train._replace(labels=labels), small.test, 4)
     with pytest.raises(UserError, match="on different data"):
         fit(config, wrong, seeds=(7, 8), start=snapshot)
     # a schedule, or a fork's step, may read how many steps there are
-    with pytest.raises(UserError, match="with different settings"):
+    with pytest.raises(UserError, match="has epochs=2, not 5"):
         fit(dataclasses.replace(config, epochs=5), small, seeds=(7, 8), start=snapshot)
     older = snapshot._replace(history={"train_loss": snapshot.history["train_loss"]})
     with pytest.raises(UserError, match="has other metrics: test_correct"):
@@ -305,7 +325,8 @@ def test_rows_of_other_settings_are_not_read_as_one_sweep(swept):
     swept("--seeds", "0:2", "--out", "a")
     swept("--seeds", "2:4", "--dropout", "0", "--out", "b")
     shutil.copytree("b/runs", "a/runs", dirs_exist_ok=True)
-    with pytest.raises(UserError, match=r"has dropout=0\.0; you asked for dropout=0\.2"):
+    found = r"has dropout=0\.0, and other rows here have dropout=0\.2: it is not of their sweep"
+    with pytest.raises(UserError, match=found):
         mj.read_runs("a")
 
 
@@ -384,7 +405,7 @@ def test_a_report_does_not_replace_a_summary_of_somebody(swept, data):
         report_main(["s", "--html", "--out", "mine", *data])
     report_main(["s", *data])
     Path("s/report.html").write_text("mine")
-    with pytest.raises(UserError, match=r"s/report\.html was not written by mlp_jax"):
+    with pytest.raises(UserError, match=r"s/report\.html was perhaps not written by mlp_jax"):
         report_main(["s", "--html", *data])
     Path("s/report.html").unlink()
     Path("mine/report.html").rename("mine/comparison.json")

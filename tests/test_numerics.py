@@ -73,6 +73,7 @@ def test_an_edited_optimizer_is_refused_and_an_edited_comment_is_not(swept, smal
         ("JAX_RANDOM_SEED_OFFSET", "7", "random_seed_offset=0"),
         ("JAX_ENABLE_X64", "1", "x64=False"),
         ("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16", "matmul_precision=default"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "default", "matmul_precision=default"),
         ("XLA_FLAGS", "--xla_cpu_enable_fast_math=true", "xla_flags="),
         ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", "library_flags="),
     ],
@@ -152,4 +153,4 @@ def test_a_record_without_a_program_goes_on(config):
     check_same(Path("s"), metadata, metadata._replace(program="b" * 64))
     with pytest.raises(mlp_jax.UserError, match="different training code"):
         check_same(Path("s"), metadata._replace(program="c" * 64), metadata._replace(program="b"))
-    assert Metadata.from_json(metadata.to_json()) == metadata
+    assert Metadata.from_json(metadata.to_json(), Path("s")) == metadata

@@ -14,7 +14,7 @@ import mlp_jax as mj
 from mlp_jax.analysis import figures
 from mlp_jax.analysis.compare import FIRST_LOOK
 from mlp_jax.compare import main as compare_main
-from mlp_jax.records.rows import predictions, row_files
+from mlp_jax.records.rows import predictions, read_metadata, row_files
 from mlp_jax.report import main as report_main
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
@@ -105,7 +105,9 @@ def test_a_ranking_says_what_the_records_say(sweep, small, tmp_path, monkeypatch
     (rows,) = row_files(Path("g/dropout=0.3"))
     foreign = Path("g/dropout=0.5/runs", rows.name)
     rows.rename(foreign)
-    with pytest.raises(mj.UserError, match=r"has dropout=0.3; you asked for dropout=0.9"):
+    with pytest.raises(
+        mj.UserError, match=r"has dropout=0.3, and other rows here have dropout=0.9"
+    ):
         mj.report("g")
     foreign.unlink()
     capsys.readouterr()
@@ -220,6 +222,14 @@ def test_the_weights_of_more_seeds_are_kept_where_those_of_the_first_are(sweep):
     compare_main(["a", "b", "--until-decided"])
     assert len(list(Path("a/weights").glob("*.npz"))) == len(mj.read_runs("a")) == FIRST_LOOK
     assert not Path("b/weights").exists()
+
+
+def test_sweeps_with_lanes_are_extended_with_them(sweep):
+    sweep("--seeds", "0:4", "--lanes", "2", "--out", "a")
+    sweep("--seeds", "0:4", "--lanes", "2", "--learning-rate", "0.001", "--out", "b")
+    compare_main(["a", "b", "--until-decided"])
+    lanes = {read_metadata(path).environment["lanes"] for path in row_files(Path("a"))}
+    assert (lanes, len(mj.read_runs("a"))) == ({2}, FIRST_LOOK)
 
 
 def test_a_comparison_is_drawn_of_the_runs_compared(sweep, monkeypatch):

@@ -46,7 +46,7 @@ def train(config, dataset, *, n_devices=2, epochs=None, start=None):
 
 
 def content(snapshot):
-    arrays = (snapshot.state, snapshot.history, snapshot.predictions)
+    arrays = (snapshot.states, snapshot.history, snapshot.predictions)
     return [leaf.tobytes() for leaf in jax.tree.leaves(arrays)]
 
 

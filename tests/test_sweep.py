@@ -170,7 +170,7 @@ def test_another_config_is_refused(flags, message, small_dir, here):
         ("--shard 2/2 --out s", "--shard 2/2: shards are numbered from 0"),
         ("--shard 1of2 --out s", "--shard takes I/N"),
         ("--devices 0 --out s", "--devices must be at least 1"),
-        ("--devices 3 --out s", "--devices 3: only 2 here"),
+        ("--devices 3 --out s", "devices 3: only 2 here"),
         ("--lanes two --out s", "^--lanes: no type matching {auto}.INT"),
         ("--chunk 0 --out s", "--chunk must be at least 1"),
         ("--checkpoint-every -1 --out s", "--checkpoint-every must be at least 0"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlp_jax.console import table_line, verdict
-from mlp_jax.errors import Diverged, UserError
+from mlp_jax.errors import UserError
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training.config import RECIPES
@@ -175,14 +175,14 @@ def test_bad_input_as_a_process(here):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_dir, here):
-    with pytest.raises(Diverged, match="not finite after epoch 1") as caught:
+    with pytest.raises(UserError, match="not finite after epoch 1") as caught:
         run(small_dir, "--learning-rate", "1e30", "--out", "a", "--quiet")
     assert caught.value.status == 1
     (line,) = Path("a/metrics.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=pytest.fail)["test_loss"] is None
     assert json.loads(Path("a/config.json").read_text())["config"]["learning_rate"] == 1e30
     assert not Path("a/summary.json").exists()
-    with pytest.raises(Diverged, match="not finite after epoch"):
+    with pytest.raises(UserError, match="not finite after epoch"):
         run(small_dir, "--learning-rate", "1e30", "--out", "a", "--quiet", "--resume")
 
 

@@ -15,17 +15,24 @@ from mlp_jax.errors import UserError
 from mlp_jax.files import write_signed_json
 from mlp_jax.records import rows as store
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.provenance import describe_environment, is_edited
+from mlp_jax.records.provenance import describe_environment, differs_in_code
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
 from mlp_jax.training import step
-from mlp_jax.verify import TOLERANCES, compare, is_rounding, same_machine
+from mlp_jax.verify import TOLERANCES, compare_rows, is_rounding, same_machine
 from mlp_jax.verify import main as verify_main
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8", "--quiet"),
     *("--batch-size", "32", "--epochs", "2", "--learning-rate", "0.1"),
 ]
+
+
+def outcome(*args, **options):
+    """The line of `compare_rows`, which must agree with its verdict."""
+    equal, line = compare_rows(*args, **options)
+    assert equal == line.startswith("equal")
+    return line
 
 
 def verify(small_dir, *flags):
@@ -87,12 +94,12 @@ def test_other_hardware_may_round_otherwise(small_dir, here, small):
     config = read_metadata(Path("s")).config
     *_, progress = mj.fit(config, small, seeds=[0])
     row["train_loss_by_epoch"][0] *= 1 + 1e-5
-    assert compare(row, progress, exact=True).startswith("DIFFERENT")
-    assert compare(row, progress, exact=False).startswith("equal within the tolerance")
+    assert outcome(row, progress, exact=True).startswith("DIFFERENT")
+    assert outcome(row, progress, exact=False).startswith("equal within the tolerance")
     for name, most in TOLERANCES.items():
         first = row[f"{name}_by_epoch"][0]
         row[f"{name}_by_epoch"][0] = first * (1 + 2 * most)
-        assert compare(row, progress, exact=False).startswith("DIFFERENT")
+        assert outcome(row, progress, exact=False).startswith("DIFFERENT")
         row[f"{name}_by_epoch"][0] = first
 
 
@@ -103,7 +110,7 @@ def test_a_metric_that_this_code_lacks_is_named(small_dir, here):
     row = mj.read_runs("s").to_pylist()[0] | {"train_margin": 0.5}
     *_, progress = mj.fit(read_metadata(Path("s")).config, mj.load_dataset("kmnist", small_dir))
     with pytest.raises(UserError, match="the stored rows have train_margin, which this code"):
-        compare(row, progress, exact=True)
+        outcome(row, progress, exact=True)
 
 
 def test_the_mean_training_loss_of_older_rows_was_rounded_otherwise(small_dir, here):
@@ -114,12 +121,12 @@ def test_the_mean_training_loss_of_older_rows_was_rounded_otherwise(small_dir, h
     *_, progress = mj.fit(read_metadata(Path("s")).config, mj.load_dataset("kmnist", small_dir))
     losses = row["train_loss_by_epoch"]
     losses[0] = np.nextafter(np.float32(losses[0]), np.float32(9)).item()
-    assert compare(row, progress, exact=True, older=True).startswith("equal but for the last bit")
-    assert compare(row, progress, exact=True).startswith("DIFFERENT")
+    assert outcome(row, progress, exact=True, older=True).startswith("equal but for the last bit")
+    assert outcome(row, progress, exact=True).startswith("DIFFERENT")
     assert not is_rounding("predictions", b"12", b"13")
     for name in ("train_loss_by_epoch", "test_loss_by_epoch"):
         changed = [np.nextafter(np.float32(row[name][0]), np.float32(9)).item(), row[name][1]]
-        assert compare(row | {name: changed}, progress, exact=True, older=True).startswith("DIFF")
+        assert outcome(row | {name: changed}, progress, exact=True, older=True).startswith("DIFF")
 
 
 def test_edited_code_is_no_other_hardware(small_dir, here, monkeypatch, capsys):
@@ -139,8 +146,10 @@ def test_edited_code_is_no_other_hardware(small_dir, here, monkeypatch, capsys):
     assert "the test loss by 0.0e+00): trained with different" in capsys.readouterr().out
     metadata = read_metadata(Path("s"))
     other = metadata._replace(program="0" * 64)
-    assert is_edited(metadata, other)
-    assert not is_edited(metadata, other._replace(environment=other.environment | {"x64": True}))
+    assert differs_in_code(metadata, other)
+    assert not differs_in_code(
+        metadata, other._replace(environment=other.environment | {"x64": True})
+    )
 
 
 def test_a_config_that_was_changed_and_signed_is_found_out(small_dir, here, capsys):

@@ -239,7 +239,7 @@ def test_a_photo_is_no_sheet(here):
 @pytest.mark.parametrize("name", ["photo.png", "index.html"])
 def test_a_page_replaces_no_other_file(here, name):
     Path(name).write_text("<title>mine</title>")
-    with pytest.raises(UserError, match=rf"--out {name} exists and is not such a page"):
+    with pytest.raises(UserError, match=rf"{name} was perhaps not written by mlp_jax: move it"):
         demo_main(["-o", name])
     assert Path(name).read_text() == "<title>mine</title>"
     Path(name).unlink()

@@ -6,7 +6,7 @@ import numpy as np
 
 from mlp_jax.analysis.predictions import PredictionCounts, count_block
 from mlp_jax.errors import UserError
-from mlp_jax.training.run import STREAMS, RunId
+from mlp_jax.training.run import STREAMS, Run
 
 PERCENTILES = (0, 5, 50, 95, 100)
 """Which percentiles of the runs a figure draws by epoch."""
@@ -41,7 +41,7 @@ class Tally:
         fields = [("family", "i4"), ("seed", "u4"), ("finite", "?"), ("seconds", "f8")]
         self.runs = np.empty(n_runs, [*fields, ("halves", "i4", 2), ("correct", "i4", epochs)])
 
-    def add(self, ids: list[RunId], block: np.ndarray, **columns: np.ndarray) -> None:
+    def add(self, ids: list[Run], block: np.ndarray, **columns: np.ndarray) -> None:
         """Runs, their predictions, uint8 [r, n], and the columns finite, seconds and correct."""
         part = self.runs[self.added : self.added + len(ids)]
         self.added += len(ids)

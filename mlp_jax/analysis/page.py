@@ -23,7 +23,6 @@ figure { margin: 1.5rem 0; } img { background: white; border-radius: 6px; max-wi
 @media print { body { margin: 0; max-width: none; } figure, tr { break-inside: avoid; } }
 """
 
-
 NOTE = "<p>Accuracies and errors in per cent, SDs in percentage points.</p>"  # of each page
 
 

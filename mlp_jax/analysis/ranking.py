@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from mlp_jax.analysis.compare import ALPHA
 from mlp_jax.analysis.figures import BLUE, draw_intervals, new_figure
 from mlp_jax.analysis.stats import Interval, mean_interval
 from mlp_jax.analysis.summary import to_json
 from mlp_jax.analysis.tables import format_value
-
-ALPHA = 0.05
 
 
 def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]], *, resolution: float) -> dict:

@@ -21,7 +21,7 @@ from mlp_jax.records.provenance import Metadata, check_same, settings
 from mlp_jax.records.rows import LOSSES
 from mlp_jax.training.arrays import N_PIXELS, Dataset
 from mlp_jax.training.config import Config
-from mlp_jax.training.fit import Snapshot
+from mlp_jax.training.fit import Progress
 from mlp_jax.training.model import predict as predict_logits
 from mlp_jax.training.programs import state_shapes
 from mlp_jax.training.run import Run, make_run
@@ -30,24 +30,20 @@ SHIPPED = Path(__file__).parents[1] / "weights" / "mnist.npz"
 """The committee shipped with mlp_jax, made by scripts/ship_weights.py."""
 
 
-def save_checkpoint(path: Path, snapshot: Snapshot, seconds: list[float], metadata: Metadata):
+def save_checkpoint(path: Path, snapshot: Progress, seconds: list[float], metadata: Metadata):
     """Save a snapshot and the wall time of each epoch, replacing what is at `path`."""
-    leaves = jax.tree_util.tree_leaves_with_path(snapshot.state)
+    leaves = jax.tree_util.tree_leaves_with_path(snapshot.states[0])
     arrays = {f"state{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
     arrays |= {f"history/{name}": values for name, values in snapshot.history.items()}
     arrays |= {"predictions": snapshot.predictions, "seconds": np.array(seconds)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields = {"epoch": snapshot.epoch, "runs": _ids(snapshot.runs), "run": metadata.to_json()}
+    fields = {"epoch": snapshot.epoch, "runs": snapshot.runs, "run": metadata.to_json()}
     save_arrays(path, arrays, fields)
-
-
-def _ids(runs: Sequence[Run]) -> list:
-    return [[run.vary, run.learning_rate, run.seed] for run in runs]
 
 
 def load_checkpoint(
     path: Path, runs: Sequence[Run], metadata: Metadata
-) -> tuple[Snapshot, list[float]] | None:
+) -> tuple[Progress, list[float]] | None:
     """What `save_checkpoint` saved of these runs; None if missing or damaged.
 
     A damaged file is quarantined, and so is one of other runs. UserError if its numbers may not be
@@ -56,14 +52,14 @@ def load_checkpoint(
 
     def read(path: Path) -> tuple:
         content = load_arrays(path)
-        if content[1].get("runs", _ids(runs)) != _ids(runs):
+        if content[1].get("runs") != [list(run) for run in runs]:
             raise Damaged(path, "it belongs to other runs")
         return content
 
     if not (content := read_or_quarantine(read, path)):
         return None
     arrays, fields = content
-    check_same(path, stored := Metadata.from_json(fields["run"]), metadata)
+    check_same(path, stored := Metadata.from_json(fields["run"], path), metadata)
     if stored.mixed and not metadata.mixed:
         raise UserError(f"{path} was saved with --allow-mixed: resume with it too")
     names = jax.tree_util.tree_map_with_path(
@@ -74,8 +70,8 @@ def load_checkpoint(
     state = jax.tree.map(arrays.__getitem__, names)
     prefix = "history/"
     history = {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
-    kept = (fields["epoch"], state, history, arrays["predictions"], metadata.fingerprint)
-    return Snapshot(stored.config, tuple(runs), *kept), arrays["seconds"].tolist()
+    kept = (fields["epoch"], history, arrays["predictions"], [state], metadata.fingerprint)
+    return Progress(stored.config, tuple(runs), *kept), arrays["seconds"].tolist()
 
 
 class TrainedRun(NamedTuple):
@@ -95,8 +91,7 @@ def save_weights(directory: Path, run: Run, params: dict, metrics: dict, metadat
     """One file for a finished run, its arrays named like hidden_0/kernel."""
     path = weights_path(directory, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields = {"vary": run.vary, "seed": run.seed, "learning_rate": run.learning_rate}
-    fields |= {"metrics": metrics, "run": metadata.to_json()}
+    fields = run._asdict() | {"metrics": metrics, "run": metadata.to_json()}
     save_arrays(path, traverse_util.flatten_dict(params, sep="/"), fields)
 
 
@@ -160,7 +155,7 @@ def _read_weights(path: Path) -> tuple[TrainedRun, Metadata]:
     if path.name != weights_path(Path(), run).name:
         raise Damaged(path, f"it holds the weights of seed {run.seed}, family {run.vary}")
     params = traverse_util.unflatten_dict(arrays, sep="/")
-    metadata = Metadata.from_json(fields["run"])
+    metadata = Metadata.from_json(fields["run"], path)
     # a sweep may have several learning rates
     config = dataclasses.replace(metadata.config, learning_rate=run.learning_rate)
     return TrainedRun(config, run, params, fields["metrics"]), metadata
@@ -192,7 +187,9 @@ def load_committee(directory: str | Path | None = None) -> Committee:
             raise UserError(f"{first} and {path} differ in settings or data: remove one of them")
     if any(metadata.mixed for _, metadata in stored.values()):
         log.warning("%s has weights stored by --allow-mixed", directory)
-    members = sorted((member for member, _ in stored.values()), key=lambda member: member.run)
+    members = sorted(
+        (member for member, _ in stored.values()), key=lambda each: (each.run.seeds, each.run)
+    )
     members = [each for each in members if np.isfinite([each.metrics[n] for n in LOSSES]).all()]
     if not members:
         raise UserError(f"all runs in {directory} diverged")

@@ -49,22 +49,19 @@ def read_metadata(directory: Path) -> Metadata:
     raise UserError(f"{directory} contains no mlp_jax results: config.json {reason}")
 
 
-def check_replaceable(paths: Sequence[Path]) -> None:
-    """UserError if one of `paths` exists, unless the first is the summary of an earlier command."""
+def check_replaceable(paths: Sequence[Path], marks: Sequence[str] = UNITS) -> None:
+    """UserError if one of `paths` exists, unless the first holds one of `marks`: it is ours."""
     existing = [path for path in paths if path.exists()]
-    summary = paths[0].read_text(errors="replace") if paths[0].is_file() else ""
-    if existing and not any(units in summary for units in UNITS):
+    first = paths[0].read_text(errors="replace") if paths[0].is_file() else ""
+    if existing and not any(mark in first for mark in marks):
         raise UserError(
             f"{existing[0]} was perhaps not written by mlp_jax: move it, or name another --out"
         )
 
 
 def _from_config(directory: Path) -> Metadata:
-    fields = read_signed_json(directory / CONFIG)
-    try:
-        return Metadata.from_json(fields)
-    except UserError as error:
-        raise UserError(f"{directory / CONFIG}: {error}") from None
+    path = directory / CONFIG
+    return Metadata.from_json(read_signed_json(path), path)
 
 
 def _from_files(directory: Path) -> Metadata | None:
@@ -80,7 +77,7 @@ def _from_files(directory: Path) -> Metadata | None:
         return mixed
     for path in _array_files(directory):
         with contextlib.suppress(UserError, KeyError):
-            return Metadata.from_json(load_arrays(path)[1]["run"])
+            return Metadata.from_json(load_arrays(path)[1]["run"], path)
     return None
 
 

@@ -64,8 +64,8 @@ class Metadata(NamedTuple):
         }
 
     @classmethod
-    def from_json(cls, fields: dict) -> "Metadata":
-        """UserError for fields that this version of mlp_jax cannot read."""
+    def from_json(cls, fields: dict, place: Path) -> "Metadata":
+        """UserError, naming `place`, for fields that this version of mlp_jax cannot read."""
         try:
             config = dict(fields["config"])
             # sweeps once kept all their learning rates here; each row has its own
@@ -73,8 +73,12 @@ class Metadata(NamedTuple):
                 config["learning_rate"] = rates[0]
             metadata = cls(**fields | {"config": Config.from_json(config)})
             settings(metadata), numerics(metadata)
+        except UserError as error:  # of the Config
+            raise UserError(f"{place}: {error}") from None
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise UserError("written by another version of mlp_jax") from error
+            raise UserError(
+                f"{place}: written by another version of mlp_jax; a newer one may read it"
+            ) from error
         return metadata
 
 
@@ -138,21 +142,11 @@ def _flags() -> dict[str, str]:
     return now
 
 
-def _read_flags(environ: Mapping[str, str]) -> dict[str, str]:
-    return {"xla_flags": _xla_flags(environ), "library_flags": _library_flags(environ)}
-
-
 @functools.cache
 def _first_tpu_flags() -> dict[str, str]:
     """As JAX left them: it adds to this variable when it is imported."""
     name = "LIBTPU_INIT_ARGS"
     return {name: os.environ[name]} if name in os.environ else {}
-
-
-def _xla_flags(environ: Mapping[str, str]) -> str:
-    flags = environ.get("XLA_FLAGS", "")
-    is_file = flags and not flags.lstrip().startswith("-")
-    return _read_flag_file(flags) if is_file else flags
 
 
 @functools.cache  # as JAX has read it
@@ -162,11 +156,15 @@ def _read_flag_file(path: str) -> str:
     return path
 
 
-def _library_flags(environ: Mapping[str, str]) -> str:
-    """The variables that set what XLA calls for products: oneDNN on CPU, cuBLAS, libtpu."""
+def _read_flags(environ: Mapping[str, str]) -> dict[str, str]:
+    """XLA's, and those of what it calls for products: oneDNN on CPU, cuBLAS, libtpu."""
+    flags = environ.get("XLA_FLAGS", "")
+    if flags and not flags.lstrip().startswith("-"):
+        flags = _read_flag_file(flags)
     names = ("ONEDNN_", "DNNL_", "NVIDIA_TF32_OVERRIDE", "LIBTPU_INIT_ARGS")
     found = (f"{name}={value}" for name, value in environ.items() if name.startswith(names))
-    return " ".join(sorted(each for each in found if "VERBOSE" not in each))
+    library = " ".join(sorted(each for each in found if "VERBOSE" not in each))
+    return {"xla_flags": flags, "library_flags": library}
 
 
 def version(package: str) -> str | None:
@@ -221,7 +219,7 @@ def numerics(metadata: Metadata) -> dict[str, Any]:
     return here | {name: environment[name] for name in names} | {"program": metadata.program}
 
 
-def is_edited(a: Metadata, b: Metadata) -> bool:
+def differs_in_code(a: Metadata, b: Metadata) -> bool:
     """Whether the training code is known to differ.
 
     It is unknown in older records, and where versions or settings of JAX differ: with others, the
@@ -233,15 +231,34 @@ def is_edited(a: Metadata, b: Metadata) -> bool:
     return comparable and a.program != b.program and None not in (a.program, b.program)
 
 
+def _difference(a: dict, b: dict) -> tuple[str, Any, Any] | None:
+    """The first name under which two dicts differ, and both values."""
+    return next(((name, a[name], b.get(name)) for name in a if a[name] != b.get(name)), None)
+
+
+def _data(a: Metadata, b: Metadata) -> list[dict[str, str]]:
+    """The fingerprints of both data, of what both name."""
+    if a.images and b.images:
+        return [{"data": each.fingerprint} for each in (a, b)]
+    return [{"data": each.images or each.fingerprint} for each in (a, b)]
+
+
+def _numerics(a: Metadata, b: Metadata) -> list[dict[str, Any]]:
+    """The numerics of both that must be equal: none if one is marked as mixed."""
+    if a.mixed or b.mixed:
+        return [{}, {}]
+    both = [numerics(each) for each in (a, b)]
+    return [each | {"program": a.program and b.program and each["program"]} for each in both]
+
+
 def check_settings(place: Path | str, stored: Metadata, asked: Metadata) -> None:
     """UserError, naming the first difference, if two metadata have other settings."""
-    now = settings(asked)
-    for name, before in settings(stored).items():
-        _check_equal(place, name, before, now.get(name))
+    _check_asked(place, settings(stored), settings(asked))
 
 
-def _check_equal(place: Path | str, name: str, before: Any, now: Any) -> None:
-    if before != now:
+def _check_asked(place: Path | str, stored: dict, asked: dict) -> None:
+    if found := _difference(stored, asked):
+        name, before, now = found
         advice = "ask for the same, or name another --out"
         raise UserError(f"{place} has {name}={before}; you asked for {name}={now}: {advice}")
 
@@ -252,22 +269,25 @@ def check_same(place: Path | str, stored: Metadata, asked: Metadata) -> None:
     Different numerics are accepted if either is marked as mixed; a `program` that an older record
     lacks is ignored.
     """
-    if stored.images and asked.images:
-        data = (stored.fingerprint, asked.fingerprint)
-    else:
-        data = (stored.images or stored.fingerprint, asked.images or asked.fingerprint)
     check_settings(place, stored, asked)
-    _check_equal(place, "data", *data)
-    if stored.mixed or asked.mixed:
-        return
-    here = numerics(asked)
-    for name, before in numerics(stored).items():
-        if name == "program" and None in (before, here[name]):
-            continue
-        if before != here[name]:
-            what = "different training code" if name == "program" else f"{name}={before}"
-            now = "" if name == "program" else f", and this is {name}={here[name]}"
-            raise UserError(
-                f"{place} was trained with {what}{now}, which can change the numbers: restore it,"
-                " name another --out, or add --allow-mixed, which marks the rows"
-            )
+    _check_asked(place, *_data(stored, asked))
+    if found := _difference(*_numerics(stored, asked)):
+        name, before, now = found
+        what = "different training code" if name == "program" else f"{name}={before}"
+        here = "" if name == "program" else f", and this is {name}={now}"
+        raise UserError(
+            f"{place} was trained with {what}{here}, which can change the numbers: restore it, name"
+            " another --out, or add --allow-mixed, which marks the rows"
+        )
+
+
+def check_one_sweep(path: Path, stored: Metadata, others: Metadata) -> None:
+    """As `check_same`, for a file that is read beside others."""
+    sides = (settings(each) for each in (stored, others)), _data(stored, others)
+    for a, b in (*sides, _numerics(stored, others)):
+        if found := _difference(a, b):
+            name, before, now = found
+            what = f"has {name}={before}, and other rows here have {name}={now}"
+            if name == "program":
+                what = "was trained with different training code from other rows here"
+            raise UserError(f"{path} {what}: it is not of their sweep, so move it away")

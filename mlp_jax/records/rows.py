@@ -15,15 +15,15 @@ import numpy as np
 
 from mlp_jax.errors import UserError
 from mlp_jax.files import Damaged, atomic_write, expand, log, read_or_quarantine, read_signed_json
-from mlp_jax.records.provenance import Metadata, check_same
-from mlp_jax.training.run import Run, RunId
+from mlp_jax.records.provenance import Metadata, check_one_sweep, check_same
+from mlp_jax.training.run import Run
 
 if TYPE_CHECKING:  # reading does without jax
     from mlp_jax.training.fit import Progress
 
 LOSSES = ("test_loss", "train_loss")
 
-ROW_ID = RunId._fields
+ROW_ID = Run._fields
 """The columns that identify a row of a sweep."""
 
 READ_ROWS = 255  # whose predictions are in memory at a time: what predictions.py counts at once
@@ -141,10 +141,7 @@ def read_metadata(path: Path) -> Metadata:
     import pyarrow.parquet as pq
 
     about = (pq.read_schema(path).metadata or {}).get(b"about", b"{}")
-    try:
-        return Metadata.from_json(json.loads(about))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return Metadata.from_json(json.loads(about), path)
 
 
 def count_rows(path: Path) -> int:
@@ -214,7 +211,7 @@ def checked_files(directory: Path) -> list[Path]:
         check_content(path)
     known, *others = map(read_metadata, paths)
     for path, stored in zip(paths[1:], others, strict=True):
-        check_same(path, stored, known)
+        check_one_sweep(path, stored, known)
         if known.mixed or not (known.program or stored.mixed):
             known = stored
     return paths
@@ -233,7 +230,7 @@ def finished_runs(directory: Path, metadata: Metadata) -> dict[Run, dict]:
         finite = finite_runs(*(by_epoch(table, name) for name in LOSSES)).tolist()
         values = table.select(last).to_pylist()
         for run_id, row, ok in zip(run_ids(table), values, finite, strict=True):
-            finished[run_id.run] = row | {"finite": ok}
+            finished[run_id] = row | {"finite": ok}
     return finished
 
 
@@ -244,12 +241,12 @@ def intact_files(directory: Path) -> list[Path]:
     return [path for path in row_files(directory) if read_or_quarantine(check_content, path)]
 
 
-def run_ids(table) -> list[RunId]:
+def run_ids(table) -> list[Run]:
     """The id of each row of a table or batch."""
-    return list(map(RunId, *(table[name].to_pylist() for name in ROW_ID)))
+    return list(map(Run, *(table[name].to_pylist() for name in ROW_ID)))
 
 
-def find_row(paths: Sequence[Path], run_id: RunId) -> tuple[Path, dict]:
+def find_row(paths: Sequence[Path], run_id: Run) -> tuple[Path, dict]:
     """The file and the row of a run; KeyError if no file has it."""
     import pyarrow.parquet as pq
 
@@ -259,13 +256,13 @@ def find_row(paths: Sequence[Path], run_id: RunId) -> tuple[Path, dict]:
     raise KeyError(run_id)
 
 
-def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[list[RunId], np.ndarray]]:
+def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[list[Run], np.ndarray]]:
     """`run_ids` of some runs and their predictions, uint8 [runs, images], until all are read."""
     for batch in read_batches(paths, ["predictions"]):
         yield run_ids(batch), predictions(batch["predictions"])
 
 
-def read_scores(paths: Sequence[Path]) -> dict[RunId, float]:
+def read_scores(paths: Sequence[Path]) -> dict[Run, float]:
     """Accuracy of each run in `checked_files`, nan where it diverged; UserError for one twice."""
     check_unique(paths)
     table = read_table(paths, ["test_correct", *(f"{name}_by_epoch" for name in LOSSES)])
@@ -278,7 +275,7 @@ def read_scores(paths: Sequence[Path]) -> dict[RunId, float]:
 
 def check_unique(paths: Sequence[Path]) -> None:
     """UserError, naming the files and what to do, if a run is stored twice."""
-    seen: dict[RunId, Path] = {}
+    seen: dict[Run, Path] = {}
     for path in paths:
         runs = run_ids(read_table([path], []))
         if len(set(runs)) < len(runs):

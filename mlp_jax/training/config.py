@@ -8,7 +8,7 @@ import dataclasses
 import math
 import operator
 import struct
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import tyro
@@ -29,17 +29,6 @@ OptimizerName = Literal[
     "yogi",
 ]
 ScheduleName = Literal["constant", "linear", "cosine"]
-RecipeName = Literal[
-    "keras-sgd",
-    "keras-rmsprop",
-    "short",
-    "sprint",
-    "sprint-98",
-    "sprint-99",
-    "best",
-    "best-augmented",
-    "best-distilled",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +107,11 @@ class Config:
                 object.__setattr__(self, field.name, value)
             elif isinstance(value, np.generic):
                 object.__setattr__(self, field.name, value := value.item())
+            kind, what = TYPES.get(field.type, (object, ""))
+            if not isinstance(value, kind) or (what and isinstance(value, bool)):
+                raise UserError(f"{_in_words(field.name)} must be {what}, not {value!r}")
             if field.type is float:
-                if not isinstance(value, int | float):
-                    raise UserError(f"{_in_words(field.name)} must be a number, not {value!r}")
                 object.__setattr__(self, field.name, float(value))  # 1 is traced as 1.0
-            if field.type is int and not isinstance(value, int):
-                raise UserError(f"{_in_words(field.name)} must be an integer, not {value!r}")
             if get_origin(field.type) is Literal and value not in get_args(field.type):
                 choices = ", ".join(get_args(field.type))
                 raise UserError(f"{_in_words(field.name)} must be one of {choices}; not {value!r}")
@@ -141,7 +129,11 @@ class Config:
             if (value := getattr(self, name)) > most:
                 raise UserError(f"{_in_words(name)} must be at most {most:,}, not {value:,}")
         check_learning_rate(self.learning_rate)
-        object.__setattr__(self, "hidden", tuple(map(operator.index, self.hidden)))
+        try:
+            object.__setattr__(self, "hidden", tuple(map(operator.index, self.hidden)))
+        except TypeError:
+            line = f"hidden must be widths, such as (512, 512), not {self.hidden!r}"
+            raise UserError(line) from None
         if any(width < 1 for width in self.hidden):
             raise UserError(f"hidden widths must be at least 1, not {self.hidden}")
 
@@ -167,6 +159,14 @@ class Config:
         lists = {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}
         return cls(**settings | lists)
 
+
+# of the fields of each type: what their values may be, for isinstance and in words
+TYPES: dict[Any, tuple[Any, str]] = {
+    str: (str, "text"),
+    int: (int, "an integer"),
+    float: (int | float, "a number"),
+    int | float: (int | float, "a number"),
+}
 
 # cycles: up to here float32 holds all integers
 MOST = {"cycles": 2**24, "elastic_sigma": 10**6}
@@ -258,6 +258,10 @@ RECIPES: dict[str, Config] = {
         BEST_AUGMENTED, label_smoothing=0.0, teacher="e4d0a40b9209ad9812f09f6f5f3d2ae4"
     ),
 }
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[tuple(RECIPES)]
 DEFAULT_RECIPE: RecipeName = "keras-sgd"
 
 REFERENCES: dict[str, Reference] = {

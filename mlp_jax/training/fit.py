@@ -1,7 +1,6 @@
 """The one epoch loop: trains many runs of one Config, or one."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -14,18 +13,6 @@ from mlp_jax.training.parallel import Placement, from_groups, place, to_groups
 from mlp_jax.training.programs import Programs, current_programs, run_bytes
 from mlp_jax.training.run import Run, make_run
 from mlp_jax.training.step import TrainState, count_examples, eval_params
-
-
-class Snapshot(NamedTuple):
-    """All that training needs to resume, as NumPy arrays, whatever devices it ran on."""
-
-    config: Config
-    runs: tuple[Run, ...]
-    epoch: int
-    state: TrainState  # leaves [runs, ...]
-    history: dict[str, np.ndarray]  # by metric, [runs, epoch]
-    predictions: np.ndarray  # uint8 [runs, n_test]
-    fingerprint: str  # of the data set
 
 
 class Progress(NamedTuple):
@@ -51,10 +38,9 @@ class Progress(NamedTuple):
         """A copy of the weights to predict with, NumPy arrays [runs, ...]."""
         return from_groups([jax.vmap(eval_params)(state) for state in self.states], len(self.runs))
 
-    def snapshot(self) -> Snapshot:
-        state = from_groups(self.states, len(self.runs))
-        kept = (self.epoch, state, self.history, self.predictions, self.fingerprint)
-        return Snapshot(self.config, self.runs, *kept)
+    def snapshot(self) -> "Progress":
+        """A copy from which any devices can resume: one group of NumPy arrays [runs, ...]."""
+        return self._replace(states=[from_groups(self.states, len(self.runs))])
 
 
 def fit(
@@ -62,12 +48,12 @@ def fit(
     dataset: Dataset,
     runs: Sequence[Run] | None = None,
     *,
-    seeds: Iterable[int] = (0,),
+    seeds: Iterable[int] | None = None,
     placement: Placement | None = None,
-    start: Snapshot | None = None,
+    start: Progress | None = None,
     programs: Programs | None = None,
 ) -> Iterator[Progress]:
-    """Train `runs`, or one run per seed, yielding all of them after each epoch.
+    """Train `runs`, or one run per seed (default: 0), yielding all of them after each epoch.
 
     The whole test set is evaluated after each epoch. To stop, leave the loop; to resume, pass the
     `Progress.snapshot()` of the same runs as `start`. `placement` defaults to all local devices: on
@@ -76,19 +62,28 @@ def fit(
     the Config does not fit the data set, or `start` is of other runs, settings or data.
     """
     config = for_dataset(config, dataset)
+    if runs is not None and seeds is not None:
+        raise UserError("fit takes runs or seeds, not both")
     if runs is None:
+        seeds = [0] if seeds is None else seeds
         runs = [make_run(seed, config.learning_rate) for seed in seeds]
     if not runs:
         raise UserError("fit needs at least one run")
-    if start and start.runs != tuple(runs):
-        raise UserError("the snapshot to start from belongs to other runs")
-    if start and replace(start.config, learning_rate=1.0) != replace(config, learning_rate=1.0):
-        raise UserError("the snapshot to start from was trained with different settings")
-    if start and start.fingerprint != dataset.fingerprint:
-        raise UserError("the snapshot to start from was trained on different data")
+    if start:
+        _check_start(start, config, dataset, runs)
     placement = placement or place(len(runs), run_bytes(config))
     programs = programs or current_programs(config, placement, dataset.arrays)
     return _epochs(config, dataset, tuple(runs), placement, start, programs)
+
+
+def _check_start(start: Progress, config: Config, dataset: Dataset, runs: Sequence[Run]) -> None:
+    if start.runs != tuple(runs):
+        raise UserError("the snapshot to start from belongs to other runs")
+    for name, now in vars(config).items():
+        if name != "learning_rate" and (before := getattr(start.config, name)) != now:
+            raise UserError(f"the snapshot to start from has {name}={before}, not {now}")
+    if start.fingerprint != dataset.fingerprint:
+        raise UserError("the snapshot to start from was trained on different data")
 
 
 def _epochs(
@@ -96,7 +91,7 @@ def _epochs(
     dataset: Dataset,
     runs: tuple[Run, ...],
     placement: Placement,
-    start: Snapshot | None,
+    start: Progress | None,
     programs: Programs,
 ) -> Iterator[Progress]:
     data = jax.device_put(dataset.arrays, placement.replicated)
@@ -105,7 +100,7 @@ def _epochs(
     groups = to_groups((seeds, rates), placement)
     if start:
         begin, history = start.epoch, start.history
-        states = to_groups(start.state, placement)
+        states = to_groups(start.snapshot().states[0], placement)
     else:
         begin, history = 0, {}
         states = [programs.init((), group, ())[0] for group in groups]

@@ -67,9 +67,15 @@ class Placement(NamedTuple):
 
 
 def use_cores(cores: int | None = None) -> bool:
-    """Split JAX's CPU backend into one device per core; False if JAX has its devices already."""
+    """Split JAX's CPU backend into one device per core; False if JAX has its devices already.
+
+    Without a number, one that was set before stays.
+    """
+    if cores is not None and cores < 1:
+        raise UserError(f"use_cores needs at least one core, not {cores}")
+    before = jax.config.values["jax_num_cpu_devices"]
     try:
-        jax.config.update("jax_num_cpu_devices", cores or n_cores())
+        jax.config.update("jax_num_cpu_devices", cores or (before if before > 0 else n_cores()))
     except RuntimeError:
         return False
     return True
@@ -84,12 +90,17 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 """Those that mlp_jax itself gives to XLA, by program."""
 
 
+MEANS_DEFAULT = {None: "default", "default": "default, by name"}
+"""The second is traced to another program, which computes the same."""
+
+
 def numerics() -> dict[str, Any]:
     """Settings of JAX and XLA that change numbers, by the names that records give them."""
     values = jax.config.values
+    precision = values["jax_default_matmul_precision"]
     return {
         "prng": values["jax_default_prng_impl"],
-        "matmul_precision": values["jax_default_matmul_precision"] or "default",
+        "matmul_precision": MEANS_DEFAULT.get(precision, precision),
         "x64": values["jax_enable_x64"],
         "threefry_partitionable": values["jax_threefry_partitionable"],
         "random_seed_offset": values["jax_random_seed_offset"],
@@ -127,7 +138,7 @@ def place(
     if devices == "auto":
         devices = len(local)
     if devices > len(local):
-        raise UserError(f"--devices {devices}: only {len(local)} here ({local[0].device_kind})")
+        raise UserError(f"devices {devices}: only {len(local)} here ({local[0].device_kind})")
     chosen = tuple(local[: min(devices, n_runs)])
     if lanes == "auto":
         lanes = auto_lanes(chosen[0], run_bytes)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -37,12 +38,17 @@ _SHARED = {
     "split": ("test", "validation"),
     "teacher": ("", "other"),
 }
-FIXED_VALUES, OTHER_VALUES = ({name: two[i] for name, two in _SHARED.items()} for i in (0, 1))
+FIXED_VALUES: dict[str, Any] = {name: first for name, (first, _) in _SHARED.items()}
+OTHER_VALUES = {name: second for name, (_, second) in _SHARED.items()}
 """Two values of each setting that programs share: code that reads one, or compares it with a
 threshold, makes a difference between them."""
 
 READS = "one compiled program serves all values of {}: do not read them".format(
     ", ".join(f"config.{name}" for name in _SHARED)
+)
+CHANGES = (
+    "the training code is another each time that JAX traces it: draw random numbers from the run's"
+    " keys, and read no clock"
 )
 
 EPOCHS = (1e-9, 0.3, 0.5, 0.7, 2)
@@ -58,28 +64,21 @@ class Programs(NamedTuple):
     fingerprint: str  # of the code that was compiled, see `fingerprint_code`
 
 
-def compile_programs(config: Config, placement: Placement, data: tuple) -> Programs:
-    """Compile ahead of time for `Dataset.arrays`, of which only shapes and types matter.
+def current_programs(config: Config, placement: Placement, data: tuple) -> Programs:
+    """Compiled ahead of time for `Dataset.arrays`, of which only shapes and types matter.
 
-    Configs that differ only in FIXED_VALUES share a program.
+    Configs that differ only in FIXED_VALUES share them. They are compiled anew if this code was
+    edited since, as in a notebook. UserError for code that reads a setting that they are not given.
     """
     leaves, tree = jax.tree.flatten(_shapes(data, placement.replicated))
-    settings = tuple(numerics().values())
-    return _compile(program_config(config), placement, tuple(leaves), tree, settings)
-
-
-def current_programs(config: Config, placement: Placement, data: tuple) -> Programs:
-    """As `compile_programs`, but compiled anew if this code was edited since, as in a notebook.
-
-    UserError for code that reads a setting of `config` that the programs are not given.
-    """
-    programs = compile_programs(config, placement, data)
-    own = _digest(program_text(config, data, {name: getattr(config, name) for name in _SHARED}))
-    if own != programs.fingerprint:
+    shared = replace(config, **FIXED_VALUES)
+    key = (shared, placement, tuple(leaves), tree, tuple(numerics().values()))
+    values = {name: getattr(config, name) for name in _SHARED}
+    own = fingerprint_code(config, data, values)
+    if own != _compile(*key).fingerprint:
         _compile.cache_clear()
-        programs = compile_programs(config, placement, data)
-    if own != programs.fingerprint:
-        raise UserError(READS)
+    if own != (programs := _compile(*key)).fingerprint:
+        check_trace(config, data, values, programs.fingerprint)
     return programs
 
 
@@ -125,22 +124,21 @@ def _compile(
     with ThreadPoolExecutor(max_workers=2) as beside:
         quick = beside.submit(init.compile, COMPILER_OPTIONS["init"])
         slow = beside.submit(epoch.compile, options)
-        text = program_text(config, data)  # while XLA compiles
-        if text != program_text(config, data, OTHER_VALUES):  # other rates of the same sweep
-            raise UserError(READS)
-        return Programs(quick.result(), slow.result(), _digest(text))
+        fingerprint = fingerprint_code(config, data)  # while XLA compiles
+        check_trace(config, data, OTHER_VALUES, fingerprint)  # of the same sweep
+        return Programs(quick.result(), slow.result(), fingerprint)
 
 
 def program_text(config: Config, data: tuple, values: dict[str, Any] = FIXED_VALUES) -> str:
     """The jaxpr of one run of `config` with its constants, independent of the devices.
 
-    `data` is `Dataset.arrays`, or its shapes; `values` goes to `program_config`.
+    `data` is `Dataset.arrays`, or its shapes; `values` are of the settings that programs share.
 
     It changes with anything in this code that can change a number, but not with comments, names or
     files, nor with rate, epochs or seeds. How JAX compiles it depends on JAX's recorded version.
     The program is given its number of steps, so if these are counted differently that is added.
     """
-    array, config = jax.ShapeDtypeStruct, program_config(config, values)
+    array, config = jax.ShapeDtypeStruct, replace(config, **values)
     run = (array((len(STREAMS),), np.uint32), array((), np.float32))
     shared = (*_shapes(data), array((), np.int32), array((), np.int32))
     init = jax.jit(functools.partial(_init, config)).trace((), run, ())
@@ -156,38 +154,39 @@ def program_text(config: Config, data: tuple, values: dict[str, Any] = FIXED_VAL
 def _constants(part: Any) -> Iterator[bytes]:
     """Those of a jaxpr and of all within it, such as functions that are jitted themselves."""
     if isinstance(part, ClosedJaxpr):
-        yield from (np.asarray(each).tobytes() for each in part.consts)
+        yield from map(_to_bytes, part.consts)
         yield from _constants(part.jaxpr)
     elif isinstance(part, Jaxpr):
         for equation in part.eqns:
             for each in (*equation.invars, *equation.params.values()):
                 yield from _constants(each)
     elif isinstance(part, Literal) and np.ndim(part.val):
-        yield np.asarray(part.val).tobytes()
+        yield _to_bytes(part.val)
     elif isinstance(part, tuple | list):
         for each in part:
             yield from _constants(each)
 
 
-def fingerprint_code(config: Config, data: tuple) -> str:
+def check_trace(config: Config, data: tuple, values: dict[str, Any], fingerprint: str) -> None:
+    """UserError, saying why, if with `values` the code is not that of `fingerprint`."""
+    if fingerprint_code(config, data, values) != fingerprint:
+        raise UserError(READS if fingerprint_code(config, data) == fingerprint else CHANGES)
+
+
+def _to_bytes(constant: Any) -> bytes:
+    if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
+        constant = jax.random.key_data(constant)
+    return np.asarray(constant).tobytes()
+
+
+def fingerprint_code(config: Config, data: tuple, values: dict[str, Any] = FIXED_VALUES) -> str:
     """The SHA-256 of `program_text`, in hex."""
-    return _digest(program_text(config, data))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def program_config(config: Config, values: dict[str, Any] = FIXED_VALUES) -> Config:
-    """`config` with a fixed value for each setting that the compiled programs do not depend on."""
-    return replace(config, **values)
+    return hashlib.sha256(program_text(config, data, values).encode()).hexdigest()
 
 
 def _shapes(tree: Any, sharding=None) -> Any:
-    def shape(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, tree)
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), tree)
 
 
 def state_shapes(config: Config) -> TrainState:

@@ -36,26 +36,11 @@ MAX_RUNS = 10_000_000  # their list takes gigabytes
 
 
 class Run(NamedTuple):
-    """One training, and the family that it belongs to.
+    """One training, as rows, files and checkpoints name it; made by `make_run`.
 
-    `vary` is "all", the one stream that varies, or "crossed": run `seed` of block `seed // BLOCK`.
+    `vary` is its family: "all", the one stream that varies, or "crossed", where `seed` is BLOCK b +
+    cell: in block b, stream i has seed 2 b plus bit i of the cell, so blocks share no seed.
     """
-
-    seeds: Streams
-    learning_rate: float
-    vary: str = "all"
-
-    @property
-    def seed(self) -> int:
-        """The seed that distinguishes the runs of a family."""
-        if self.vary == "crossed":
-            bits = (seed % 2 << i for i, seed in enumerate(self.seeds))
-            return self.seeds[0] // 2 * BLOCK + sum(bits)
-        return self.seeds[0] if self.vary == "all" else getattr(self.seeds, self.vary)
-
-
-class RunId(NamedTuple):
-    """What names a run in a file."""
 
     vary: str
     learning_rate: float
@@ -66,18 +51,18 @@ class RunId(NamedTuple):
         return self.vary, self.learning_rate
 
     @property
-    def run(self) -> Run:
-        return make_run(self.seed, self.learning_rate, self.vary)
+    def seeds(self) -> Streams:
+        """`seed` for the streams that `vary` names, else HELD_SEED."""
+        if self.vary == "crossed":
+            block, cell = divmod(self.seed, BLOCK)
+            return Streams(*(2 * block + (cell >> i) % 2 for i in range(len(STREAMS))))
+        varied = (self.vary in ("all", name) for name in STREAMS)
+        return Streams(*(self.seed if each else HELD_SEED for each in varied))
 
 
 def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
-    """The run whose streams take `seed` if `vary` names them, else HELD_SEED.
-
-    In the family "crossed", `seed` is BLOCK b + cell: in block b, stream i has seed 2 b plus bit i
-    of the cell, from the lowest, so blocks share no seed.
-
-    The rate becomes the shortest decimal of the same float32, so that runs that train alike are
-    equal. UserError for a seed or a rate out of range.
+    """A Run whose rate is the shortest decimal of the same float32, so that runs that train alike
+    are equal. UserError for a seed or a rate out of range.
     """
     seed = operator.index(seed)  # of any integer type
     if vary not in ("all", "crossed", *STREAMS):
@@ -85,14 +70,8 @@ def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
     if not 0 <= seed < 2**32:
         raise UserError(f"seeds must be from 0 to {2**32 - 1}, not {seed}")
     check_learning_rate(learning_rate)
-    if vary == "crossed":
-        block, cell = divmod(seed, BLOCK)
-        seeds = Streams(*(2 * block + (cell >> i) % 2 for i in range(len(STREAMS))))
-    else:
-        seeds = Streams(*(seed if vary in ("all", name) else HELD_SEED for name in STREAMS))
     # str would depend on NumPy's print options
-    rate = np.format_float_scientific(np.float32(learning_rate))
-    return Run(seeds, float(rate), vary)
+    return Run(vary, float(np.format_float_scientific(np.float32(learning_rate))), seed)
 
 
 def make_runs(

@@ -181,7 +181,7 @@ def caveats(target: "Target", comparison: "Comparison") -> list[str]:
     n, left_out = len(diverged), "excluded from all numbers here"
     texts = {
         f"{n} runs that diverged, {left_out}: seeds {diverged}": n,
-        f"{n_mixed} runs that were pooled with others by --allow-mixed": n_mixed,
+        f"{n_mixed} runs in its directory that were pooled by --allow-mixed": n_mixed,
         # Welch's interval, by simulation: with 2 normal runs against 2 to 100
         "two runs, which are too few: the interval misses in up to 12 % of cases, not 5 %": two,
     }
@@ -258,7 +258,8 @@ def train_until_decided(
             seeds += range(seeds[-1] + 1, seeds[-1] + 1 + wanted - len(seeds))
             for target in targets:
                 config, recipe = target.metadata.config, target.metadata.recipe
-                runs = make_runs(seeds[:wanted], [target.vary], [target.rate])
+                own = sorted({*seeds[:wanted], *target.scores})  # fewer runs would take fewer lanes
+                runs = make_runs(own, [target.vary], [target.rate])
                 data = {"data_dir": args.data_dir, "quiet": True}
                 cell = Cell(target.directory, config, runs)
                 options = {"recipe": recipe, "lanes": target.lanes}

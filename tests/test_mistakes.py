@@ -214,6 +214,8 @@ def test_a_setting_of_another_type_is_one_line(settings, wanted):
 def test_fit_takes_runs_or_seeds(config, small):
     with pytest.raises(UserError, match="runs or seeds, not both"):
         fit(config, small, [make_run(3, 0.1)], seeds=[3])
+    with pytest.raises(UserError, match=r"a family varies all or one of init, .* not .Init."):
+        fit(config, small, [runs.Run("Init", 0.1, 3)])  # its streams would all have seed 0
 
 
 def test_a_snapshot_starts_its_own_runs_alone(config, small):

@@ -225,11 +225,12 @@ def test_the_weights_of_more_seeds_are_kept_where_those_of_the_first_are(sweep):
 
 
 def test_sweeps_with_lanes_are_extended_with_them(sweep):
-    sweep("--seeds", "0:4", "--lanes", "2", "--out", "a")
+    sweep("--seeds", "0:40", "--lanes", "20", "--out", "a")
     sweep("--seeds", "0:4", "--lanes", "2", "--learning-rate", "0.001", "--out", "b")
     compare_main(["a", "b", "--until-decided"])
-    lanes = {read_metadata(path).environment["lanes"] for path in row_files(Path("a"))}
-    assert (lanes, len(mj.read_runs("a"))) == ({2}, FIRST_LOOK)
+    for name, lanes, runs in (("a", 20, 40), ("b", 2, FIRST_LOOK)):
+        found = {read_metadata(path).environment["lanes"] for path in row_files(Path(name))}
+        assert (found, len(mj.read_runs(name))) == ({lanes}, runs)
 
 
 def test_a_comparison_is_drawn_of_the_runs_compared(sweep, monkeypatch):

@@ -523,7 +523,7 @@ def test_a_comparison_says_what_it_leaves_out(tmp_path, dataset, capsys, monkeyp
     assert "They differ in backend (cpu, gpu), lanes (1, None)" in said
     caveats = [
         f"{b} has 2 runs that diverged, excluded from all numbers here: seeds [7, 8].",
-        f"{b} has 2 runs that were pooled with others by --allow-mixed.",
+        f"{b} has 2 runs in its directory that were pooled by --allow-mixed.",
     ]
     assert said.splitlines()[-3:-1] == caveats
     (found,) = json.loads((tmp_path / "comparison.json").read_text())["comparisons"]

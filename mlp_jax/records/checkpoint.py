@@ -188,7 +188,8 @@ def load_committee(directory: str | Path | None = None) -> Committee:
     if any(metadata.mixed for _, metadata in stored.values()):
         log.warning("%s has weights stored by --allow-mixed", directory)
     members = sorted(
-        (member for member, _ in stored.values()), key=lambda each: (each.run.seeds, each.run)
+        (member for member, _ in stored.values()),
+        key=lambda each: (each.run.seeds, each.run.learning_rate, each.run.vary),
     )
     members = [each for each in members if np.isfinite([each.metrics[n] for n in LOSSES]).all()]
     if not members:

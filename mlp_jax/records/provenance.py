@@ -103,7 +103,8 @@ def describe_environment(devices: Sequence | None = None) -> dict[str, Any]:
         # its name: equal bytes are promised on one machine only
         "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "instructions": flags and " ".join(each for each in INSTRUCTIONS if each in flags.split()),
-        "cores": parallel.n_cores(),  # XLA's threads: their number can change roundings
+        # XLA's threads: their number can change roundings
+        "cores": max(parallel.n_cores(), jax.local_device_count("cpu")),
         **parallel.numerics(),
         **_flags(),
         "git": git_state(),

@@ -67,6 +67,7 @@ def fit(
     if runs is None:
         seeds = [0] if seeds is None else seeds
         runs = [make_run(seed, config.learning_rate) for seed in seeds]
+    runs = [make_run(run.seed, run.learning_rate, run.vary) for run in runs]  # checks them
     if not runs:
         raise UserError("fit needs at least one run")
     if start:

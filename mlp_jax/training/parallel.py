@@ -8,6 +8,7 @@ one after another.
 import functools
 import json
 import math
+import operator
 import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -69,13 +70,14 @@ class Placement(NamedTuple):
 def use_cores(cores: int | None = None) -> bool:
     """Split JAX's CPU backend into one device per core; False if JAX has its devices already.
 
-    Without a number, one that was set before stays.
+    Without a number, one that was set before stays. More than there are cores change roundings.
     """
-    if cores is not None and cores < 1:
+    if cores is not None and operator.index(cores) < 1:
         raise UserError(f"use_cores needs at least one core, not {cores}")
     before = jax.config.values["jax_num_cpu_devices"]
     try:
-        jax.config.update("jax_num_cpu_devices", cores or (before if before > 0 else n_cores()))
+        number = cores or (before if before > 0 else n_cores())
+        jax.config.update("jax_num_cpu_devices", int(number))
     except RuntimeError:
         return False
     return True

@@ -64,9 +64,9 @@ def make_run(seed: int, learning_rate: float, vary: str = "all") -> Run:
     """A Run whose rate is the shortest decimal of the same float32, so that runs that train alike
     are equal. UserError for a seed or a rate out of range.
     """
-    seed = operator.index(seed)  # of any integer type
     if vary not in ("all", "crossed", *STREAMS):
         raise UserError(f"a family varies all or one of {', '.join(STREAMS)}, not {vary!r}")
+    seed = operator.index(seed)  # of any integer type
     if not 0 <= seed < 2**32:
         raise UserError(f"seeds must be from 0 to {2**32 - 1}, not {seed}")
     check_learning_rate(learning_rate)

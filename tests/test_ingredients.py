@@ -13,7 +13,7 @@ from scipy.special import log_softmax, softmax
 from mlp_jax.errors import UserError
 from mlp_jax.training import losses, model, optim, step
 from mlp_jax.training.arrays import Split, hold_out, make_dataset
-from mlp_jax.training.config import RECIPES, Config, OptimizerName, RecipeName, ScheduleName
+from mlp_jax.training.config import RECIPES, Config, OptimizerName, ScheduleName
 from mlp_jax.training.fit import fit
 from mlp_jax.training.losses import Batch
 from mlp_jax.training.model import MLP
@@ -383,9 +383,5 @@ def test_a_rule_times_the_rate_is_optaxs_optimizer(name, wanted):
 
 
 def test_each_name_has_its_entry():
-    for names, entries in (
-        (OptimizerName, optim.OPTIMIZERS),
-        (ScheduleName, optim.SCHEDULES),
-        (RecipeName, RECIPES),
-    ):
+    for names, entries in ((OptimizerName, optim.OPTIMIZERS), (ScheduleName, optim.SCHEDULES)):
         assert get_args(names) == tuple(entries)

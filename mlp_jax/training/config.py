@@ -258,7 +258,7 @@ RECIPES: dict[str, Config] = {
         BEST_AUGMENTED, label_smoothing=0.0, teacher="e4d0a40b9209ad9812f09f6f5f3d2ae4"
     ),
 }
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # which wants the names spelled out
     RecipeName = str
 else:
     RecipeName = Literal[tuple(RECIPES)]

@@ -77,8 +77,8 @@ def current_programs(config: Config, placement: Placement, data: tuple) -> Progr
     own = fingerprint_code(config, data, values)
     if own != _compile(*key).fingerprint:
         _compile.cache_clear()
-    if own != (programs := _compile(*key)).fingerprint:
-        check_trace(config, data, values, programs.fingerprint)
+    programs = _compile(*key)
+    check_trace(config, data, programs.fingerprint, own)
     return programs
 
 
@@ -125,7 +125,8 @@ def _compile(
         quick = beside.submit(init.compile, COMPILER_OPTIONS["init"])
         slow = beside.submit(epoch.compile, options)
         fingerprint = fingerprint_code(config, data)  # while XLA compiles
-        check_trace(config, data, OTHER_VALUES, fingerprint)  # of the same sweep
+        other = fingerprint_code(config, data, OTHER_VALUES)  # of the same sweep
+        check_trace(config, data, fingerprint, other)
         return Programs(quick.result(), slow.result(), fingerprint)
 
 
@@ -167,9 +168,9 @@ def _constants(part: Any) -> Iterator[bytes]:
             yield from _constants(each)
 
 
-def check_trace(config: Config, data: tuple, values: dict[str, Any], fingerprint: str) -> None:
-    """UserError, saying why, if with `values` the code is not that of `fingerprint`."""
-    if fingerprint_code(config, data, values) != fingerprint:
+def check_trace(config: Config, data: tuple, fingerprint: str, other: str) -> None:
+    """UserError, saying why, unless `other` values of what programs share give the same code."""
+    if other != fingerprint:
         raise UserError(READS if fingerprint_code(config, data) == fingerprint else CHANGES)
 
 

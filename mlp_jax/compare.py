@@ -272,19 +272,20 @@ def train_until_decided(
             if not pairs:
                 raise UserError("in every pair a run diverged: there is nothing to compare")
             decision = decide(pairs, margin=args.margin / 100, resolution=resolution)
-            mean, low, high = (100 * end for end in decision.difference)
-            ours, theirs = labels(*targets)
-            verdicts = {"better": f"{ours} is better", "worse": f"{theirs} is better"}
-            verdict = verdicts.get(decision.verdict, decision.verdict)
-            ends = f"{low:+.3f} to {high:+.3f}"
-            if decision.pairs < FIRST_LOOK:
-                ends = f"no interval below {FIRST_LOOK} pairs"
-            text = f"{mean:+.3f} ({ends}) points: {verdict}"
-            of = f"{decision.pairs} of " * (decision.pairs < len(pairs))
-            print(f"{of}{len(pairs)} pairs: {text}", flush=True)
+            print(format_decision(decision, len(pairs), *labels(*targets)), flush=True)
             if decision.verdict != "undecided" or wanted >= args.max_seeds:
                 return targets, decision
             wanted = min(wanted + STEP, args.max_seeds)
+
+
+def format_decision(decision: "Decision", n_pairs: int, a: str, b: str) -> str:
+    """What the confidence sequence says after `n_pairs`, in one line."""
+    mean, low, high = (100 * end for end in decision.difference)
+    ends = "too few for an interval" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}"
+    verdicts = {"better": f"{a} is better", "worse": f"{b} is better"}
+    verdict = verdicts.get(decision.verdict, decision.verdict)
+    of = f"{decision.pairs} of " * (decision.pairs < n_pairs)
+    return f"{of}{n_pairs} pairs: {mean:+.3f} ({ends}) points: {verdict}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mlp_jax.analysis import figures, predictions
 from mlp_jax.analysis.compare import compare, confidence_sequence, decide, verdict_sentence
 from mlp_jax.analysis.stats import Interval
 from mlp_jax.analysis.summary import to_json
+from mlp_jax.compare import format_decision
 
 ROOT = Path(__file__).parents[1]
 
@@ -251,6 +253,11 @@ def test_a_decision_is_the_first_and_stays():
     assert decide(d - 0.001, margin=0.0005).verdict == "equivalent"
     few = decide(d[:5], margin=1)
     assert few.verdict == "undecided"
+    line = format_decision(few, 5, "a", "b")
+    assert re.fullmatch(r"5 pairs: .* \(too few for an interval\) points: undecided", line)
+    line = format_decision(got, got.pairs + 1, "a", "b")
+    assert line.startswith(f"{got.pairs} of {got.pairs + 1} pairs: +")
+    assert line.endswith(") points: a is better")
     json.dumps(to_json(few), allow_nan=False)
 
 

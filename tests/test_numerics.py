@@ -12,7 +12,7 @@ import mlp_jax
 from mlp_jax.records import rows as store
 from mlp_jax.records.provenance import Metadata, check_same, describe_environment
 from mlp_jax.training.config import Config
-from mlp_jax.training.programs import program_text
+from mlp_jax.training.programs import trace_code
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8", "--quiet", "--optimizer", "momentum"),
@@ -136,14 +136,14 @@ def test_too_many_classes_are_refused(small):
 def test_the_program_depends_on_what_changes_numbers_alone(small, monkeypatch):
     base = Config(hidden=(8,), batch_size=32)
     monkeypatch.setattr("jax._src.pretty_printer.CAN_USE_COLOR", True)  # as on a terminal
-    text = program_text(base, small.arrays)
+    code = trace_code(base, small.arrays)
     monkeypatch.setattr("jax._src.pretty_printer.CAN_USE_COLOR", False)
-    assert text == program_text(base, small.arrays)
+    assert code == trace_code(base, small.arrays)
     same = [{"epochs": 3}, {"learning_rate": 0.5}, {"dataset": "kmnist"}]
     other = [{"dropout": 0.3}, {"schedule": "cosine"}, {"optimizer": "adam"}, {"batch_size": 64}]
     for changes in (*same, *other):
-        changed = program_text(Config(**vars(base) | changes), small.arrays)
-        assert (changed == text) == (changes in same), changes
+        changed = trace_code(Config(**vars(base) | changes), small.arrays)
+        assert (changed == code) == (changes in same), changes
 
 
 def test_a_record_without_a_program_goes_on(config):

@@ -32,7 +32,7 @@ class Metadata(NamedTuple):
     environment: dict[str, Any]
     seed: int | None = None
     images: str | None = None  # fingerprint of the training images
-    program: str | None = None  # fingerprint of the training code, see `programs.program_text`
+    program: str | None = None  # fingerprint of the training code, see `programs.trace_code`
     mixed: bool = False  # stored by --allow-mixed beside rows with other numerics
 
     def changed(self, rates: Collection[float] = ()) -> dict[str, Any]:

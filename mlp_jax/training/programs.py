@@ -8,13 +8,13 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from mlp_jax.errors import UserError
 from mlp_jax.training.arrays import N_PIXELS, count_steps
@@ -61,25 +61,19 @@ class Programs(NamedTuple):
 
     init: Callable
     epoch: Callable
-    fingerprint: str  # of the code that was compiled, see `fingerprint_code`
+    fingerprint: str  # of the code that was compiled, see `trace_code`
 
 
 def current_programs(config: Config, placement: Placement, data: tuple) -> Programs:
     """Compiled ahead of time for `Dataset.arrays`, of which only shapes and types matter.
 
-    Configs that differ only in FIXED_VALUES share them. They are compiled anew if this code was
-    edited since, as in a notebook. UserError for code that reads a setting that they are not given.
+    Configs that differ only in FIXED_VALUES share them, as long as nobody edits this code, say in a
+    notebook. UserError for code that reads a setting that they are not given.
     """
+    code = trace_code(config, data)
     leaves, tree = jax.tree.flatten(_shapes(data, placement.replicated))
     shared = replace(config, **FIXED_VALUES)
-    key = (shared, placement, tuple(leaves), tree, tuple(numerics().values()))
-    values = {name: getattr(config, name) for name in _SHARED}
-    own = fingerprint_code(config, data, values)
-    if own != _compile(*key).fingerprint:
-        _compile.cache_clear()
-    programs = _compile(*key)
-    check_trace(config, data, programs.fingerprint, own)
-    return programs
+    return _compile(code, shared, placement, tuple(leaves), tree, tuple(numerics().values()))
 
 
 def _init(config: Config, _, run, shared):
@@ -98,13 +92,44 @@ def _epoch(config: Config, state: TrainState, run, shared):
     return state, (metrics, predictions)
 
 
+@dataclass(frozen=True)
+class Code:
+    """One run as JAX traced it, independent of the devices."""
+
+    fingerprint: str  # SHA-256, in hex
+    init: Any = field(compare=False)  # jax.stages.Traced
+    epoch: Any = field(compare=False)
+
+
+def trace_code(config: Config, data: tuple) -> Code:
+    """Trace one run of `config` on `Dataset.arrays`, or on their shapes.
+
+    The fingerprint is that of the jaxprs with their constants. It changes with anything in this
+    code that can change a number, but not with comments, names or files, nor with rate, epochs or
+    seeds. How JAX compiles it depends on JAX's recorded version. The program is given its number of
+    steps, so if these are counted differently that is added.
+    """
+    array = jax.ShapeDtypeStruct
+    run = (array((len(STREAMS),), np.uint32), array((), np.float32))
+    shared = (*_shapes(data), array((), np.int32), array((), np.int32))
+    init = jax.jit(functools.partial(_init, config)).trace((), run, ())
+    epoch = jax.jit(functools.partial(_epoch, config)).trace(init.out_info[0], run, shared)
+    constants = [each for part in (init, epoch) for each in _constants(part.jaxpr)]
+    # str(jaxpr) is coloured on a terminal and in a notebook
+    texts = [part.jaxpr.pretty_print(use_color=False) for part in (init, epoch)]
+    runs = [replace(Config(), epochs=epochs) for epochs in EPOCHS]
+    steps = [count_steps(each, n) for n in (60_000, 30_000) for each in runs]
+    text = "\n".join([*texts, f"{constants}", *([f"{steps}"] if steps != STEPS else [])])
+    return Code(hashlib.sha256(text.encode()).hexdigest(), init, epoch)
+
+
 @functools.lru_cache(maxsize=8)
 def _compile(
-    config: Config, placement: Placement, leaves: tuple, tree: Any, settings: tuple
+    code: Code, config: Config, placement: Placement, leaves: tuple, tree: Any, settings: tuple
 ) -> Programs:
     """`leaves` and `tree` are the shapes of the data, flattened so that they can be hashed.
 
-    `settings` are JAX's own, which it reads when it traces.
+    `settings` are JAX's own, which it reads when it traces and compiles.
     """
     array: Any = functools.partial(jax.ShapeDtypeStruct, sharding=placement.run_sharding)
     scalar = jax.ShapeDtypeStruct((), np.int32, sharding=placement.replicated)
@@ -112,8 +137,8 @@ def _compile(
     shared = (*data, scalar, scalar)
     runs = (array((width, len(STREAMS)), np.uint32), array((width,), np.float32))
     init_fn, epoch_fn = (
-        jax.jit(map_runs(functools.partial(fn, config), placement), donate_argnums=0)
-        for fn in (_init, _epoch)
+        jax.jit(map_runs(_as_function(part), placement), donate_argnums=0)
+        for part in (code.init, code.epoch)
     )
     init = init_fn.lower((), runs, ())
     epoch = epoch_fn.lower(init.out_info[0], runs, shared)
@@ -124,32 +149,22 @@ def _compile(
     with ThreadPoolExecutor(max_workers=2) as beside:
         quick = beside.submit(init.compile, COMPILER_OPTIONS["init"])
         slow = beside.submit(epoch.compile, options)
-        fingerprint = fingerprint_code(config, data)  # while XLA compiles
-        other = fingerprint_code(config, data, OTHER_VALUES)  # of the same sweep
-        check_trace(config, data, fingerprint, other)
-        return Programs(quick.result(), slow.result(), fingerprint)
+        _check_shared(code, config, data)  # while XLA compiles
+        return Programs(quick.result(), slow.result(), code.fingerprint)
 
 
-def program_text(config: Config, data: tuple, values: dict[str, Any] = FIXED_VALUES) -> str:
-    """The jaxpr of one run of `config` with its constants, independent of the devices.
+def _as_function(traced: Any) -> Callable:
+    """The function that was traced, which is not called again."""
+    flat, tree = jaxpr_as_fun(traced.jaxpr), jax.tree.structure(traced.out_info)
+    return lambda *args: jax.tree.unflatten(tree, flat(*jax.tree.leaves(args)))
 
-    `data` is `Dataset.arrays`, or its shapes; `values` are of the settings that programs share.
 
-    It changes with anything in this code that can change a number, but not with comments, names or
-    files, nor with rate, epochs or seeds. How JAX compiles it depends on JAX's recorded version.
-    The program is given its number of steps, so if these are counted differently that is added.
-    """
-    array, config = jax.ShapeDtypeStruct, replace(config, **values)
-    run = (array((len(STREAMS),), np.uint32), array((), np.float32))
-    shared = (*_shapes(data), array((), np.int32), array((), np.int32))
-    init = jax.jit(functools.partial(_init, config)).trace((), run, ())
-    epoch = jax.jit(functools.partial(_epoch, config)).trace(init.out_info[0], run, shared)
-    constants = [each for part in (init, epoch) for each in _constants(part.jaxpr)]
-    # str(jaxpr) is coloured on a terminal and in a notebook
-    init, epoch = (part.jaxpr.pretty_print(use_color=False) for part in (init, epoch))
-    runs = [replace(Config(), epochs=epochs) for epochs in EPOCHS]
-    steps = [count_steps(each, n) for n in (60_000, 30_000) for each in runs]
-    return f"{init}\n{epoch}\n{constants}" + (f"\n{steps}" if steps != STEPS else "")
+def _check_shared(code: Code, config: Config, data: tuple) -> None:
+    """UserError unless other values of what programs share give the same code."""
+    for values in (FIXED_VALUES, OTHER_VALUES):
+        if (other := fingerprint_code(config, data, values)) != code.fingerprint:
+            again = fingerprint_code(config, data, values)
+            raise UserError(READS if again == other else CHANGES)
 
 
 def _constants(part: Any) -> Iterator[bytes]:
@@ -168,12 +183,6 @@ def _constants(part: Any) -> Iterator[bytes]:
             yield from _constants(each)
 
 
-def check_trace(config: Config, data: tuple, fingerprint: str, other: str) -> None:
-    """UserError, saying why, unless `other` values of what programs share give the same code."""
-    if other != fingerprint:
-        raise UserError(READS if fingerprint_code(config, data) == fingerprint else CHANGES)
-
-
 def _to_bytes(constant: Any) -> bytes:
     if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
         constant = jax.random.key_data(constant)
@@ -181,8 +190,8 @@ def _to_bytes(constant: Any) -> bytes:
 
 
 def fingerprint_code(config: Config, data: tuple, values: dict[str, Any] = FIXED_VALUES) -> str:
-    """The SHA-256 of `program_text`, in hex."""
-    return hashlib.sha256(program_text(config, data, values).encode()).hexdigest()
+    """See `trace_code`; `values` are of the settings that programs share."""
+    return trace_code(replace(config, **values), data).fingerprint
 
 
 def _shapes(tree: Any, sharding=None) -> Any:

@@ -204,6 +204,10 @@ def test_numbers_of_numpy_are_settings():
         ({"dataset": 3}, "dataset must be text, not 3"),
         ({"hidden": 512}, r"hidden must be widths, such as \(512, 512\), not 512"),
         ({"hidden": ("512",)}, "hidden must be widths"),
+        ({"hidden": (2**40,)}, "hidden widths must be from 1 to"),
+        ({"n_classes": 2.5}, "n classes must be an integer, not 2.5"),
+        ({"teacher": 3}, "teacher must be text, not 3"),
+        ({"weight_decay": 10**400}, "weight decay is too large a number"),
     ],
 )
 def test_a_setting_of_another_type_is_one_line(settings, wanted):

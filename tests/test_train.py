@@ -142,7 +142,7 @@ def test_a_directory_of_another_project_is_never_overwritten(main, small_dir, he
         ("--learning-rate nan", "learning rate must be positive and finite in float32, not nan"),
         ("--learning-rate 1e39", "finite in float32, not 1e"),
         ("--learning-rate 1e-46", "finite in float32, not 1e-46"),
-        ("--hidden 16 0", "hidden widths must be at least 1"),
+        ("--hidden 16 0", "hidden widths must be from 1 to"),
         ("--seed -1", "seeds must be from 0 to"),
         ("--seed 4294967296", "seeds must be from 0 to"),
         ("--optimizer adm", "invalid choice 'adm'.*rmsprop"),

@@ -42,6 +42,12 @@ class PredictionCounts(NamedTuple):
         """Runs that err on each image [n]."""
         return self.runs - self.classes[np.arange(len(self.labels)), self.labels]
 
+    @property
+    def has_few_errors(self) -> bool:
+        """Whether a run misses fewer than FEW_ERRORS images, or gets as few right, on average."""
+        wrong = self.errors.sum() / self.runs
+        return bool(min(wrong, len(self.labels) - wrong) < FEW_ERRORS)
+
 
 class VarianceParts(NamedTuple):
     """Variances between runs, in squared accuracy; `distribution` and `halves` may be negative."""
@@ -140,13 +146,15 @@ def distribution_sd(counts: PredictionCounts) -> Interval:
     whose own error is small, joined with `image_variance` as in Zou and Donner 2008,
     10.1002/sim.3095 (MOVER). Drawing runs and images anew, at 30, 100 and 300 runs, they covered 93
     to 98 % of the time for normal effects of the seed and 91 to 98 % for a skewness of up to 1.4,
-    least at 30 runs; at a skewness of 3, 74, 87 and 93 %. Without the images, down to 78 %.
+    least at 30 runs; at a skewness of 3, 74, 87 and 93 %. Without the images, down to 78 %. The
+    ends are nan if there are too few errors (`has_few_errors`) to say how images differ.
     """
     n, parts = len(counts.labels), variance_parts(counts)
     ends = np.array(sd_interval(np.sort(counts.correct), resolution=1)[1:]) / n
     of_runs = n / (n - 1) * (ends**2 - parts.independent) - parts.distribution
     both = of_runs**2 + Z**2 * image_variance(counts)
     low, high = np.sign(of_runs) * np.sqrt(both.clip(min=0)) + parts.distribution
+    low, high = (math.nan, math.nan) if counts.has_few_errors else (low, high)
     return Interval(*(float(signed_sqrt(each)) for each in (parts.distribution, low, high)))
 
 
@@ -203,7 +211,7 @@ def sd_over_test_sets(
     covariance: float = 0.0,
 ) -> float:
     """SD of mean accuracy over test sets of n images, for infinitely many runs; nan for one run,
-    or if a run misses fewer than FEW_ERRORS images (or gets as few right) on average.
+    or for few errors (`has_few_errors`).
 
     SD_i(p_i) / sqrt(n), p_i the share of runs that get image i right, without the variance
     p_i (1 - p_i) / R that p_i has of its own. With `other`, of the difference of two means; if
@@ -212,8 +220,7 @@ def sd_over_test_sets(
     """
     sides = [counts] if other is None else [counts, other]
     p = [1 - side.errors / side.runs for side in sides]
-    rarer = min(min(q.sum(), (1 - q).sum()) for q in p)
-    if min(side.runs for side in sides) < 2 or rarer < FEW_ERRORS:
+    if any(side.runs < 2 or side.has_few_errors for side in sides):
         return math.nan
     noise = sum((q * (1 - q)).mean() / (s.runs - 1) for q, s in zip(p, sides, strict=True))
     noise -= 2 * covariance * pairs / math.prod(side.runs for side in sides)

@@ -8,6 +8,8 @@ import dataclasses
 import math
 import operator
 import struct
+import sys
+import typing
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
@@ -100,6 +102,7 @@ class Config:
     # Digest of the weights whose predictions are learned in place of the labels; set from them.
 
     def __post_init__(self):
+        types = typing.get_type_hints(type(self))  # without what only the command line needs
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, np.floating):  # .1 of any precision is .1
@@ -107,9 +110,11 @@ class Config:
                 object.__setattr__(self, field.name, value)
             elif isinstance(value, np.generic):
                 object.__setattr__(self, field.name, value := value.item())
-            kind, what = TYPES.get(field.type, (object, ""))
+            kind, what = TYPES.get(types[field.name], (object, ""))
             if not isinstance(value, kind) or (what and isinstance(value, bool)):
                 raise UserError(f"{_in_words(field.name)} must be {what}, not {value!r}")
+            if isinstance(value, int) and abs(value) > sys.float_info.max:
+                raise UserError(f"{_in_words(field.name)} is too large a number")
             if field.type is float:
                 object.__setattr__(self, field.name, float(value))  # 1 is traced as 1.0
             if get_origin(field.type) is Literal and value not in get_args(field.type):
@@ -134,8 +139,8 @@ class Config:
         except TypeError:
             line = f"hidden must be widths, such as (512, 512), not {self.hidden!r}"
             raise UserError(line) from None
-        if any(width < 1 for width in self.hidden):
-            raise UserError(f"hidden widths must be at least 1, not {self.hidden}")
+        if any(not 1 <= width < 2**31 for width in self.hidden):
+            raise UserError(f"hidden widths must be from 1 to 2^31 - 1, not {self.hidden}")
 
     @property
     def n_epochs(self) -> int:
@@ -176,7 +181,8 @@ FROM_DATA = ("n_classes", "teacher")
 
 NOT_NEGATIVE = ("weight_decay", "max_norm", "input_noise", "mixup", "vat")
 NOT_NEGATIVE += ("rotation", "shear", "scale", "shift", "elastic")
-LEAST = {"batch_size": 1, "cycles": 1, "elastic_sigma": 1} | dict.fromkeys(NOT_NEGATIVE, 0)
+LEAST = dict.fromkeys(NOT_NEGATIVE, 0)
+LEAST |= dict.fromkeys(("batch_size", "n_classes", "cycles", "elastic_sigma"), 1)
 
 
 def _in_words(name: str) -> str:

@@ -90,6 +90,24 @@ def test_compiled_once(config, small):
     assert programs._compile.cache_info().misses == 2  # the count can change
 
 
+def test_what_was_traced_is_compiled(config, small, monkeypatch):
+    """Once with the settings of the training, whose trace is compiled; twice to compare."""
+    calls, train_epoch = [], programs.train_epoch
+
+    def traced(*args, **options):
+        calls.append(options["config"].learning_rate)
+        return train_epoch(*args, **options)
+
+    monkeypatch.setattr(programs, "train_epoch", traced)
+    programs._compile.cache_clear()
+    train(config, small, [0, 1], placement=two_devices())
+    shared = [values["learning_rate"] for values in (programs.FIXED_VALUES, programs.OTHER_VALUES)]
+    assert calls == [config.learning_rate, *shared]
+    train(config, small, [2])
+    train(config, small, [3])
+    assert calls[3:] == [config.learning_rate, *shared, config.learning_rate]
+
+
 def test_given_programs_are_not_traced_again(config, small, monkeypatch):
     placement = two_devices()
     compiled = programs.current_programs(config, placement, small.arrays)

@@ -115,7 +115,7 @@ def report_sweep(directory: Path, data_dir: str | Path | None) -> Report:
     title = metadata.title(metadata.changed({family.rate for family in families}))
     drawn = list(figures(families, summary, dataset.test.images, crossed, title))
     settings = dataclasses.asdict(config) | {"data, SHA-256": metadata.fingerprint}
-    settings["learning_rate"] = ", ".join(f"{rate:.9g}" for rate in {f.rate: 0 for f in families})
+    settings["learning_rate"] = format_rates({family.rate for family in families})
     settings |= {f"runs on {name}": count for name, count in processors.items()}
     settings |= metadata.environment["versions"]
     return Report(format_table(summary), summary, drawn, settings)
@@ -144,8 +144,13 @@ def report_grid(cells: Sequence[Path]) -> Report:
     rates = {run_id.learning_rate for cell in scores.values() for run_id in cell}
     changed = shared_items([each.changed(rates) for each in stored])
     figure = draw_ranking(summary, f"{first.title(changed)} on {first.device_kind}")
-    settings = shared_items([vars(each.config) for each in stored]) | first.environment["versions"]
+    settings = shared_items([vars(each.config) for each in stored])
+    settings |= {"learning_rate": format_rates(rates)} | first.environment["versions"]
     return Report(format_ranking(summary), summary, [("grid.png", figure)], settings)
+
+
+def format_rates(rates: set[float]) -> str:
+    return ", ".join(f"{rate:.9g}" for rate in sorted(rates))
 
 
 def shared_items(dicts: Sequence[dict]) -> dict:

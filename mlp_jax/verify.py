@@ -12,7 +12,7 @@ from mlp_jax import cli
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows
 from mlp_jax.records.directory import read_metadata
-from mlp_jax.records.provenance import FORMER_NUMERICS, VERSIONS, differs_in_code
+from mlp_jax.records.provenance import FORMER_NUMERICS, VERSIONS, check_one_sweep, differs_in_code
 
 if TYPE_CHECKING:  # --help does without
     from mlp_jax.training.fit import Progress
@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(Args, argv, "python -m mlp_jax.verify")
     cli.check_at_least(args, {"rows": 1})
     metadata, paths = read_metadata(args.directory), rows.checked_files(args.directory)
+    for path in paths:
+        check_one_sweep(path, rows.read_metadata(path), metadata)
 
     # --help does without
     from mlp_jax.data.dataset import check_dataset

@@ -90,6 +90,8 @@ def test_a_grid_is_ranked_with_intervals_for_all_at_once(sweep, capsys):
         assert cell["mean"]["high"] == pytest.approx(np.mean(scores) + half)
     assert "dropout=0.0, learning rate 0.1: 4 runs" in capsys.readouterr().out
     assert Path("g/figures/grid.png").stat().st_size > 5_000
+    report_main(["g", "--html"])
+    assert "<dt>learning_rate</dt><dd>0.02, 0.1</dd>" in Path("g/report.html").read_text()
 
 
 def test_a_ranking_says_what_the_records_say(sweep, small, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 LOW, HIGH = 0.025, 0.975  # the tails that a 95 % interval leaves
 Z = float(stats.norm.ppf(HIGH))
@@ -151,11 +151,15 @@ def welch(a: NDArray, b: NDArray) -> tuple[float, float]:
 
 
 def brunner_munzel(a: ArrayLike, b: ArrayLike) -> Interval:
-    """P(A > B) of independent runs, ties one half: Mann-Whitney's U / (n m), cut at 0 and 1.
+    """P(A > B) of independent runs, ties one half: Mann-Whitney's U / (n m).
 
     Brunner and Munzel 2000: the standard error is that of each run's share of the other side below
-    (or above) it. It is 0 where no two runs are out of order; then Jeffreys' interval of the
-    min(n, m) pairs that use no run twice.
+    (or above) it; the interval is that of the logit, within 0 and 1 (Pauly, Asendorf and
+    Konietschke 2016, 10.1002/bimj.201500105). Not to take more than min(n, m) - 1 degrees of
+    freedom is ours. Of normal scores with equal or other SDs, rounded or not, it covers 92 % or
+    more, and 89 % where P is near 0 or 1; without either, 76 % at 3 against 100 runs. Where no two
+    runs are out of order the error is 0, and Jeffreys' interval is taken of the min(n, m) pairs
+    that use no run twice.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
 
@@ -165,11 +169,12 @@ def brunner_munzel(a: ArrayLike, b: ArrayLike) -> Interval:
 
     below, above = ranked(a, b), 1 - ranked(b, a)
     (error, df), estimate = welch(below, above), float(below.mean())
+    pairs = min(a.size, b.size)
     if error == 0:
-        pairs = min(a.size, b.size)
         return jeffreys(estimate * pairs, pairs)
-    half = stats.t.ppf(HIGH, df) * error
-    return Interval(estimate, float(max(0, estimate - half)), float(min(1, estimate + half)))
+    half = stats.t.ppf(HIGH, min(df, pairs - 1)) * error / (estimate * (1 - estimate))
+    low, high = special.expit(special.logit(estimate) + np.array([-half, half])).tolist()
+    return Interval(estimate, low, high)
 
 
 def seeds_for_mean(sd: float, half_width: float) -> int:

@@ -25,6 +25,17 @@ def test_a_sweep_that_is_compacted_while_it_is_compared_is_one_line(swept, data)
     assert len(open_target("s").read_family(Path(data[1])).seeds) == 4
 
 
+def test_a_file_that_goes_while_it_is_read_is_one_line(swept, monkeypatch):
+    swept("--seeds", "0:4", "--chunk", "2", "--out", "s")
+    listed_before = rows.row_files(Path("s"))
+    compact_main(["s"])
+    monkeypatch.setattr(rows, "row_files", lambda directory: listed_before)
+    with pytest.raises(UserError, match=r"parquet is gone, as after `compact`"):
+        mj.read_runs("s")
+    with pytest.raises(UserError, match=r"parquet is gone, as after `compact`"):
+        rows.read_metadata(listed_before[0])
+
+
 def test_a_reader_beside_compact_sees_each_row_once(swept, monkeypatch):
     swept("--seeds", "0:6", "--chunk", "1", "--devices", "1", "--out", "s")
     place = Path("s")

@@ -140,7 +140,7 @@ def read_metadata(path: Path) -> Metadata:
     """Metadata of the process that trained the rows of a Parquet file; UserError if not ours."""
     import pyarrow.parquet as pq
 
-    about = (pq.read_schema(path).metadata or {}).get(b"about", b"{}")
+    about = (pq.read_schema(_present(path)).metadata or {}).get(b"about", b"{}")
     return Metadata.from_json(json.loads(about), path)
 
 
@@ -208,7 +208,7 @@ def checked_files(directory: Path) -> list[Path]:
     if not (paths := row_files(directory)):
         raise UserError(f"{directory} has no finished runs")
     for path in paths:
-        check_content(path)
+        check_content(_present(path))
     known, *others = map(read_metadata, paths)
     for path, stored in zip(paths[1:], others, strict=True):
         check_one_sweep(path, stored, known)

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(Args, argv, "python -m mlp_jax.verify")
     cli.check_at_least(args, {"rows": 1})
     metadata, paths = read_metadata(args.directory), rows.checked_files(args.directory)
+    rows.check_unique(paths)
     for path in paths:
         check_one_sweep(path, rows.read_metadata(path), metadata)
 

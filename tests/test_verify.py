@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -160,6 +161,16 @@ def test_a_config_that_was_changed_and_signed_is_found_out(small_dir, here):
     write_signed_json(Path("s/config.json"), config)
     with pytest.raises(mlp_jax.UserError, match=r"parquet has dropout=0.2, .* have dropout=0.5"):
         verify(small_dir, "s")
+
+
+def test_two_rows_of_a_run_are_one_line(small_dir, here):
+    """Of which one alone would be compared."""
+    for out in ("a", "b"):
+        sweep_main([*TINY, "--data-dir", str(small_dir), "--seeds", "0:1", "--out", out])
+    (path,) = Path("b/runs").iterdir()  # whose seconds are others
+    shutil.copy(path, "a/runs")
+    with pytest.raises(mlp_jax.UserError, match="contain the same run: remove"):
+        verify(small_dir, "a")
 
 
 def test_equal_bits_are_promised_of_the_same_instructions_alone():

@@ -400,9 +400,10 @@ def test_brunner_munzel_is_scipys(decimals):
     assert ends[2] - ends[0] == pytest.approx(half) == ends[0] - ends[1]
 
 
-def test_brunner_munzel_where_no_two_runs_are_out_of_order():
+def test_brunner_munzel_where_the_error_is_unknown():
     assert stats.brunner_munzel([3, 4, 5], [1, 2]) == stats.jeffreys(2, 2)
     assert stats.brunner_munzel([1, 1], [1, 1, 1]) == stats.jeffreys(1, 2)
+    assert stats.brunner_munzel([1, 1, 1], [1] * 88 + [2] * 12) == stats.jeffreys(1.32, 3)
 
 
 @pytest.mark.parametrize("shift", [0, 1.2])

@@ -158,8 +158,8 @@ def brunner_munzel(a: ArrayLike, b: ArrayLike) -> Interval:
     Konietschke 2016, 10.1002/bimj.201500105). Not to take more than min(n, m) - 1 degrees of
     freedom is ours. Of normal scores with equal or other SDs, rounded or not, it covers 92 % or
     more, and 89 % where P is near 0 or 1; without either, 76 % at 3 against 100 runs. Where no two
-    runs are out of order the error is 0, and Jeffreys' interval is taken of the min(n, m) pairs
-    that use no run twice.
+    runs are out of order, or all of a side are equal, the error is unknown, and Jeffreys' interval
+    is taken of the min(n, m) pairs that use no run twice.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
 
@@ -170,7 +170,7 @@ def brunner_munzel(a: ArrayLike, b: ArrayLike) -> Interval:
     below, above = ranked(a, b), 1 - ranked(b, a)
     (error, df), estimate = welch(below, above), float(below.mean())
     pairs = min(a.size, b.size)
-    if error == 0:
+    if error == 0 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return jeffreys(estimate * pairs, pairs)
     half = stats.t.ppf(HIGH, min(df, pairs - 1)) * error / (estimate * (1 - estimate))
     low, high = special.expit(special.logit(estimate) + np.array([-half, half])).tolist()

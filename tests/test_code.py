@@ -95,6 +95,18 @@ def test_a_key_is_a_constant_like_any_other(config, small, monkeypatch):
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("callback", [jax.pure_callback, jax.experimental.io_callback])
+def test_code_that_calls_back_is_refused(callback, config, small, monkeypatch):
+    """The text of a callback is the same whatever it computes."""
+
+    def schedule(progress, *, config):
+        return callback(np.float32, jax.ShapeDtypeStruct((), np.float32), progress)
+
+    monkeypatch.setattr(step, "schedule", schedule)
+    with pytest.raises(UserError, match=r"the training code has a (pure|io)_callback"):
+        fit(config, small, seeds=[0])
+
+
 def test_code_that_differs_each_time_it_is_traced_is_refused(config, small, monkeypatch):
     rng, to_float = np.random.default_rng(0), step.to_float
     monkeypatch.setattr(step, "to_float", lambda images: to_float(images) + rng.normal())

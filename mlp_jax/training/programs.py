@@ -51,6 +51,8 @@ CHANGES = (
     " keys, and read no clock"
 )
 
+CALLS_BACK = "compute in JAX what Python computes there, which the code's fingerprint cannot tell"
+
 EPOCHS = (1e-9, 0.3, 0.5, 0.7, 2)
 STEPS = [1, 141, 234, 328, 938, 1, 70, 118, 164, 470]
 """Of EPOCHS of 60,000 images and of 30,000, when the first fingerprints were stored."""
@@ -168,12 +170,17 @@ def _check_shared(code: Code, config: Config, data: tuple) -> None:
 
 
 def _constants(part: Any) -> Iterator[bytes]:
-    """Those of a jaxpr and of all within it, such as functions that are jitted themselves."""
+    """Those of a jaxpr and of all within it, such as functions that are jitted themselves.
+
+    UserError for a call of Python, whose code is no part of it.
+    """
     if isinstance(part, ClosedJaxpr):
         yield from map(_to_bytes, part.consts)
         yield from _constants(part.jaxpr)
     elif isinstance(part, Jaxpr):
         for equation in part.eqns:
+            if equation.primitive.name in ("pure_callback", "io_callback"):
+                raise UserError(f"the training code has a {equation.primitive.name}: {CALLS_BACK}")
             for each in (*equation.invars, *equation.params.values()):
                 yield from _constants(each)
     elif isinstance(part, Literal) and np.ndim(part.val):

@@ -66,7 +66,7 @@ def write_families(experiment: Any) -> None:
     table, end = rows.read_runs(experiment.directory), "_by_epoch"
     names = [name.removesuffix(end) for name in table.column_names if name.endswith(end)]
     history = {name: rows.by_epoch(table, name) for name in names}
-    finite = rows.finite_runs(*history.values())
+    finite = rows.finite_runs(*(history[name] for name in rows.LOSSES))
     families = [run_id.family for run_id in rows.run_ids(table)]
     for vary, rate in dict.fromkeys(families):
         kept = finite & np.array([family == (vary, rate) for family in families])

@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.text import Text
@@ -17,6 +18,7 @@ from mlp_jax.errors import UserError
 from mlp_jax.records.rows import read_runs
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
+from mlp_jax.training import programs
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8", "--quiet", "--tensorboard"),
@@ -105,6 +107,19 @@ def test_a_sweep_has_mean_and_sd_by_epoch_of_all_its_runs(small_dir, here):
         for name, values in (("test/accuracy", correct), ("train/loss", loss)):
             assert numbers(shown[f"{name}_mean"]) == pytest.approx(values.mean(axis=0))
             assert numbers(shown[f"{name}_SD"]) == pytest.approx(values.std(axis=0, ddof=1))
+
+
+def test_a_metric_that_is_no_number_hides_no_run(small_dir, here, monkeypatch):
+    """As a fork's; report keeps such runs, too."""
+
+    def edited(*args, **options):
+        metrics, predictions = evaluate(*args, **options)
+        return metrics | {"ratio": jnp.float32(np.nan)}, predictions
+
+    evaluate = programs.evaluate
+    monkeypatch.setattr(programs, "evaluate", edited)
+    sweep_main([*TINY, "--data-dir", str(small_dir), "--seeds", "0:2", "--out", "s"])
+    assert len(numbers(scalars("s/tensorboard/all-lr0.1")["test/accuracy_SD"])) == 3
 
 
 def test_without_tensorboardx_it_is_one_line_before_training(small_dir, here, monkeypatch):

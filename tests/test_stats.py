@@ -404,10 +404,11 @@ def test_brunner_munzel_where_the_error_is_unknown():
     assert stats.brunner_munzel([3, 4, 5], [1, 2]) == stats.jeffreys(2, 2)
     assert stats.brunner_munzel([1, 1], [1, 1, 1]) == stats.jeffreys(1, 2)
     assert stats.brunner_munzel([1, 1, 1], [1] * 88 + [2] * 12) == stats.jeffreys(1.32, 3)
+    assert stats.brunner_munzel(range(10), [-1] * 99 + [4.5]) == stats.jeffreys(9.95, 10)
 
 
 @pytest.mark.parametrize("shift", [0, 1.2])
-@pytest.mark.parametrize("runs", [(2, 20), (3, 100), (5, 5), (25, 40)])
+@pytest.mark.parametrize("runs", [(2, 20), (3, 100), (5, 5), (25, 40), (100, 10)])
 @pytest.mark.parametrize("decimals", [6, 0])
 def test_brunner_munzel_covers(runs, shift, decimals):
     rng, (n, m) = np.random.default_rng([2, *runs]), runs

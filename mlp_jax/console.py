@@ -65,7 +65,7 @@ class Bar:
         self._experiment, self._n_runs, self._began = experiment, n_runs, clock()
         self._stored, self._epochs = len(experiment.finished), experiment.metadata.config.n_epochs
         self._written, self._last = -math.inf, ((), 0)  # the runs yielded last, and their epoch
-        self._trained = 0  # epochs of runs, here
+        self._finished, self._trained = n_runs - n_missing, 0  # runs, and epochs of runs, here
         shape = "{percentage:3.0f}%|{bar:30}| {desc} [{elapsed}<{remaining}]"
         total, self._idle = n_missing * self._epochs, not (quiet or n_missing)
         self._bar = progress_bar(quiet=quiet or self._idle, total=total, bar_format=shape)
@@ -78,9 +78,9 @@ class Bar:
         self._last = (runs, done)
         self._trained += epoch.n_new * len(runs)  # less than `new` where a checkpoint was resumed
         seconds = clock() - self._began - self._experiment.compile_seconds
-        finished = self._n_runs - (self._bar.total - self._bar.n - new) // self._epochs
+        self._finished += len(runs) if done == self._epochs else 0
         rate = self._trained / self._epochs / seconds * 3600
-        text = f"{finished} of {self._n_runs} runs, {rate:.0f} runs per hour"
+        text = f"{self._finished} of {self._n_runs} runs, {rate:.0f} runs per hour"
         text += f" on {epoch.nodes} nodes" if epoch.nodes > 1 else ""
         self._bar.set_description_str(text, refresh=False)
         self._bar.update(new)

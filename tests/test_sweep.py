@@ -373,9 +373,9 @@ def test_the_bar_counts_the_epochs_before_a_resume(monkeypatch):
         for epoch in range(41, 51):
             progress = SimpleNamespace(runs=runs, epoch=epoch)
             bar.update(SimpleNamespace(progress=progress, n_new=1, nodes=1))
-        finished = 1 if runs == ("a",) else 2
+            finished = (runs == ("b",)) + (epoch == 50)
+            assert f"{finished} of 2 runs" in bar._bar.desc
         assert bar._bar.n == 50 * finished
-        assert f"{finished} of 2 runs" in bar._bar.desc
     assert bar._trained == 20
 
 

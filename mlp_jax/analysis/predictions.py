@@ -154,7 +154,8 @@ def distribution_sd(counts: PredictionCounts) -> Interval:
     of_runs = n / (n - 1) * (ends**2 - parts.independent) - parts.distribution
     both = of_runs**2 + Z**2 * image_variance(counts)
     low, high = np.sign(of_runs) * np.sqrt(both.clip(min=0)) + parts.distribution
-    low, high = (math.nan, math.nan) if counts.has_few_errors else (low, high)
+    if counts.has_few_errors:
+        low = high = math.nan
     return Interval(*(float(signed_sqrt(each)) for each in (parts.distribution, low, high)))
 
 

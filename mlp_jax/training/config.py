@@ -9,8 +9,16 @@ import math
 import operator
 import struct
 import sys
-import typing
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import numpy as np
 import tyro
@@ -102,7 +110,7 @@ class Config:
     # Digest of the weights whose predictions are learned in place of the labels; set from them.
 
     def __post_init__(self):
-        types = typing.get_type_hints(type(self))  # without what only the command line needs
+        types = get_type_hints(type(self))  # without what only the command line needs
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, np.floating):  # .1 of any precision is .1

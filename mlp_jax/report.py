@@ -143,10 +143,13 @@ def report_grid(cells: Sequence[Path]) -> Report:
     first = stored[0]
     rates = {run_id.learning_rate for cell in scores.values() for run_id in cell}
     changed = shared_items([each.changed(rates) for each in stored])
-    figure = draw_ranking(summary, f"{first.title(changed)} on {first.device_kind}")
+    drawn = []
+    if any(cell["runs"] for cell in summary["cells"]):
+        figure = draw_ranking(summary, f"{first.title(changed)} on {first.device_kind}")
+        drawn = [("grid.png", figure)]
     settings = shared_items([vars(each.config) for each in stored])
     settings |= {"learning_rate": format_rates(rates)} | first.environment["versions"]
-    return Report(format_ranking(summary), summary, [("grid.png", figure)], settings)
+    return Report(format_ranking(summary), summary, drawn, settings)
 
 
 def format_rates(rates: set[float]) -> str:

@@ -94,6 +94,13 @@ def test_a_grid_is_ranked_with_intervals_for_all_at_once(sweep, capsys):
     assert "<dt>learning_rate</dt><dd>0.02, 0.1</dd>" in Path("g/report.html").read_text()
 
 
+def test_a_grid_that_diverged_has_no_figure(sweep, capsys):
+    sweep("--seeds", "0:2", "--dropout", "0", "0.9", "--learning-rate", "1e30", "--out", "g")
+    report_main(["g"])
+    assert "dropout=0.0, learning rate 1e+30: 0 runs, 2 diverged" in capsys.readouterr().out
+    assert not list(Path("g/figures").glob("*"))
+
+
 def test_a_ranking_says_what_the_records_say(sweep, small, tmp_path, monkeypatch, capsys):
     sweep("--seeds", "0:2", "--dropout", "0", "0.9", "--out", "g")
     sweep("--seeds", "0:2", "--dropout", "0.3", "--epochs", "2", "--out", "g/dropout=0.3")

@@ -59,6 +59,13 @@ def test_too_large_a_net(small_dir, tmp_path):
     )
 
 
+def test_a_debugger_that_compiles_nothing(small_dir, tmp_path):
+    flags = [*TINY, "--data-dir", str(small_dir), "--out", "a"]
+    done = run("train", *flags, cwd=tmp_path, JAX_DISABLE_JIT="1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "compiled programs only: unset JAX_DISABLE_JIT" in done.stderr
+
+
 def test_a_checkout_that_is_not_installed(small_dir, tmp_path):
     before = "import importlib.metadata as m; v = m.version\n"
     before += "def version(name):\n    if name == 'mlp_jax': raise m.PackageNotFoundError(name)\n"

@@ -72,6 +72,8 @@ def current_programs(config: Config, placement: Placement, data: tuple) -> Progr
     Configs that differ only in FIXED_VALUES share them, as long as nobody edits this code, say in a
     notebook. UserError for code that reads a setting that they are not given.
     """
+    if jax.config.values["jax_disable_jit"]:
+        raise UserError("mlp_jax trains compiled programs only: unset JAX_DISABLE_JIT")
     code = trace_code(config, data)
     leaves, tree = jax.tree.flatten(_shapes(data, placement.replicated))
     shared = replace(config, **FIXED_VALUES)

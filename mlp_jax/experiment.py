@@ -6,7 +6,6 @@ not on the runs trained with it, their order, or how often the experiment was st
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ from mlp_jax.records import directory as directories
 from mlp_jax.records import rows
 from mlp_jax.records.checkpoint import (
     check_predictions,
+    checkpoint_path,
+    find_checkpoint,
     has_weights,
     load_checkpoint,
     load_committee,
@@ -99,7 +100,7 @@ class Experiment:
 
     def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from their checkpoint if there is one."""
-        path, epochs = self._checkpoint(runs), self.metadata.config.n_epochs
+        path, epochs = find_checkpoint(self.directory, runs), self.metadata.config.n_epochs
         for epoch in self.trainer.train(runs, load_checkpoint(path, runs, self.metadata)):
             yield epoch
             progress = epoch.progress
@@ -140,12 +141,7 @@ class Experiment:
             rows.write_rows(self.directory, wanted, metadata)
         self.finished |= {run: rows.last_values(row) for run, row in new.items()}
         for epoch in ended:
-            self._checkpoint(epoch.progress.runs).unlink(missing_ok=True)
-
-    def _checkpoint(self, runs: Sequence[Run]) -> Path:
-        """The checkpoint of exactly these runs; grouped differently next time, they start over."""
-        digest = hashlib.sha256(repr(tuple(runs)).encode()).hexdigest()[:16]
-        return self.directory / "checkpoints" / f"{digest}.npz"
+            checkpoint_path(self.directory, epoch.progress.runs).unlink(missing_ok=True)
 
 
 def load_data(config: Config, *, teacher: Path | None = None, **options: Any) -> Dataset:

@@ -17,7 +17,7 @@ from mlp_jax import experiment
 from mlp_jax.cli import StopSignals, command_line
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store
-from mlp_jax.records.checkpoint import load_checkpoint, save_checkpoint
+from mlp_jax.records.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from mlp_jax.records.provenance import Metadata, describe_environment
 from mlp_jax.sweep import main as sweep_main
 from mlp_jax.train import main as train_main
@@ -253,6 +253,27 @@ def test_a_sweep_resumes_in_the_middle_of_a_run(small_dir, here, monkeypatch, ca
     assert found == [1, None, None]
     assert rows("s") == rows("whole")
     assert not Path("s/checkpoints").exists()
+
+
+def test_a_checkpoint_is_found_by_its_runs(small_dir, here, monkeypatch):
+    """Earlier code derived its name from the fields of a class."""
+    assert checkpoint_path(Path("a"), RUNS) == Path("a/checkpoints/1ecce5968d74e6fb.npz")
+    flags = [*TINY, "--data-dir", str(small_dir), "--epochs", "4", "--seeds", "0:2"]
+    sweep_main([*flags, "--out", "whole"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stopping(patch, 2)
+        sweep_main([*flags, "--out", "s"])
+    (path,) = Path("s/checkpoints").iterdir()
+    theirs = {"backup.npz": path.read_bytes(), "0" * 16 + ".npz": b"damaged"}
+    for name, content in theirs.items():
+        path.with_name(name).write_bytes(content)
+    path.rename(path.with_name("f" * 16 + ".npz"))
+    found = []
+    monkeypatch.setattr(experiment, "load_checkpoint", watch(found))
+    sweep_main([*flags, "--out", "s"])
+    assert found == [2]
+    assert rows("s") == rows("whole")
+    assert {path.name: path.read_bytes() for path in path.parent.iterdir()} == theirs
 
 
 def watch(epochs):

@@ -4,6 +4,7 @@ Both are .npz files of named arrays. A checkpoint resumes only where the numbers
 weights may be used on any device and version of JAX.
 """
 
+import contextlib
 import dataclasses
 import operator
 from collections.abc import Sequence
@@ -15,8 +16,16 @@ import numpy as np
 from flax import traverse_util
 
 from mlp_jax.errors import UserError
-from mlp_jax.files import Damaged, expand, load_arrays, log, read_or_quarantine, save_arrays
-from mlp_jax.records.directory import WEIGHTS_NAME
+from mlp_jax.files import (
+    Damaged,
+    expand,
+    json_digest,
+    load_arrays,
+    log,
+    read_or_quarantine,
+    save_arrays,
+)
+from mlp_jax.records.directory import CHECKPOINT_NAME, WEIGHTS_NAME
 from mlp_jax.records.provenance import Metadata, check_same, settings
 from mlp_jax.records.rows import LOSSES
 from mlp_jax.training.arrays import N_PIXELS, Dataset
@@ -28,6 +37,22 @@ from mlp_jax.training.run import Run, make_run
 
 SHIPPED = Path(__file__).parents[1] / "weights" / "mnist.npz"
 """The committee shipped with mlp_jax, made by scripts/ship_weights.py."""
+
+
+def checkpoint_path(directory: Path, runs: Sequence[Run]) -> Path:
+    """The checkpoint of exactly these runs; grouped differently next time, they start over."""
+    return directory / "checkpoints" / f"{json_digest(runs)[:16]}.npz"
+
+
+def find_checkpoint(directory: Path, runs: Sequence[Run]) -> Path:
+    """`checkpoint_path`; a checkpoint of these runs under an older name is renamed to it."""
+    path = checkpoint_path(directory, runs)
+    others = filter(lambda other: CHECKPOINT_NAME.fullmatch(other.name), path.parent.glob("*.npz"))
+    for other in () if path.exists() else others:
+        with contextlib.suppress(Damaged, OSError):  # then those that it belongs to will tell
+            if load_arrays(other)[1].get("runs") == [list(run) for run in runs]:
+                return other.replace(path)
+    return path
 
 
 def save_checkpoint(path: Path, snapshot: Progress, seconds: list[float], metadata: Metadata):

@@ -52,6 +52,7 @@ class Experiment:
     chunk: int  # runs that share a file
     checkpoint_every: int
     keep_weights: bool
+    overwrite: bool  # the results here, once the first epoch shows that training works
     compile_seconds: float = 0.0
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
@@ -76,7 +77,8 @@ class Experiment:
         start = clock()
         self.trainer = self.trainer.compile()
         self.metadata = self.trainer.metadata
-        directories.claim(self.directory, self.metadata)  # now that its code is known
+        if not self.overwrite:
+            directories.claim(self.directory, self.metadata)  # now that its code is known
         self.compile_seconds = clock() - start
         for chunk in chunks:
             yield from self._train_chunk(chunk, stop)
@@ -101,7 +103,12 @@ class Experiment:
     def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from their checkpoint if there is one."""
         path, epochs = find_checkpoint(self.directory, runs), self.metadata.config.n_epochs
-        for epoch in self.trainer.train(runs, load_checkpoint(path, runs, self.metadata)):
+        saved = None if self.overwrite else load_checkpoint(path, runs, self.metadata)
+        for epoch in self.trainer.train(runs, saved):
+            if self.overwrite:
+                directories.clear(self.directory)
+                directories.claim(self.directory, self.metadata)
+                self.overwrite = False
             yield epoch
             progress = epoch.progress
             due = self.checkpoint_every and progress.epoch % self.checkpoint_every == 0
@@ -186,8 +193,8 @@ def open_experiment(
 ) -> Iterator[Experiment]:
     """Lock `directory`, new or with compatible runs, to train `runs` in it.
 
-    `seed` marks a single run, whose results `overwrite` removes first. `shard` is (I, N): this
-    process trains part I of N. A `cluster.Cluster` trains instead of this machine. UserError if the
+    `seed` marks a single run, whose results `overwrite` replaces. `shard` is (I, N): this process
+    trains part I of N. A `cluster.Cluster` trains instead of this machine. UserError if the
     directory is not ours, is in use, or holds incompatible numbers.
     """
     config = for_dataset(config, dataset)
@@ -201,16 +208,15 @@ def open_experiment(
         width = placement.width
     directories.check_out_dir(directory)
     with files.locked(directory, *shard):
-        if overwrite:
-            directories.clear(directory)
-        directories.claim(directory, metadata)
-        if rows.row_files(directory):
-            metadata = with_program(metadata, dataset)
-        files.make_directory(directory / "runs")
-        size = chunk_size(chunk, config.epochs, width)
-        saving = {"chunk": size, "checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
+        stored: dict[Run, dict] = {}
+        if not overwrite:
+            directories.claim(directory, metadata)
+            if rows.row_files(directory):
+                metadata = with_program(metadata, dataset)
+            stored = rows.finished_runs(directory, metadata)
+        saving = {"chunk": chunk_size(chunk, config.epochs, width), "overwrite": overwrite}
+        saving |= {"checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
         trainer = cluster or machine._replace(metadata=metadata)
-        stored = rows.finished_runs(directory, metadata)
         finished = _with_weights(directory, stored, metadata) if keep_weights else dict(stored)
         yield Experiment(directory, metadata, dataset, trainer, stored, finished, **saving)
         if shard[1] == 1:  # else another shard may be about to write there

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from mlp_jax import experiment
+from mlp_jax import experiment, machine
 from mlp_jax.cli import StopSignals, command_line
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store
@@ -176,6 +176,25 @@ def test_the_line_that_resumes_overwrites_nothing(small_dir, here, monkeypatch, 
     said = capsys.readouterr().err.splitlines()[-1]
     train_main(shlex.split(said.partition("mlp_jax.train ")[2]))
     assert len(metrics("a")) == 2
+
+
+def test_an_overwrite_that_cannot_train_leaves_what_is_there(small_dir, here, monkeypatch):
+    flags = [*TINY, "--data-dir", str(small_dir), "--epochs", "2", "--out", "a"]
+    train_main(flags)
+    before = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()}
+
+    def run_out_of_memory(*_, **__):
+        raise MemoryError
+        yield
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(machine, "fit", run_out_of_memory)
+        train_main([*flags, "--overwrite", "--hidden", "17", "8"])
+    assert {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()} == before
+    train_main([*flags, "--overwrite", "--hidden", "17", "8"])
+    assert json.loads(Path("a/config.json").read_bytes())["config"]["hidden"] == [17, 8]
+    (row,) = rows("a")
+    assert row["test_correct"] == metrics("a")[-1]["test_correct"]
 
 
 def test_a_killed_overwrite_can_be_repeated(small_dir, here, monkeypatch):

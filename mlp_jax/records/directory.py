@@ -18,6 +18,7 @@ from mlp_jax.files import (
     Damaged,
     check_writable,
     load_arrays,
+    make_directory,
     read_or_quarantine,
     read_signed_json,
     remove_if_empty,
@@ -146,7 +147,7 @@ def cell_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def claim(directory: Path, metadata: Metadata) -> None:
-    """Write config.json if it is missing or damaged, from the rows if there are any.
+    """Make runs/, and config.json, from the rows if there are any, if it is missing or damaged.
 
     It gains the fingerprint of the code that will train the first rows. UserError, before any
     write, if what is there may not be pooled with `metadata`.
@@ -160,6 +161,7 @@ def claim(directory: Path, metadata: Metadata) -> None:
     gained = stored and kept.program != stored.program
     if not read_or_quarantine(read_signed_json, path) or gained:
         write_signed_json(path, kept._replace(mixed=False).to_json())
+    make_directory(directory / "runs")
 
 
 def clear(directory: Path) -> None:

@@ -23,7 +23,7 @@ from mlp_jax.records import rows
 from mlp_jax.records.checkpoint import (
     check_predictions,
     checkpoint_path,
-    find_checkpoint,
+    find_checkpoints,
     has_weights,
     load_checkpoint,
     load_committee,
@@ -35,6 +35,9 @@ from mlp_jax.records.provenance import Metadata, check_same, git_state
 from mlp_jax.training.arrays import Dataset, for_dataset, params_digest, with_teacher
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.run import Run
+
+Group = tuple[Sequence[Run], Path]
+"""Runs that train at the same time, and the checkpoint that they resume if it exists."""
 
 git_state()  # now, when the code that will train has just been read
 
@@ -68,8 +71,8 @@ class Experiment:
         """
         if not (missing := self.missing(runs)):
             return
-        chunks = chunks_of(missing, self.chunk)
         if not isinstance(self.trainer, Machine):
+            chunks = chunks_of(missing, self.chunk)
             for ended, metadata in self.trainer.train(chunks, self, stop):
                 self._store(ended, metadata)
                 yield from ended
@@ -80,15 +83,28 @@ class Experiment:
         if not self.overwrite:
             directories.claim(self.directory, self.metadata)  # now that its code is known
         self.compile_seconds = clock() - start
-        for chunk in chunks:
-            yield from self._train_chunk(chunk, stop)
+        for groups in self._plan(missing):
+            yield from self._train_chunk(groups, stop)
             if stop():
                 return
 
-    def _train_chunk(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
+    def _plan(self, missing: Sequence[Run]) -> list[list[Group]]:
+        """Chunks of groups that the devices hold: first what a checkpoint has."""
+        left, width, chunks = dict.fromkeys(missing), self.trainer.placement.width, []
+        for path, runs in () if self.overwrite else find_checkpoints(self.directory):
+            begun = [run for run in runs if run in left]
+            chunks += [[(group, path)] for group in chunks_of(begun, width)]
+            for run in begun:
+                del left[run]
+        for chunk in chunks_of(list(left), self.chunk):
+            groups = chunks_of(chunk, width)
+            chunks.append([(group, checkpoint_path(self.directory, group)) for group in groups])
+        return chunks
+
+    def _train_chunk(self, groups: list[Group], stop: Callable[[], bool]) -> Iterator[Epoch]:
         ended: list[Epoch] = []
         try:
-            for group in chunks_of(runs, self.trainer.placement.width):
+            for group in groups:
                 for epoch in self._train_group(group, stop):
                     if epoch.progress.epoch == self.metadata.config.n_epochs:
                         ended.append(self._keep(epoch.finish(self.keep_weights), self.metadata))
@@ -100,10 +116,11 @@ class Experiment:
                 with files.uninterrupted():
                     self._store(ended, self.metadata)
 
-    def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
+    def _train_group(self, group: Group, stop: Callable[[], bool]) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from their checkpoint if there is one."""
-        path, epochs = find_checkpoint(self.directory, runs), self.metadata.config.n_epochs
-        saved = None if self.overwrite else load_checkpoint(path, runs, self.metadata)
+        runs, begun = group
+        saved = None if self.overwrite else load_checkpoint(begun, runs, self.metadata)
+        path = checkpoint_path(self.directory, runs)
         for epoch in self.trainer.train(runs, saved):
             if self.overwrite:
                 directories.clear(self.directory)
@@ -113,7 +130,7 @@ class Experiment:
             progress = epoch.progress
             due = self.checkpoint_every and progress.epoch % self.checkpoint_every == 0
             stopping = stop()
-            if progress.epoch < epochs and (due or stopping):
+            if progress.epoch < self.metadata.config.n_epochs and (due or stopping):
                 save_checkpoint(path, progress.snapshot(), epoch.seconds, self.metadata)
             if stopping:
                 return
@@ -147,8 +164,9 @@ class Experiment:
         if wanted := [row for run, row in new.items() if run not in self.stored]:
             rows.write_rows(self.directory, wanted, metadata)
         self.finished |= {run: rows.last_values(row) for run, row in new.items()}
-        for epoch in ended:
-            checkpoint_path(self.directory, epoch.progress.runs).unlink(missing_ok=True)
+        for path, runs in find_checkpoints(self.directory):
+            if self.finished.keys() >= set(runs):
+                path.unlink(missing_ok=True)
 
 
 def load_data(config: Config, *, teacher: Path | None = None, **options: Any) -> Dataset:

@@ -112,6 +112,17 @@ def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         raise Damaged(path, error) from None
 
 
+def load_fields(path: Path) -> dict:
+    """The metadata of `save_arrays`, unverified, without reading the arrays; errors as above."""
+    with path.open("rb") as file:
+        try:
+            return json.loads(np.load(file, allow_pickle=False)["metadata"].tobytes())
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise Damaged(path, error) from None
+
+
 def _to_plain(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
     """An array of a type that NumPy's files cannot name, such as bfloat16, as integers."""
     if array.dtype.kind != "V":

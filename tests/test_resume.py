@@ -65,6 +65,7 @@ def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(optimizer, config, s
         save_checkpoint(path, train(config, small, epochs=epochs), [1.5] * epochs, about)
         start, seconds = load_checkpoint(path, RUNS, about)
         assert (start.epoch, seconds) == (epochs, [1.5] * epochs)
+        assert load_checkpoint(path, RUNS[1:2], about)[1] == [0.5] * epochs  # its share
         # on another number of devices too
         assert content(train(config, small, n_devices=1, start=start)) == content(unbroken)
 

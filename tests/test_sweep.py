@@ -346,6 +346,35 @@ def test_a_stop_is_heard_after_the_epoch_of_a_group(small_dir, here, small):
     assert not Path("s/checkpoints").exists()
 
 
+def test_runs_resume_in_other_groups(small, here):
+    config = Config(hidden=(16, 8), batch_size=32, epochs=4, learning_rate=0.1)
+    runs = [make_run(seed, 0.1) for seed in range(5)]
+
+    def train(out, runs, stop_after=99, **options):
+        """The seeds and the epoch after each epoch; the last is saved if it is not the fourth."""
+        seen = []
+        options |= {"recipe": "custom"}
+        with experiment.open_experiment(Path(out), config, small, runs, **options) as opened:
+            for epoch in opened.train(runs, lambda: len(seen) >= stop_after):
+                seen.append(([run.seed for run in epoch.progress.runs], epoch.progress.epoch))
+        return seen
+
+    train("whole", runs, devices=1)
+    # with more seeds: 2 was alone
+    assert train("s", runs[:3], 6, devices=2)[-1] == ([2], 2)
+    assert train("s", runs, devices=2)[:4] == [([2], 3), ([2], 4), ([3, 4], 1), ([3, 4], 2)]
+    assert rows("s") == rows("whole")
+    # on fewer devices, and as shards
+    assert train("t", runs, 2, devices=2)[-1] == ([0, 1], 2)
+    assert train("t", runs, 3, devices=1) == [([0], 3), ([0], 4), ([1], 3)]
+    shard = {"shard": (1, 2), "devices": 2}
+    assert train("t", runs[1::2], 3, **shard) == [([1], 4), ([3], 1), ([3], 2)]
+    assert train("t", runs, devices=2)[:3] == [([3], 3), ([3], 4), ([2, 4], 1)]
+    assert rows("t") == rows("whole")
+    assert not Path("s/checkpoints").exists()
+    assert not Path("t/checkpoints").exists()
+
+
 def test_seconds_are_those_that_passed(small_dir, here):
     began = time.perf_counter()
     run(small_dir, "--seeds", "0:6", "--devices", "1", "--out", "s")

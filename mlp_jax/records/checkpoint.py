@@ -21,6 +21,7 @@ from mlp_jax.files import (
     expand,
     json_digest,
     load_arrays,
+    load_fields,
     log,
     read_or_quarantine,
     save_arrays,
@@ -40,19 +41,23 @@ SHIPPED = Path(__file__).parents[1] / "weights" / "mnist.npz"
 
 
 def checkpoint_path(directory: Path, runs: Sequence[Run]) -> Path:
-    """The checkpoint of exactly these runs; grouped differently next time, they start over."""
+    """Where runs that train at the same time are saved."""
     return directory / "checkpoints" / f"{json_digest(runs)[:16]}.npz"
 
 
-def find_checkpoint(directory: Path, runs: Sequence[Run]) -> Path:
-    """`checkpoint_path`; a checkpoint of these runs under an older name is renamed to it."""
-    path = checkpoint_path(directory, runs)
-    others = filter(lambda other: CHECKPOINT_NAME.fullmatch(other.name), path.parent.glob("*.npz"))
-    for other in () if path.exists() else others:
-        with contextlib.suppress(Damaged, OSError):  # then those that it belongs to will tell
-            if load_arrays(other)[1].get("runs") == [list(run) for run in runs]:
-                return other.replace(path)
-    return path
+def find_checkpoints(directory: Path) -> list[tuple[Path, list[Run]]]:
+    """Checkpoints and their runs, those with most epochs first.
+
+    By content, since runs may be grouped differently now, and earlier code had other names.
+    """
+    found = []
+    for path in sorted((directory / "checkpoints").glob("*.npz")):
+        if CHECKPOINT_NAME.fullmatch(path.name):
+            # one that is damaged is reported if it has the name of runs to be trained
+            with contextlib.suppress(Damaged, OSError, KeyError, TypeError):
+                fields = load_fields(path)
+                found.append((fields["epoch"], path, [Run(*run) for run in fields["runs"]]))
+    return [(path, runs) for _, path, runs in sorted(found, key=lambda each: -each[0])]
 
 
 def save_checkpoint(path: Path, snapshot: Progress, seconds: list[float], metadata: Metadata):
@@ -69,21 +74,23 @@ def save_checkpoint(path: Path, snapshot: Progress, seconds: list[float], metada
 def load_checkpoint(
     path: Path, runs: Sequence[Run], metadata: Metadata
 ) -> tuple[Progress, list[float]] | None:
-    """What `save_checkpoint` saved of these runs; None if missing or damaged.
+    """What `save_checkpoint` saved of these runs, and their share of its seconds; None if missing
+    or damaged.
 
-    A damaged file is quarantined, and so is one of other runs. UserError if its numbers may not be
-    pooled with `metadata`.
+    A damaged file is quarantined, and so is one without these runs. UserError if its numbers may
+    not be pooled with `metadata`.
     """
 
     def read(path: Path) -> tuple:
-        content = load_arrays(path)
-        if content[1].get("runs") != [list(run) for run in runs]:
+        arrays, fields = load_arrays(path)
+        places = {Run(*run): i for i, run in enumerate(fields.get("runs", ()))}
+        if not places.keys() >= set(runs):
             raise Damaged(path, "it belongs to other runs")
-        return content
+        return arrays, fields, [places[run] for run in runs], len(runs) / len(places)
 
     if not (content := read_or_quarantine(read, path)):
         return None
-    arrays, fields = content
+    arrays, fields, places, share = content
     check_same(path, stored := Metadata.from_json(fields["run"], path), metadata)
     if stored.mixed and not metadata.mixed:
         raise UserError(f"{path} was saved with --allow-mixed: resume with it too")
@@ -92,11 +99,13 @@ def load_checkpoint(
     )
     if missing := set(jax.tree.leaves(names)) - arrays.keys():
         raise UserError(f"{path} comes from different training code: it lacks {min(missing)}")
+    seconds = (arrays.pop("seconds") * share).tolist()
+    arrays = {name: values[places] for name, values in arrays.items()}
     state = jax.tree.map(arrays.__getitem__, names)
     prefix = "history/"
     history = {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
     kept = (fields["epoch"], history, arrays["predictions"], [state], metadata.fingerprint)
-    return Progress(stored.config, tuple(runs), *kept), arrays["seconds"].tolist()
+    return Progress(stored.config, tuple(runs), *kept), seconds
 
 
 class TrainedRun(NamedTuple):

@@ -146,6 +146,12 @@ def test_equal_runs_are_equivalent():
     assert got.difference == pytest.approx((1e-4, 1e-4 - half, 1e-4 + half))
     apart = compare({0: 0.9701, 1: 0.9701}, {2: 0.97, 3: 0.97}, margin=0.0001, resolution=1e-4)
     assert apart.verdict == "undecided"
+    # by Welch with 4 degrees of freedom, at any accuracy: not those of the last bits of fractions
+    half = scipy.stats.t.ppf(0.975, 4) / math.sqrt(12) * math.sqrt(2 / 3)
+    for n, right in ((130, 101), (130, 104), (10_000, 9_726), (10_000, 9_731)):
+        a, b = ({seed + j: (right - j) / n for seed in (0, 10, 20)} for j in (0, 1))
+        got = compare(a, b, margin=0.0001, resolution=1 / n).difference
+        assert got == pytest.approx((1 / n, (1 - half) / n, (1 + half) / n))
     with pytest.raises(ValueError, match="needs two runs"):
         compare(same, {0: 1.0}, margin=0)
 

@@ -77,13 +77,13 @@ def compare(
     paired = len(shared) >= max(2, min(len(a), len(b)) / 2)
     x, y = (np.array([s[i] for i in (shared if paired else sorted(s))], float) for s in (a, b))
     correlation = ratio = math.nan
-    error, df = welch(x, y)
+    error, df = welch(x, y, resolution=resolution)
     if paired:
         own = (x - y).var(ddof=1)
         if np.ptp(x) and np.ptp(y):
             correlation, ratio = np.corrcoef(x, y)[0, 1], own / (x.var(ddof=1) + y.var(ddof=1))
+        own = max(own, 2 * sd_of_rounding(resolution) ** 2)
         error, df = math.sqrt(own / x.size), x.size - 1
-    error = max(error, sd_of_rounding(resolution) * math.sqrt(1 / x.size + 1 / y.size))
     mean, half = float(x.mean() - y.mean()), float(stats.t.ppf(HIGH, df) * error)
     wider = math.hypot(half, Z * sd_over_test_sets)
     with np.errstate(divide="ignore", invalid="ignore"):  # equal runs: 0 / 0 is no difference

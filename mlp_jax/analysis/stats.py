@@ -143,9 +143,13 @@ def paired_improvement(a: ArrayLike, b: ArrayLike) -> Interval:
     return jeffreys((signs + 1).sum() / 2, signs.size)
 
 
-def welch(a: NDArray, b: NDArray) -> tuple[float, float]:
-    """Standard error of mean(a) - mean(b) of independent values, and its degrees of freedom."""
-    parts = np.array([a.var(ddof=1) / a.size, b.var(ddof=1) / b.size])
+def welch(a: NDArray, b: NDArray, *, resolution: float = 0.0) -> tuple[float, float]:
+    """Standard error of mean(a) - mean(b) of independent values, and its degrees of freedom.
+
+    The SD of either is at least that of rounding to `resolution`, as in `mean_interval`.
+    """
+    least = sd_of_rounding(resolution) ** 2
+    parts = np.array([max(x.var(ddof=1), least) / x.size for x in (a, b)])
     if not parts.any():
         return 0.0, a.size + b.size - 2.0
     df = parts.sum() ** 2 / (parts**2 / [a.size - 1, b.size - 1]).sum()

@@ -3,6 +3,7 @@
 Rewriting, after a resume or for more runs, replaces what was there.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,9 +23,10 @@ Curves = dict[str, np.ndarray]  # by metric, [epoch] or [runs, epoch]
 
 def log_run(epochs: Iterable, experiment: Any) -> Iterator:
     """Pass on the epochs of one run, writing each to tensorboard/ in its directory."""
-    written = 0
-    with open_writer(experiment.directory / DIRECTORY) as writer:
-        for each in epochs:
+    writer, written = None, 0
+    with contextlib.ExitStack() as stack:
+        for each in epochs:  # the first, before which --overwrite leaves everything as it is
+            writer = writer or stack.enter_context(open_writer(experiment.directory / DIRECTORY))
             history = {name: by_run[0] for name, by_run in each.progress.history.items()}
             write(writer, with_accuracy(history, experiment), written)
             written = each.progress.epoch

@@ -13,6 +13,7 @@ from scipy import stats
 import mlp_jax as mj
 from mlp_jax.analysis import figures
 from mlp_jax.analysis.compare import FIRST_LOOK
+from mlp_jax.analysis.ranking import rank
 from mlp_jax.compare import main as compare_main
 from mlp_jax.records.rows import predictions, read_metadata, row_files
 from mlp_jax.report import main as report_main
@@ -92,6 +93,11 @@ def test_a_grid_is_ranked_with_intervals_for_all_at_once(sweep, capsys):
     assert Path("g/figures/grid.png").stat().st_size > 5_000
     report_main(["g", "--html"])
     assert "<dt>learning_rate</dt><dd>0.02, 0.1</dd>" in Path("g/report.html").read_text()
+
+
+def test_equal_runs_of_a_grid_have_an_sd_of_0():
+    cells = {f"{k}": {("all", 0.1, seed): k / 130 for seed in range(3)} for k in range(131)}
+    assert {cell["sd"] for cell in rank(cells, resolution=1 / 130)["cells"]} == {0.0}
 
 
 def test_a_grid_that_diverged_has_no_figure(sweep, capsys):

@@ -190,7 +190,7 @@ def test_an_overwrite_that_cannot_train_leaves_what_is_there(small_dir, here, mo
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(machine, "fit", run_out_of_memory)
-        train_main([*flags, "--overwrite", "--hidden", "17", "8"])
+        train_main([*flags, "--overwrite", "--tensorboard", "--hidden", "17", "8"])
     assert {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()} == before
     train_main([*flags, "--overwrite", "--hidden", "17", "8"])
     assert json.loads(Path("a/config.json").read_bytes())["config"]["hidden"] == [17, 8]

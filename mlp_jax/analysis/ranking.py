@@ -33,7 +33,7 @@ def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]], *, resolut
         if kept.size > 1:
             tail = ALPHA / len(scores) / 2
             cell["mean"] = mean_interval(kept, tail=tail, resolution=resolution)
-            cell["sd"] = float(kept.std(ddof=1))
+            cell["sd"] = float(kept.std(ddof=1)) if np.ptp(kept) else 0.0  # not a rounding error
         else:
             cell["mean"] = Interval(kept.item() if kept.size else math.nan, math.nan, math.nan)
             cell["sd"] = None

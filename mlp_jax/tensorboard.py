@@ -65,9 +65,8 @@ def write_families(experiment: Any) -> None:
     """Mean and SD by epoch of each family, over stored runs that did not diverge."""
     if not rows.row_files(experiment.directory):
         return
-    table, end = rows.read_runs(experiment.directory), "_by_epoch"
-    names = [name.removesuffix(end) for name in table.column_names if name.endswith(end)]
-    history = {name: rows.by_epoch(table, name) for name in names}
+    table = rows.read_runs(experiment.directory)
+    history = rows.histories(table)
     finite = rows.finite_runs(*(history[name] for name in rows.LOSSES))
     families = [run_id.family for run_id in rows.run_ids(table)]
     for vary, rate in dict.fromkeys(families):

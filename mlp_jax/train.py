@@ -4,11 +4,15 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from mlp_jax import cli, console, files
 from mlp_jax.errors import UserError
 from mlp_jax.records import directory as directories
+from mlp_jax.records import rows
 from mlp_jax.records.directory import CURVE
 from mlp_jax.training.arrays import for_dataset
 from mlp_jax.training.config import RECIPES
@@ -57,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.tensorboard and experiment.missing([run]):  # else its curves are to stay
             epochs = log_run(epochs, experiment)
         for epoch in epochs:
-            lines = metrics_by_epoch(epoch)
+            history = {name: by_run[0] for name, by_run in epoch.progress.history.items()}
+            lines = metrics_by_epoch(history, epoch.seconds, epoch.progress.predictions.shape[1])
             files.write_text(out / "metrics.jsonl", "".join(map(json_line, lines)))
             say(console.table_line(lines, config.epochs))
             check_finite(lines[-1], out)
@@ -85,14 +90,31 @@ def check_args(args: Args) -> None:
             raise UserError(f"{args.out} has results: add --resume or --overwrite, or name another")
 
 
-def metrics_by_epoch(epoch) -> list[dict]:
-    """The objects of metrics.jsonl, one per epoch so far."""
-    n_test, lines = epoch.progress.predictions.shape[1], []
-    for i, seconds in enumerate(epoch.seconds):
-        metrics = {name: by_run[0, i].item() for name, by_run in epoch.progress.history.items()}
-        timed = {"test_accuracy": metrics["test_correct"] / n_test, "seconds": seconds}
+def metrics_by_epoch(
+    history: dict[str, np.ndarray], seconds: Sequence[float], n_test: int
+) -> list[dict]:
+    """The objects of metrics.jsonl, one per epoch so far, of metrics [epochs]."""
+    lines = []
+    for i, passed in enumerate(seconds):
+        metrics = {name: values[i].item() for name, values in history.items()}
+        timed = {"test_accuracy": metrics["test_correct"] / n_test, "seconds": passed}
         lines.append({"epoch": i + 1} | metrics | timed)
     return lines
+
+
+def complete_metrics(path: Path, n_epochs: int, n_test: int) -> None:
+    """Add the epochs of a finished run that metrics.jsonl lacks, as after a full disk.
+
+    They share those of its seconds that no other epoch has.
+    """
+    written = path.read_text("utf-8").splitlines() if path.exists() else []
+    if (n_missing := n_epochs - len(written)) > 0:
+        known = [json.loads(line)["seconds"] for line in written]
+        table = rows.read_runs(path.parent)
+        history = {name: by_run[0] for name, by_run in rows.histories(table).items()}
+        share = (table["seconds"][0].as_py() - sum(known)) / n_missing
+        lines = metrics_by_epoch(history, known + [share] * n_missing, n_test)
+        files.write_text(path, "".join(map(json_line, lines)))
 
 
 def json_line(metrics: dict) -> str:
@@ -113,16 +135,20 @@ def check_finite(line: dict, out: Path) -> None:
 
 
 def write_results(out: Path, experiment, run, trained: bool) -> dict:
-    """Write summary.json, which is returned, and the curve, if just `trained` or missing."""
+    """Write summary.json, which is returned, and the curve, if just `trained` or missing.
+
+    Also what metrics.jsonl lacks.
+    """
     metadata = experiment.metadata
     n_epochs = metadata.config.n_epochs
     check_finite({"epoch": n_epochs} | experiment.finished[run], out)
     summary = summarize(experiment, run)
+    complete_metrics(out / "metrics.jsonl", n_epochs, summary["n_test"])
     if trained or not (out / "summary.json").exists():
         files.write_json(out / "summary.json", summary)
     # one epoch is no curve, and matplotlib takes a second to import
     missing = trained or not (out / CURVE).exists()
-    if missing and n_epochs > 1 and (out / "metrics.jsonl").exists():
+    if missing and n_epochs > 1:
         from mlp_jax.analysis.figures import draw_run
 
         lines = map(json.loads, (out / "metrics.jsonl").read_text("utf-8").splitlines())

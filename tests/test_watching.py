@@ -1,6 +1,7 @@
 """What is seen while runs train: bars, TensorBoard's curves, and the picture at the end."""
 
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -145,6 +146,25 @@ def test_a_curve_that_was_lost_is_drawn_again(small_dir, here):
     Path("a/curve.png").unlink()  # as if killed just before it
     train_main([*flags, "--resume"])
     assert Path("a/curve.png").exists()
+
+
+def test_an_epoch_that_metrics_lack_is_added(small_dir, here):
+    """As if the disk had been full when the last was written."""
+    flags = [*TINY, "--data-dir", str(small_dir), "--out", "a"]
+    train_main(flags)
+    path = Path("a/metrics.jsonl")
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    for kept in (len(before) - 1, 0):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
+        train_main([*flags, "--resume"])
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        passed = [metrics.pop("seconds") for metrics in found]
+        if kept:
+            assert passed == pytest.approx([metrics.pop("seconds") for metrics in before])
+        assert found == before
+        assert sum(passed) == pytest.approx(
+            json.loads(Path("a/summary.json").read_text())["train_seconds"]
+        )
 
 
 def test_one_epoch_has_no_curve_and_needs_no_matplotlib(small_dir, here):

@@ -66,6 +66,12 @@ def by_epoch(table, name: str) -> np.ndarray:
     return pc.list_flatten(table[f"{name}_by_epoch"]).to_numpy().reshape(len(table), -1)
 
 
+def histories(table) -> dict[str, np.ndarray]:
+    """All metrics by epoch, [runs, epochs]."""
+    columns = table.column_names
+    return {name: by_epoch(table, name) for name in columns if f"{name}_by_epoch" in columns}
+
+
 def finite_runs(*losses: np.ndarray) -> np.ndarray:
     """Which runs did not diverge: bool [runs], of losses [runs, epochs] that are all finite."""
     return np.all(np.isfinite(losses), axis=(0, 2))
@@ -266,11 +272,10 @@ def read_scores(paths: Sequence[Path]) -> dict[Run, float]:
     """Accuracy of each run in `checked_files`, nan where it diverged; UserError for one twice."""
     check_unique(paths)
     table = read_table(paths, ["test_correct", *(f"{name}_by_epoch" for name in LOSSES)])
-    losses = (by_epoch(table, name) for name in LOSSES)
     _, first = next(read_predictions(paths))
     shares = table["test_correct"].to_numpy() / first.shape[1]
-    scores = np.where(finite_runs(*losses), shares, np.nan)
-    return dict(zip(run_ids(table), scores.tolist(), strict=True))
+    finite = finite_runs(*(by_epoch(table, name) for name in LOSSES))
+    return dict(zip(run_ids(table), np.where(finite, shares, np.nan).tolist(), strict=True))
 
 
 def check_unique(paths: Sequence[Path]) -> None:

@@ -281,11 +281,11 @@ def train_until_decided(
 def format_decision(decision: "Decision", n_pairs: int, a: str, b: str) -> str:
     """What the confidence sequence says after `n_pairs`, in one line."""
     mean, low, high = (100 * end for end in decision.difference)
-    ends = "too few for an interval" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}"
+    ends = "too few for an interval" if math.isnan(low) else f"{low:+z.3f} to {high:+z.3f}"
     verdicts = {"better": f"{a} is better", "worse": f"{b} is better"}
     verdict = verdicts.get(decision.verdict, decision.verdict)
     of = f"{decision.pairs} of " * (decision.pairs < n_pairs)
-    return f"{of}{n_pairs} pairs: {mean:+.3f} ({ends}) points: {verdict}"
+    return f"{of}{n_pairs} pairs: {mean:+z.3f} ({ends}) points: {verdict}"
 
 
 if __name__ == "__main__":

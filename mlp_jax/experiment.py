@@ -164,8 +164,8 @@ class Experiment:
         if wanted := [row for run, row in new.items() if run not in self.stored]:
             rows.write_rows(self.directory, wanted, metadata)
         self.finished |= {run: rows.last_values(row) for run, row in new.items()}
-        for path, runs in find_checkpoints(self.directory):
-            if self.finished.keys() >= set(runs):
+        for path, runs in find_checkpoints(self.directory):  # others may be saved for their weights
+            if self.finished.keys() >= set(runs) and not new.keys().isdisjoint(runs):
                 path.unlink(missing_ok=True)
 
 

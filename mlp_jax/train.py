@@ -105,15 +105,17 @@ def metrics_by_epoch(
 def complete_metrics(path: Path, n_epochs: int, n_test: int) -> None:
     """Add the epochs of a finished run that metrics.jsonl lacks, as after a full disk.
 
-    They share those of its seconds that no other epoch has.
+    How long each took is not known: their seconds are the mean of the run's epochs.
     """
-    written = path.read_text("utf-8").splitlines() if path.exists() else []
-    if (n_missing := n_epochs - len(written)) > 0:
-        known = [json.loads(line)["seconds"] for line in written]
+    try:
+        known = [json.loads(line)["seconds"] for line in path.read_text("utf-8").splitlines()]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        known = []
+    if (n_missing := n_epochs - len(known)) > 0:
         table = rows.read_runs(path.parent)
         history = {name: by_run[0] for name, by_run in rows.histories(table).items()}
-        share = (table["seconds"][0].as_py() - sum(known)) / n_missing
-        lines = metrics_by_epoch(history, known + [share] * n_missing, n_test)
+        mean = table["seconds"][0].as_py() / n_epochs
+        lines = metrics_by_epoch(history, known + [mean] * n_missing, n_test)
         files.write_text(path, "".join(map(json_line, lines)))
 
 

@@ -373,6 +373,11 @@ def test_runs_resume_in_other_groups(small, here):
     assert rows("t") == rows("whole")
     assert not Path("s/checkpoints").exists()
     assert not Path("t/checkpoints").exists()
+    # for their weights, while others are trained without
+    assert train("s", runs, 2, devices=2, keep_weights=True)[-1] == ([0, 1], 2)
+    train("s", [*runs, make_run(5, 0.1)], devices=2)
+    assert train("s", runs, devices=2, keep_weights=True)[0] == ([0, 1], 3)
+    assert not Path("s/checkpoints").exists()
 
 
 def test_seconds_are_those_that_passed(small_dir, here):

@@ -148,23 +148,27 @@ def test_a_curve_that_was_lost_is_drawn_again(small_dir, here):
     assert Path("a/curve.png").exists()
 
 
-def test_an_epoch_that_metrics_lack_is_added(small_dir, here):
-    """As if the disk had been full when the last was written."""
+@pytest.mark.parametrize("left", [2, 0, None, "torn"])
+def test_epochs_that_metrics_lack_are_added(left, small_dir, here):
+    """As if the disk had been full when they were written."""
     flags = [*TINY, "--data-dir", str(small_dir), "--out", "a"]
     train_main(flags)
     path = Path("a/metrics.jsonl")
-    before = [json.loads(line) for line in path.read_text().splitlines()]
-    for kept in (len(before) - 1, 0):
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
-        train_main([*flags, "--resume"])
-        found = [json.loads(line) for line in path.read_text().splitlines()]
-        passed = [metrics.pop("seconds") for metrics in found]
-        if kept:
-            assert passed == pytest.approx([metrics.pop("seconds") for metrics in before])
-        assert found == before
-        assert sum(passed) == pytest.approx(
-            json.loads(Path("a/summary.json").read_text())["train_seconds"]
-        )
+
+    def read():
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    before = read()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(path.read_text()[:-9] if left == "torn" else "".join(lines[:left]))
+    if left is None:
+        path.unlink()
+    train_main([*flags, "--resume"])
+    found, mean = read(), json.loads(Path("a/summary.json").read_text())["train_seconds"] / 3
+    wanted = [metrics.pop("seconds") for metrics in before][: left if left == 2 else 0]
+    seconds = [metrics.pop("seconds") for metrics in found]
+    assert seconds == pytest.approx(wanted + [mean] * (3 - len(wanted)))
+    assert found == before
 
 
 def test_one_epoch_has_no_curve_and_needs_no_matplotlib(small_dir, here):

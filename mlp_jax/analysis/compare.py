@@ -183,7 +183,7 @@ def verdict_sentence(comparison: Comparison, a: str, b: str, *, scored: str = "t
     """The verdict in one sentence, in percentage points; `scored` says on which images."""
 
     def points(interval: Interval) -> str:
-        return "{:+.3f} points ({:+.3f} to {:+.3f})".format(*(100 * end for end in interval))
+        return "{:+z.3f} points ({:+z.3f} to {:+z.3f})".format(*(100 * end for end in interval))
 
     seeds, margin = f"{comparison.pairs} shared seeds", f"{100 * comparison.margin:g} points"
     if not comparison.pairs:

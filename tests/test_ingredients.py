@@ -78,13 +78,28 @@ def pixels_seen(monkeypatch, batch, **settings):
     return [np.asarray(each) for each in seen[0]]
 
 
-def test_warmup_and_cycles_by_hand():
+def test_warmup_by_hand():
     config = Config(schedule="linear", warmup=0.2)
     factors = [float(optim.schedule(jnp.float32(p), config=config)) for p in (0, 0.1, 0.2, 0.6)]
     np.testing.assert_allclose(factors, [0, 0.5, 1, 0.5], atol=1e-6)
-    twice = dataclasses.replace(config, cycles=2)
-    again = [float(optim.schedule(jnp.float32(p), config=twice)) for p in (0.5, 0.55, 0.6, 0.8)]
-    np.testing.assert_allclose(again, factors, atol=1e-5)
+
+
+@pytest.mark.parametrize("cycles", [1, 2, 3, 5, 22, 61, 1000])
+@pytest.mark.parametrize("n_steps", [61, 2345, 93_800, 700_000_000])
+def test_each_cycle_begins_at_its_first_step(cycles, n_steps):
+    """Alone and vmapped, where XLA divides differently."""
+    steps = [k * n_steps // cycles + i for k in range(cycles) for i in (-1, 0, 1)]
+    steps = np.array([step for step in steps if 0 <= step < n_steps])
+    wanted = (steps * cycles % n_steps if cycles > 1 else steps) / n_steps
+
+    def progress(step, n_steps):
+        return optim.cycle_progress(step, n_steps, config=Config(cycles=cycles))
+
+    args = jnp.asarray(steps, jnp.int32), jnp.int32(n_steps)
+    found = jax.jit(jax.vmap(progress, (0, None)))(*args)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    one = jax.jit(progress)(args[0][-1], args[1])
+    np.testing.assert_allclose(one, wanted[-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

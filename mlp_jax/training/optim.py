@@ -65,10 +65,20 @@ def clip_norms(params: dict, config: Config) -> dict:
     return {layer: clip(layer, leaves) for layer, leaves in params.items()}
 
 
-def schedule(progress: jax.Array, *, config: Config) -> jax.Array | float:
-    """The factor of the learning rate at `progress`, the fraction of steps taken, in [0, 1)."""
+def cycle_progress(step: jax.Array, n_steps: jax.Array, *, config: Config) -> jax.Array:
+    """The fraction of steps taken of the training, or of its present cycle, in [0, 1)."""
+    done = step
     if config.cycles > 1:
-        progress = progress * config.cycles % 1
+        # step * cycles % n_steps, in integers: rounded, a cycle's first step may seem the last of
+        # the one before; by doubling, as the product may overflow
+        done = jnp.zeros_like(step)
+        for bit in f"{config.cycles:b}":
+            done = (2 * done + int(bit) * step) % n_steps
+    return done / n_steps
+
+
+def schedule(progress: jax.Array, *, config: Config) -> jax.Array | float:
+    """The factor of the learning rate at a `cycle_progress`."""
     if not config.warmup:
         return SCHEDULES[config.schedule](progress)
     rest = (progress - config.warmup) / (1 - config.warmup)

@@ -17,7 +17,7 @@ from mlp_jax.training.augment import deform_batch
 from mlp_jax.training.config import Config
 from mlp_jax.training.losses import Batch, example_losses, loss_fn
 from mlp_jax.training.model import MLP, committee_probabilities, to_float
-from mlp_jax.training.optim import clip_norms, make_optimizer, schedule
+from mlp_jax.training.optim import clip_norms, cycle_progress, make_optimizer, schedule
 from mlp_jax.training.run import STREAMS, Streams
 
 EVAL_BATCH = 1000
@@ -67,7 +67,8 @@ def train_step(
     step_keys = Streams(*(jax.random.fold_in(key, state.step) for key in keys))
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch, step_keys, config=config)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    rate = learning_rate * schedule(state.step / n_steps, config=config)
+    progress = cycle_progress(state.step, n_steps, config=config)
+    rate = learning_rate * schedule(progress, config=config)
     updates = jax.tree.map(lambda update: -rate * update, updates)
     params = optax.apply_updates(state.params, updates)
     if config.max_norm:

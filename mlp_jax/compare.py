@@ -212,6 +212,7 @@ def write(
     from mlp_jax.analysis.compare import holm
     from mlp_jax.analysis.figures import draw_comparison
     from mlp_jax.analysis.summary import to_json
+    from mlp_jax.results import count_images
 
     adjusted = holm([comparison.p_value for comparison in comparisons]).tolist()
     files.make_directory(out)
@@ -229,7 +230,8 @@ def write(
             about = side.metadata
             title = about.title(about.changed([side.rate]))
             names.append(f"{label}, {title} on {about.device_kind}")
-        files.save_figure(paths[i], draw_comparison(*compared, comparison, tuple(names)))
+        figure = draw_comparison(*compared, comparison, tuple(names), count_images(a.paths))
+        files.save_figure(paths[i], figure)
     units = "fractions (0 to 1); intervals at 95 %"
     files.write_json(out / "comparison.json", {"units": units, "comparisons": record})
 

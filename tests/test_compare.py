@@ -312,10 +312,20 @@ def test_sign_e_values_are_a_martingale():
     assert np.mean(ever) < 0.05
 
 
+def test_the_figure_counts_runs_in_whole_images():
+    a, b = ({seed: (9700 + seed) / 10_000 for seed in range(first, 31)} for first in (0, 10))
+    left, _ = figures.draw_comparison(
+        *values(a, b), compare(a, b, margin=0), ("new", "old"), 10_000
+    ).axes
+    heights = [[bar.get_height() for bar in bars] for bars in left.containers]
+    assert heights[0] == [1] * 31
+    assert heights[1] == [0] * 10 + [1] * 21
+
+
 def test_the_figure_shows_the_interval_and_the_margin():
     a, b = shifted(0.001)
     got = compare(a, b, margin=0.0005, sd_over_test_sets=0.0004)
-    left, right = figures.draw_comparison(*values(a, b), got, ("new", "old")).axes
+    left, right = figures.draw_comparison(*values(a, b), got, ("new", "old"), 10_000).axes
     (bars,) = right.containers
     seeds, images = bars.lines[0].get_xdata()
     assert seeds == images == pytest.approx(100 * got.difference.estimate)
@@ -327,7 +337,7 @@ def test_the_figure_shows_the_interval_and_the_margin():
     assert "A against B: better, 40 shared seeds" in left.figure.get_suptitle()
     assert left.get_legend_handles_labels()[1] == ["A: new", "B: old"]
     unknown = got._replace(over_test_sets=Interval(0.001, math.nan, math.nan))
-    figures.draw_comparison(*values(a, b), unknown, ("new", "old"))
+    figures.draw_comparison(*values(a, b), unknown, ("new", "old"), 10_000)
 
 
 def test_the_table_of_pairs_to_decide_follows_from_the_rows():

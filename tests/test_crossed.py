@@ -124,6 +124,25 @@ def test_equal_runs_give_zeros_without_an_interval():
     assert to_json(got)["total"]["init"] == to_json(got)["interactions"] == nothing
 
 
+def test_a_variance_of_exactly_0_has_no_shares():
+    """Rounding would give it either sign, and shares of 1e15."""
+    rng, found = np.random.default_rng(8), []
+    for _ in range(200):
+        right = rng.random((2, 8, 12)) < 0.5
+        sums = crossed.BlockSums(
+            *map(np.stack, zip(*map(crossed.sum_block, right), strict=True)), 12
+        )
+        # in multiples of 1/8, which floats hold
+        whole = crossed.variance_components((sums.contrasts**2 - sums.squares).astype(float))
+        got = crossed.crossed_indices(sums, STREAMS[:3], n_resamples=2).distribution
+        is_zero = whole.sum() == whole[:, 0, 0, 0].sum()
+        assert (got.variance.estimate == 0) == is_zero
+        if is_zero:
+            assert math.isnan(got.total["init"].estimate)
+            found.append(got)
+    assert found
+
+
 def test_two_streams_are_statsmodels_anova_and_mixed_model():
     truth = {"init": 0.5, "order": 0.3, "init x order": 0.2}
     scores = draw(np.random.default_rng(2), 40, truth, 2)

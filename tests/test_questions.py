@@ -254,7 +254,7 @@ def test_a_comparison_is_drawn_of_the_runs_compared(sweep, monkeypatch):
     drawn, draw = [], figures.draw_comparison
     monkeypatch.setattr(figures, "draw_comparison", lambda *a: drawn.append(a) or draw(*a))
     compare_main(["a", "b", "--out", "c"])
-    (ours, theirs, comparison, _) = drawn[0]
+    ours, theirs, comparison, *_ = drawn[0]
     assert comparison.pairs == len(ours) == len(theirs) == 2
     assert np.mean(ours) - np.mean(theirs) == pytest.approx(comparison.difference.estimate)
 

@@ -400,6 +400,15 @@ def test_brunner_munzel_is_scipys(decimals):
     assert ends[2] - ends[0] == pytest.approx(half) == ends[0] - ends[1]
 
 
+def test_brunner_munzel_has_a_mirror_image_at_the_limit():
+    """Where exactly FEW_PAIRS of 30 are out of order: P is 5/6, in runs of 130 images."""
+    a, b = np.repeat([10, 30], [15, 15]), np.repeat([0, 20], [20, 10])
+    got, mirrored = stats.brunner_munzel(a / 130, b / 130), stats.brunner_munzel(b / 130, a / 130)
+    assert got.estimate == pytest.approx(1 - 5 / 30)
+    assert mirrored == pytest.approx((1 - got.estimate, 1 - got.high, 1 - got.low))
+    assert got.low != pytest.approx(stats.jeffreys(25, 30).low)
+
+
 def test_brunner_munzel_where_the_error_is_unknown():
     assert stats.brunner_munzel([3, 4, 5], [1, 2]) == stats.jeffreys(2, 2)
     assert stats.brunner_munzel([1, 1], [1, 1, 1]) == stats.jeffreys(1, 2)

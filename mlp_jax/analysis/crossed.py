@@ -110,6 +110,8 @@ def sobol_indices(
     def estimate(components: NDArray) -> NDArray:
         """V, the components, and the share of V of each column of `linear`; [..., m]."""
         variance = components.sum(axis=-1, keepdims=True)
+        rounding = 1e-12 * np.abs(components).sum(axis=-1, keepdims=True)
+        variance = np.where(np.abs(variance) > rounding, variance, 0)
         positive = np.where(variance > 0, variance, math.nan)
         return np.concatenate([variance, components, components @ linear / positive], axis=-1)
 

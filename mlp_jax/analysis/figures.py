@@ -117,6 +117,11 @@ def draw_run(lines: list[dict], name: str) -> Any:
     return add_legend(figure, 2, left)
 
 
+def bin_edges(correct: np.ndarray, width: int) -> np.ndarray:
+    """Edges of bins of `width` whole images, each halfway between two counts."""
+    return np.arange(correct.min(), correct.max() + width + 1, width) - 0.5
+
+
 def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
     """Histogram of test accuracy, with normal curves of the observed and the binomial SD."""
     correct, n_test = family.correct, len(family.counts.labels)
@@ -125,7 +130,7 @@ def draw_accuracy(family: Any, statistics: dict, name: str) -> Any:
     figure, ax = new_figure(f"Test accuracy: {name}", 4)
     # whole images per bin, and finer than Scott's rule (3.5): the curve shows the smooth shape
     width = max(1, round(2 * sd * n_test / len(correct) ** (1 / 3)))
-    edges = np.arange(correct.min(), correct.max() + width + 1, width) - 0.5
+    edges = bin_edges(correct, width)
     bars = {"color": "#A9CDE5", "edgecolor": "white", "linewidth": 0.5}
     ax.hist(100 * correct / n_test, 100 * edges / n_test, label="runs", **bars)
     x = mean + np.linspace(-3.3, 3.3, 400) * max(sd, binomial)
@@ -208,13 +213,14 @@ def draw_indices(crossed: Any, name: str) -> Any:
     return add_legend(figure, 1, axes[0])
 
 
-def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str]) -> Any:
-    """The accuracies [R] of A and B, and their Comparison beside its margin."""
+def draw_comparison(a: Any, b: Any, comparison: Any, names: tuple[str, str], n_test: int) -> Any:
+    """The accuracies [R] of A and B on `n_test` images, and their Comparison beside its margin."""
     runs = f"{comparison.runs_a} and {comparison.runs_b} independent runs"
     kind = f"{comparison.pairs} shared seeds" if comparison.pairs else runs
     title = f"A against B: {comparison.verdict}, {kind}"
     figure, left, right = new_figure(title, 3.6, 1, 2)
-    edges = 100 * np.histogram_bin_edges(np.concatenate([a, b]), 30)
+    correct = np.rint(n_test * np.concatenate([a, b]))
+    edges = 100 / n_test * bin_edges(correct, math.ceil(max(1, np.ptp(correct) / 30)))
     for scores, color, name in ((a, BLUE, f"A: {names[0]}"), (b, ORANGE, f"B: {names[1]}")):
         left.hist(100 * np.asarray(scores), edges, color=color, alpha=0.45, label=name)
         left.axvline(100 * np.mean(scores), color=color, lw=1.5)

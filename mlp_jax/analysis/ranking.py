@@ -38,7 +38,7 @@ def rank(cells: Mapping[str, Mapping[tuple[str, float, int], float]], *, resolut
             cell["mean"] = Interval(kept.item() if kept.size else math.nan, math.nan, math.nan)
             cell["sd"] = None
         ranked.append(to_json(cell))
-    ranked.sort(key=lambda cell: -(cell["mean"]["estimate"] or 0))
+    ranked.sort(key=lambda cell: -round(cell["mean"]["estimate"] or 0, 9))  # equal: as they came
     return {
         "units": f"fractions (0 to 1); intervals hold for all {len(ranked)} means at once at 95 %"
         " (Bonferroni)",

@@ -169,15 +169,16 @@ def brunner_munzel(a: ArrayLike, b: ArrayLike) -> Interval:
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
 
-    def ranked(x: NDArray, y: NDArray) -> Any:
-        """Share of y below each x."""
-        return sum(np.searchsorted(np.sort(y), x, side) for side in ("left", "right")) / 2 / y.size
+    def count_below(x: NDArray, y: NDArray) -> Any:
+        """Twice the number of y below each x."""
+        return sum(np.searchsorted(np.sort(y), x, side) for side in ("left", "right"))
 
-    below, above = ranked(a, b), 1 - ranked(b, a)
-    (error, df), estimate = welch(below, above), float(below.mean())
-    pairs = min(a.size, b.size)
-    rarer = pairs * min(estimate, 1 - estimate)
-    if error == 0 or rarer < FEW_PAIRS or np.ptp(a) == 0 or np.ptp(b) == 0:
+    below, above = count_below(a, b), count_below(b, a)
+    error, df = welch(below / (2 * b.size), above / (2 * a.size))
+    pairs, most = min(a.size, b.size), 2 * a.size * b.size
+    rarer = int(min(below.sum(), above.sum()))  # of `most`, in integers: at the limit, too
+    estimate = float(below.sum() / most)
+    if error == 0 or pairs * rarer < FEW_PAIRS * most or np.ptp(a) == 0 or np.ptp(b) == 0:
         return jeffreys(estimate * pairs, pairs)
     half = stats.t.ppf(HIGH, min(df, pairs - 1)) * error / (estimate * (1 - estimate))
     low, high = special.expit(special.logit(estimate) + np.array([-half, half])).tolist()

@@ -44,7 +44,7 @@ OPTIONAL = ("reference", "runs_below", "runs_equal", "runs_above", "share_below"
 OPTIONAL += ("sd_over_all",)
 
 
-FORMATS = {"%": "{:.3%}", "points": "{:.4%}", "s": "{:.1f}", "runs": "{:,}", "": "{:.2f}"}
+FORMATS = {"%": "{:.3%}", "points": "{:z.4%}", "s": "{:.1f}", "runs": "{:,}", "": "{:.2f}"}
 
 
 def format_value(value: Any, unit: str) -> tuple[str, str]:

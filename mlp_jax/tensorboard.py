@@ -71,7 +71,9 @@ def write_families(experiment: Any) -> None:
     families = [run_id.family for run_id in rows.run_ids(table)]
     for vary, rate in dict.fromkeys(families):
         kept = finite & np.array([family == (vary, rate) for family in families])
-        curves = with_accuracy({name: v[kept] for name, v in history.items()}, experiment)
+        # float32 sums of many runs would be too coarse for their SD
+        chosen = {name: v[kept].astype(np.float64) for name, v in history.items()}
+        curves = with_accuracy(chosen, experiment)
         with open_writer(experiment.directory / DIRECTORY / f"{vary}-lr{rate:.9g}") as writer:
             if kept.any():
                 write(writer, {f"{name}_mean": v.mean(axis=0) for name, v in curves.items()})

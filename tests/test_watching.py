@@ -110,6 +110,15 @@ def test_a_sweep_has_mean_and_sd_by_epoch_of_all_its_runs(small_dir, here):
             assert numbers(shown[f"{name}_SD"]) == pytest.approx(values.std(axis=0, ddof=1))
 
 
+def test_the_sd_of_losses_that_hardly_differ_is_right(small_dir, here):
+    """Summed in float32, it is mostly rounding."""
+    flags = [*TINY, "--data-dir", str(small_dir), "--learning-rate", "1e-6", "--vary", "order"]
+    sweep_main([*flags, "--seeds", "0:20", "--out", "s"])
+    losses = np.array([row["train_loss_by_epoch"] for row in read_runs("s").to_pylist()])
+    shown = numbers(scalars("s/tensorboard/order-lr1e-06")["train/loss_SD"])
+    assert shown == pytest.approx(losses.std(axis=0, ddof=1))
+
+
 def test_a_metric_that_is_no_number_hides_no_run(small_dir, here, monkeypatch):
     """As a fork's; report keeps such runs, too."""
 

@@ -91,9 +91,9 @@ class Experiment:
     def _plan(self, missing: Sequence[Run]) -> list[list[Group]]:
         """Chunks of groups that the devices hold: first what a checkpoint has."""
         left, width, chunks = dict.fromkeys(missing), self.trainer.placement.width, []
-        for path, runs in () if self.overwrite else find_checkpoints(self.directory):
-            begun = [run for run in runs if run in left]
-            chunks += [[(group, path)] for group in chunks_of(begun, width)]
+        for saved in () if self.overwrite else find_checkpoints(self.directory):
+            begun = [run for run in saved.runs if run in left]
+            chunks += [[(group, saved.path)] for group in chunks_of(begun, width)]
             for run in begun:
                 del left[run]
         for chunk in chunks_of(list(left), self.chunk):
@@ -119,9 +119,9 @@ class Experiment:
     def _train_group(self, group: Group, stop: Callable[[], bool]) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from their checkpoint if there is one."""
         runs, begun = group
-        saved = None if self.overwrite else load_checkpoint(begun, runs, self.metadata)
+        start = None if self.overwrite else load_checkpoint(begun, runs, self.metadata)
         path = checkpoint_path(self.directory, runs)
-        for epoch in self.trainer.train(runs, saved):
+        for epoch in self.trainer.train(runs, start):
             if self.overwrite:
                 directories.clear(self.directory)
                 directories.claim(self.directory, self.metadata)
@@ -131,7 +131,8 @@ class Experiment:
             due = self.checkpoint_every and progress.epoch % self.checkpoint_every == 0
             stopping = stop()
             if progress.epoch < self.metadata.config.n_epochs and (due or stopping):
-                save_checkpoint(path, progress.snapshot(), epoch.seconds, self.metadata)
+                saved = progress.snapshot(), epoch.seconds, self.metadata, self.keep_weights
+                save_checkpoint(path, *saved)
             if stopping:
                 return
 
@@ -164,9 +165,10 @@ class Experiment:
         if wanted := [row for run, row in new.items() if run not in self.stored]:
             rows.write_rows(self.directory, wanted, metadata)
         self.finished |= {run: rows.last_values(row) for run, row in new.items()}
-        for path, runs in find_checkpoints(self.directory):  # others may be saved for their weights
-            if self.finished.keys() >= set(runs) and not new.keys().isdisjoint(runs):
-                path.unlink(missing_ok=True)
+        for saved in find_checkpoints(self.directory):
+            done = self.finished.keys() >= set(saved.runs)
+            if done and (self.keep_weights or not saved.keep_weights):
+                saved.path.unlink(missing_ok=True)
 
 
 def load_data(config: Config, *, teacher: Path | None = None, **options: Any) -> Dataset:

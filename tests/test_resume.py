@@ -62,7 +62,7 @@ def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(optimizer, config, s
     unbroken, about = train(config, small), metadata(config, fingerprint=small.fingerprint)
     for epochs in (1, 3, 4):
         path = tmp_path / f"{epochs}.npz"
-        save_checkpoint(path, train(config, small, epochs=epochs), [1.5] * epochs, about)
+        save_checkpoint(path, train(config, small, epochs=epochs), [1.5] * epochs, about, False)
         start, seconds = load_checkpoint(path, RUNS, about)
         assert (start.epoch, seconds) == (epochs, [1.5] * epochs)
         assert load_checkpoint(path, RUNS[1:2], about)[1] == [0.5] * epochs  # its share
@@ -73,7 +73,7 @@ def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(optimizer, config, s
 @pytest.fixture
 def saved(tmp_path, config, small):
     path, about = tmp_path / "c.npz", metadata(config)
-    save_checkpoint(path, train(config, small, epochs=1), [1.0], about)
+    save_checkpoint(path, train(config, small, epochs=1), [1.0], about, False)
     return path, about
 
 

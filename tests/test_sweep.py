@@ -378,6 +378,12 @@ def test_runs_resume_in_other_groups(small, here):
     train("s", [*runs, make_run(5, 0.1)], devices=2)
     assert train("s", runs, devices=2, keep_weights=True)[0] == ([0, 1], 3)
     assert not Path("s/checkpoints").exists()
+    # also beside a new run, which is finished without
+    shutil.rmtree("s/weights")
+    more = [*runs, *(make_run(seed, 0.1) for seed in (5, 6, 7))]
+    assert train("s", [runs[0], more[6]], 2, devices=2, keep_weights=True)[-1] == ([0, 6], 2)
+    assert train("s", more[1:], devices=2)[0] == ([6], 3)
+    assert train("s", runs, devices=1, keep_weights=True)[0] == ([0], 3)
 
 
 def test_seconds_are_those_that_passed(small_dir, here):

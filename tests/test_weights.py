@@ -50,7 +50,7 @@ def test_a_checkpoint_of_other_runs_is_quarantined(config, small, tmp_path, capl
     about = Metadata("custom", config, small.fingerprint, describe_environment(jax.devices()))
     snapshot = next(fit(config, small, seeds=(3, 4))).snapshot()
     path = tmp_path / "c.npz"
-    save_checkpoint(path, snapshot, [1.0], about)
+    save_checkpoint(path, snapshot, [1.0], about, False)
     assert load_checkpoint(path, snapshot.runs, about)
     others = [make_run(seed, config.learning_rate) for seed in (5, 6)]
     assert load_checkpoint(path, others, about) is None

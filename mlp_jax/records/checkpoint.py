@@ -45,22 +45,30 @@ def checkpoint_path(directory: Path, runs: Sequence[Run]) -> Path:
     return directory / "checkpoints" / f"{json_digest(runs)[:16]}.npz"
 
 
-def find_checkpoints(directory: Path) -> list[tuple[Path, list[Run]]]:
-    """Checkpoints and their runs, those with most epochs first.
+class Checkpoint(NamedTuple):
+    path: Path
+    epoch: int
+    runs: list[Run]
+    keep_weights: bool  # once they are finished; they may have rows already
 
-    By content, since runs may be grouped differently now, and earlier code had other names.
-    """
+
+def find_checkpoints(directory: Path) -> list[Checkpoint]:
+    """Those in `directory`, most epochs first; by content, as earlier code had other names."""
     found = []
     for path in sorted((directory / "checkpoints").glob("*.npz")):
         if CHECKPOINT_NAME.fullmatch(path.name):
             # one that is damaged is reported if it has the name of runs to be trained
             with contextlib.suppress(Damaged, OSError, KeyError, TypeError):
                 fields = load_fields(path)
-                found.append((fields["epoch"], path, [Run(*run) for run in fields["runs"]]))
-    return [(path, runs) for _, path, runs in sorted(found, key=lambda each: -each[0])]
+                runs = [Run(*run) for run in fields["runs"]]
+                kept = fields.get("keep_weights", False)
+                found.append(Checkpoint(path, fields["epoch"], runs, kept))
+    return sorted(found, key=lambda each: -each.epoch)
 
 
-def save_checkpoint(path: Path, snapshot: Progress, seconds: list[float], metadata: Metadata):
+def save_checkpoint(
+    path: Path, snapshot: Progress, seconds: list[float], metadata: Metadata, keep_weights: bool
+) -> None:
     """Save a snapshot and the wall time of each epoch, replacing what is at `path`."""
     leaves = jax.tree_util.tree_leaves_with_path(snapshot.states[0])
     arrays = {f"state{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
@@ -68,7 +76,7 @@ def save_checkpoint(path: Path, snapshot: Progress, seconds: list[float], metada
     arrays |= {"predictions": snapshot.predictions, "seconds": np.array(seconds)}
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = {"epoch": snapshot.epoch, "runs": snapshot.runs, "run": metadata.to_json()}
-    save_arrays(path, arrays, fields)
+    save_arrays(path, arrays, fields | {"keep_weights": keep_weights})
 
 
 def load_checkpoint(

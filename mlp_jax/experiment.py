@@ -36,8 +36,8 @@ from mlp_jax.training.arrays import Dataset, for_dataset, params_digest, with_te
 from mlp_jax.training.config import RECIPES, Config
 from mlp_jax.training.run import Run
 
-Group = tuple[Sequence[Run], Path]
-"""Runs that train at the same time, and the checkpoint that they resume if it exists."""
+Group = tuple[Sequence[Run], Path | None]
+"""Runs that train at the same time, and the checkpoint that they are in, if it is known."""
 
 git_state()  # now, when the code that will train has just been read
 
@@ -90,15 +90,15 @@ class Experiment:
 
     def _plan(self, missing: Sequence[Run]) -> list[list[Group]]:
         """Chunks of groups that the devices hold: first what a checkpoint has."""
-        left, width, chunks = dict.fromkeys(missing), self.trainer.placement.width, []
+        left, width = dict.fromkeys(missing), self.trainer.placement.width
+        chunks: list[list[Group]] = []
         for saved in () if self.overwrite else find_checkpoints(self.directory):
             begun = [run for run in saved.runs if run in left]
             chunks += [[(group, saved.path)] for group in chunks_of(begun, width)]
             for run in begun:
                 del left[run]
         for chunk in chunks_of(list(left), self.chunk):
-            groups = chunks_of(chunk, width)
-            chunks.append([(group, checkpoint_path(self.directory, group)) for group in groups])
+            chunks.append([(group, None) for group in chunks_of(chunk, width)])
         return chunks
 
     def _train_chunk(self, groups: list[Group], stop: Callable[[], bool]) -> Iterator[Epoch]:
@@ -119,8 +119,8 @@ class Experiment:
     def _train_group(self, group: Group, stop: Callable[[], bool]) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from their checkpoint if there is one."""
         runs, begun = group
-        start = None if self.overwrite else load_checkpoint(begun, runs, self.metadata)
         path = checkpoint_path(self.directory, runs)
+        start = None if self.overwrite else load_checkpoint(begun or path, runs, self.metadata)
         for epoch in self.trainer.train(runs, start):
             if self.overwrite:
                 directories.clear(self.directory)

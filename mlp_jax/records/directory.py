@@ -147,7 +147,7 @@ def cell_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def claim(directory: Path, metadata: Metadata) -> None:
-    """Make runs/, and config.json, from the rows if there are any, if it is missing or damaged.
+    """Make runs/, and config.json if it is missing or damaged: from the rows, if there are any.
 
     It gains the fingerprint of the code that will train the first rows. UserError, before any
     write, if what is there may not be pooled with `metadata`.

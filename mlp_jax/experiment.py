@@ -234,6 +234,7 @@ def open_experiment(
             if rows.row_files(directory):
                 metadata = with_program(metadata, dataset)
             stored = rows.finished_runs(directory, metadata)
+        files.make_directory(directory / "runs")
         saving = {"chunk": chunk_size(chunk, config.epochs, width), "overwrite": overwrite}
         saving |= {"checkpoint_every": checkpoint_every, "keep_weights": keep_weights}
         trainer = cluster or machine._replace(metadata=metadata)

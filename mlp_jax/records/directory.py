@@ -18,7 +18,6 @@ from mlp_jax.files import (
     Damaged,
     check_writable,
     load_arrays,
-    make_directory,
     read_or_quarantine,
     read_signed_json,
     remove_if_empty,
@@ -147,7 +146,7 @@ def cell_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def claim(directory: Path, metadata: Metadata) -> None:
-    """Make runs/, and config.json if it is missing or damaged: from the rows, if there are any.
+    """Write config.json if it is missing or damaged, from the rows if there are any.
 
     It gains the fingerprint of the code that will train the first rows. UserError, before any
     write, if what is there may not be pooled with `metadata`.
@@ -161,7 +160,6 @@ def claim(directory: Path, metadata: Metadata) -> None:
     gained = stored and kept.program != stored.program
     if not read_or_quarantine(read_signed_json, path) or gained:
         write_signed_json(path, kept._replace(mixed=False).to_json())
-    make_directory(directory / "runs")
 
 
 def clear(directory: Path) -> None:
@@ -175,7 +173,7 @@ def clear(directory: Path) -> None:
     # config.json last: it shows whose the rest is
     if read_or_quarantine(read_signed_json, directory / CONFIG):
         (directory / CONFIG).unlink()
-    for name in ("checkpoints", "weights", "runs"):
+    for name in ("checkpoints", "weights"):
         remove_if_empty(directory / name)
 
 

@@ -26,6 +26,7 @@ from mlp_jax.records.checkpoint import (
     save_checkpoint,
 )
 from mlp_jax.records.provenance import Metadata, describe_environment
+from mlp_jax.records.rows import finished_runs
 from mlp_jax.train import main as train_main
 from mlp_jax.training import fit as fit_module
 from mlp_jax.training.arrays import with_teacher
@@ -165,6 +166,16 @@ def test_weights_under_another_runs_name_are_damaged(swept):
     assert not has_weights(Path("s"), make_run(1, 0.1), metadata, {})
     swept("--seeds", "0:2", "--keep-weights", "--out", "s")
     assert mj.load_run("s", 1).run.seed == 1
+
+
+@pytest.mark.parametrize(("name", "found"), [("train_loss", True), ("test_loss", False)])
+def test_weights_are_those_of_a_row_if_both_have_the_same_test_results(swept, name, found):
+    swept("--seeds", "0:1", "--keep-weights", "--out", "s")
+    metadata, run = directory.read_metadata(Path("s")), make_run(0, 0.1)
+    (row,) = finished_runs(Path("s"), metadata).values()
+    assert has_weights(Path("s"), run, metadata, row)
+    other = row | {name: float(np.nextafter(np.float32(row[name]), np.float32(9)))}
+    assert has_weights(Path("s"), run, metadata, other) == found
 
 
 def test_weights_of_other_settings_do_not_vote(swept):

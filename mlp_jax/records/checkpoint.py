@@ -143,6 +143,7 @@ def has_weights(directory: Path, run: Run, metadata: Metadata, row: dict) -> boo
         return False
     trained, origin = found
     shared = {name: value for name, value in trained.metrics.items() if name in row}
+    shared.pop("train_loss", None)  # a mean over the epoch, which earlier code rounded otherwise
     same = all(value == row[name] or value != value for name, value in shared.items())  # or nan
     return same and _origin(origin) == _origin(metadata)
 

@@ -167,7 +167,8 @@ def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:
 
 def expand(path: str | Path) -> Path:
     """`path`, of which a leading ~ or ~user is a home directory, as in a shell and in pyarrow."""
-    return Path(os.path.expanduser(path))
+    found = Path(os.path.expanduser(path))
+    return found.absolute() if ":" in str(found) else found  # pyarrow takes s3:x for an address
 
 
 def check_writable(directory: Path) -> None:

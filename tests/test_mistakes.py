@@ -363,6 +363,14 @@ def test_a_name_that_is_not_utf_8_is_one_line(swept, data):
     assert done.stderr == "error: a path is not UTF-8: " + done.stderr[28:].strip() + "\n"
 
 
+def test_a_directory_may_be_named_like_an_address(swept, data, tmp_path):
+    swept("--seeds", "0:1", "--out", "s3:x")
+    swept("--seeds", "0:2", "--out", "s3:x")
+    assert len(mj.read_runs("s3:x")) == len(mj.read_runs(tmp_path / "s3:x")) == 2
+    assert open_target("s3:x").directory.is_dir()
+    report_main(["s3:x", *data])
+
+
 def test_a_tilde_that_the_shell_left_is_home(swept, data, monkeypatch, tmp_path, config, small):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     swept("--seeds", "0:1", "--out=~/s")

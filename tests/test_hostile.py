@@ -13,6 +13,7 @@ from mlp_jax.data.dataset import load_dataset
 from mlp_jax.errors import UserError
 from mlp_jax.records import rows as store
 from mlp_jax.records.directory import new_directory
+from mlp_jax.report import main as report_main
 
 TINY = [
     *("--dataset", "kmnist", "--hidden", "16", "8"),
@@ -92,6 +93,21 @@ def test_a_closed_stream_loses_no_row(stream, small_dir, tmp_path):
     done = subprocess.run(["sh", "-c", f'exec "$@" {stream}>&-', "sh", *command], cwd=tmp_path)
     assert done.returncode == 0
     assert len(store.read_runs(tmp_path / "s")) == 4
+
+
+def test_a_report_whose_reader_left_has_all_its_files(swept, data):
+    """As of `report s | head`."""
+    swept("--seeds", "0:3", "--out", "s")
+    unread, stdout = os.pipe()
+    os.close(unread)
+    command = [sys.executable, "-u", "-m", "mlp_jax.report", "s", "--html", *data]
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    os.close(stdout)
+    assert "Traceback" not in done.stderr
+    made = set(Path("s").rglob("*"))
+    assert Path("s/figures/accuracy.png") in made
+    report_main(["s", "--html", *data])
+    assert made == set(Path("s").rglob("*"))
 
 
 def test_a_name_that_is_no_text_is_refused_before_anything_is_trained(small_dir, here):

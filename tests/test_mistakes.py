@@ -472,9 +472,17 @@ def test_a_stream_that_is_not_random_is_not_varied(swept):
         swept("--vary", "dropout", "--dropout", "0", "--out", "s")
 
 
-def test_an_empty_directory_name_is_refused():
-    with pytest.raises(UserError, match="the first argument has an empty value"):
-        report_main([""])
+@pytest.mark.parametrize(
+    ("command", "words", "named"),
+    [
+        (report_main, [""], "the first argument"),
+        (train_main, ["--data-dir", ""], "--data-dir"),
+        (train_main, ["--data-dir="], "--data-dir"),
+    ],
+)
+def test_an_empty_directory_name_is_refused(command, words, named):
+    with pytest.raises(UserError, match=f"{named} has an empty value"):
+        command(words)
 
 
 def as_process(code, **env):

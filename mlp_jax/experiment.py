@@ -34,10 +34,8 @@ from mlp_jax.records.compaction import finish_merge
 from mlp_jax.records.provenance import Metadata, check_same, git_state
 from mlp_jax.training.arrays import Dataset, for_dataset, params_digest, with_teacher
 from mlp_jax.training.config import RECIPES, Config
+from mlp_jax.training.fit import Progress
 from mlp_jax.training.run import Run
-
-Group = tuple[Sequence[Run], Path | None]
-"""Runs that train at the same time, and the checkpoint that they are in, if it is known."""
 
 git_state()  # now, when the code that will train has just been read
 
@@ -88,20 +86,22 @@ class Experiment:
             if stop():
                 return
 
-    def _plan(self, missing: Sequence[Run]) -> list[list[Group]]:
+    def _plan(self, missing: Sequence[Run]) -> list[list[Sequence[Run]]]:
         """Chunks of groups that the devices hold: first what a checkpoint has."""
         left, width = dict.fromkeys(missing), self.trainer.placement.width
-        chunks: list[list[Group]] = []
+        chunks: list[list[Sequence[Run]]] = []
         for saved in () if self.overwrite else find_checkpoints(self.directory):
             begun = [run for run in saved.runs if run in left]
-            chunks += [[(group, saved.path)] for group in chunks_of(begun, width)]
+            chunks += [[group] for group in chunks_of(begun, width)]
             for run in begun:
                 del left[run]
         for chunk in chunks_of(list(left), self.chunk):
-            chunks.append([(group, None) for group in chunks_of(chunk, width)])
+            chunks.append([*chunks_of(chunk, width)])
         return chunks
 
-    def _train_chunk(self, groups: list[Group], stop: Callable[[], bool]) -> Iterator[Epoch]:
+    def _train_chunk(
+        self, groups: list[Sequence[Run]], stop: Callable[[], bool]
+    ) -> Iterator[Epoch]:
         ended: list[Epoch] = []
         try:
             for group in groups:
@@ -116,12 +116,10 @@ class Experiment:
                 with files.uninterrupted():
                     self._store(ended, self.metadata)
 
-    def _train_group(self, group: Group, stop: Callable[[], bool]) -> Iterator[Epoch]:
+    def _train_group(self, runs: Sequence[Run], stop: Callable[[], bool]) -> Iterator[Epoch]:
         """Train as many runs as the devices hold, from their checkpoint if there is one."""
-        runs, begun = group
         path = checkpoint_path(self.directory, runs)
-        start = None if self.overwrite else load_checkpoint(begun or path, runs, self.metadata)
-        for epoch in self.trainer.train(runs, start):
+        for epoch in self.trainer.train(runs, self._resume(runs)):
             if self.overwrite:
                 directories.clear(self.directory)
                 directories.claim(self.directory, self.metadata)
@@ -135,6 +133,17 @@ class Experiment:
                 save_checkpoint(path, *saved)
             if stopping:
                 return
+
+    def _resume(self, runs: Sequence[Run]) -> tuple[Progress, list[float]] | None:
+        """What the furthest intact checkpoint has of `runs`."""
+        if self.overwrite:
+            return None
+        paths = [each.path for each in find_checkpoints(self.directory) if {*runs} <= {*each.runs}]
+        # unreadable ones are not found: one that has the name of these runs is reported
+        for path in dict.fromkeys([*paths, checkpoint_path(self.directory, runs)]):
+            if loaded := load_checkpoint(path, runs, self.metadata):
+                return loaded
+        return None
 
     def _keep(self, epoch: Epoch, metadata: Metadata) -> Epoch:
         """Save the weights of finished runs, and drop them."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from mlp_jax import experiment, machine
 from mlp_jax.cli import StopSignals, command_line
 from mlp_jax.errors import UserError
+from mlp_jax.files import load_arrays
 from mlp_jax.records import rows as store
 from mlp_jax.records.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from mlp_jax.records.provenance import Metadata, describe_environment
@@ -294,6 +296,29 @@ def test_a_checkpoint_is_found_by_its_runs(small_dir, here, monkeypatch):
     assert found == [2]
     assert rows("s") == rows("whole")
     assert {path.name: path.read_bytes() for path in path.parent.iterdir()} == theirs
+
+
+def test_a_damaged_checkpoint_costs_only_the_epochs_since_an_earlier_one(
+    small_dir, here, monkeypatch, caplog
+):
+    """Groups of another size have checkpoints of their own, beside that of the larger group."""
+    flags = [*TINY, "--data-dir", str(small_dir), "--epochs", "4", "--seeds", "0:2"]
+    sweep_main([*flags, "--out", "whole"])
+    for name in ("e" * 16, "f" * 16):  # saved after one epoch and after two
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stopping(patch, 1)
+            sweep_main([*flags, "--out", "s"])
+        path = checkpoint_path(Path("s"), [make_run(0, 0.1), make_run(1, 0.1)])
+        further = shutil.copy(path, path.with_name(f"{name}.npz"))
+    path.unlink()
+    content, predictions = further.read_bytes(), load_arrays(further)[0]["predictions"].tobytes()
+    further.write_bytes(content.replace(predictions, predictions[::-1]))
+    found = []
+    monkeypatch.setattr(experiment, "load_checkpoint", watch(found))
+    sweep_main([*flags, "--out", "s"])
+    assert found == [None, 1]
+    assert f"{further} is damaged" in caplog.text
+    assert rows("s") == rows("whole")
 
 
 def watch(epochs):

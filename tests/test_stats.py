@@ -291,6 +291,30 @@ def test_distribution_sd_joins_two_intervals():
     assert got.estimate == preds.signed_sqrt(parts.distribution)
 
 
+def test_distribution_sd_is_as_uncertain_as_it_is_on_these_images():
+    """A negative estimate of what other images add is none."""
+    negative = 0
+    for seed in range(60):
+        counts = count(bernoulli(seed, 30, 200))
+        parts, ends = preds.variance_parts(counts), np.array(stats.sd_interval(counts.correct)[1:])
+        of_runs = ((ends / 200) ** 2 - parts.independent) * 200 / 199
+        got = np.array(preds.distribution_sd(counts)[1:])
+        wider = np.sign(got) * got**2 - of_runs
+        if preds.image_variance(counts) < 0:
+            negative += 1
+            np.testing.assert_allclose(wider, 0, atol=1e-9)
+        else:
+            assert wider[0] < 0 < wider[1]
+    assert 5 < negative < 55
+
+
+def test_distribution_sd_of_equally_many_errors_has_two_ends():
+    rng = np.random.default_rng(3)
+    predictions = rng.permuted(np.tile([1] * 20 + [0] * 80, (4, 1)), axis=1).astype(np.uint8)
+    estimate, low, high = distribution_sd(predictions)
+    assert low < estimate < high
+
+
 def test_distribution_sd_does_not_depend_on_the_order_of_the_runs():
     predictions = bernoulli(7, 50, 400)
     shuffled = np.random.default_rng(0).permutation(predictions)

@@ -75,7 +75,7 @@ def test_the_readme_compares_students_with_runs_like_their_teachers():
 
 
 @pytest.mark.network
-def test_the_readme_says_that_other_images_could_change_that(mnist):
+def test_the_readme_says_what_that_is_over_all_such_images(mnist):
     names = (ROOT / "results" / name for name in ("best-distilled", "best-augmented"))
     _, low, high = mj.compare(*names).over_test_sets
     said = f"{100 * low:.3f} to {100 * high:.3f} over all such images"

@@ -6,7 +6,7 @@
 It reads the records in results/ that are there. A rung is a recipe, whose runs are scored once, or
 their committee (`committee.py`). Its seconds are those of a single run on this machine: its epochs
 times the median epoch of that many rounds, in which the recipes take turns. The hardest images are
-those that most runs get wrong, all recipes counting alike.
+those that most runs get wrong, all recipes counting alike, with a ? after labels that are disputed.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from statistics import median
 
 import numpy as np
 import tyro
+from tensorflow_datasets.core.hashing import Hasher
 
 import mlp_jax as mj
 from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure, show_images
@@ -40,6 +41,10 @@ PUBLISHED = {
     "12 million parameters (Ciresan 2010)": 99.65,
 }
 """Test accuracy in % of fully connected networks; the last three are larger than this one."""
+DISPUTED = (947, 1621, 1901, 2130, 2462, 2597, 2654, 3520)
+DISPUTED += (3558, 5937, 6651, 6783, 8527, 9679, 9729)
+"""Test images, counted from 0 in MNIST's own files, whose label at most two of five people found
+right, of 100 that they were shown (Northcutt et al., arXiv 2103.14749, github.com/cleanlab)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +146,30 @@ def describe_images(images: np.ndarray, predicted: np.ndarray, labels: np.ndarra
     return described
 
 
+def find_disputed(n_test: int) -> list[int]:
+    """Where the DISPUTED images are in TFDS, which sorts examples by a hash of their number."""
+    numbers = sorted(range(n_test), key=Hasher("test").hash_key)
+    return [numbers.index(number) for number in DISPUTED]
+
+
+def describe_errors(predicted: dict[str, np.ndarray], labels: np.ndarray) -> dict:
+    """Where the runs of the UPPER recipes err, and the hardest images for those of all."""
+    upper = {name: predicted[name] for name in UPPER}
+    disputed = find_disputed(len(labels))
+    missed_by_all = {name: missed(each, labels) for name, each in upper.items()}
+    errors = {name: each[:, disputed] != labels[disputed] for name, each in upper.items()}
+    return {
+        "confusion": {name: confusion(each, labels) for name, each in upper.items()},
+        "missed by all": {n: mark_disputed(each, disputed) for n, each in missed_by_all.items()},
+        "errors at disputed labels": {n: each.sum() / len(each) for n, each in errors.items()},
+        "hardest": mark_disputed(hardest(predicted, labels), disputed),
+    }
+
+
+def mark_disputed(each: list[dict], disputed: list[int]) -> list[dict]:
+    return [one | {"disputed": one["image"] in disputed} for one in each]
+
+
 def draw(rungs: list[dict], backend: str):
     """Test error of each rung with its interval, above those published."""
     published = list(PUBLISHED.items())
@@ -175,8 +204,8 @@ def draw_missed(images: np.ndarray, each: list[dict], title: str):
     columns = 8
     rows = -(-len(each) // columns)
     figure, *axes = new_figure(title, 0.5 + 1.1 * rows, rows, columns)
-    text = "#{image}: {label} \N{RIGHTWARDS ARROW} {taken for}"
-    captions = [text.format_map(one) for one in each]
+    text = "#{image}: {label}{mark} \N{RIGHTWARDS ARROW} {taken for}"
+    captions = [text.format_map(one | {"mark": "?" * one["disputed"]}) for one in each]
     show_images(axes, images[[one["image"] for one in each]], captions, "gray_r")
     return figure
 
@@ -192,20 +221,14 @@ def main(args: Args) -> None:
             "rounds": args.rounds,
             "seconds per epoch": took,
         }
-    predicted = {name: read_predictions(name) for name in RECIPES}
-    upper = {name: predicted[name] for name in UPPER}
-    record = {
-        "command": "python scripts/ladder.py --rounds 9",
-        "timed": timed,
-        "rungs": make_rungs(timed["seconds per epoch"]),
-        "confusion": {name: confusion(each, test.labels) for name, each in upper.items()},
-        "missed by all": {name: missed(each, test.labels) for name, each in upper.items()},
-        "hardest": hardest(predicted, test.labels),
-    }
+    record = {"command": "python scripts/ladder.py --rounds 9", "timed": timed}
+    record |= {"rungs": make_rungs(timed["seconds per epoch"])}
+    record |= describe_errors({name: read_predictions(name) for name in RECIPES}, test.labels)
     on = timed["environment"]["backend"]
     write_json(OUT, record)
     save_figure(OUT.with_suffix(".png"), draw(record["rungs"], on))
     title = f"The {HARDEST} test images that most runs of {len(RECIPES)} recipes on {on} get wrong"
+    title += " (?: disputed label)"
     figure = draw_missed(test.images, record["hardest"], title)
     save_figure(RESULTS / "ladder-hardest.png", figure)
     for rung in record["rungs"]:

@@ -1,5 +1,6 @@
 """README's ladder follows from results/ladder.json, and this from the records."""
 
+import itertools
 import json
 import math
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 import mlp_jax as mj
 from mlp_jax.analysis.compare import compare
+from mlp_jax.analysis.stats import variance_ratio
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.rows import predictions, read_runs
 
@@ -38,6 +40,7 @@ def ladder_lines():
         cells += [points(rung["accuracy"]), sd, str(rung["runs"])]
         seconds = rung["seconds"]
         cells += [f"{rung['epochs']:g}", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"]
+        cells += ["-" if members else f"{float(f'{3600 / seconds:.2g}'):,g}"]
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -57,10 +60,40 @@ def test_the_readme_quotes_the_committee_and_the_hardest_images():
     n, link = len(rows), "(results/committee-best-augmented.png)"
     reached = f"as good as the best of {n}, ten reach {100 * ten['mean']:.2f} %, and"
     reached += f" [all {n}]{link} reach {100 * every['mean']:.2f} %"
-    missed = {name: len(images) for name, images in read("ladder.json")["missed by all"].items()}
-    said = [f"{n} images for `{name}`" for name, n in missed.items()]
     assert reached in README.replace("\n", " ")
+    said = []
+    for name, images in read("ladder.json")["missed by all"].items():
+        disputed = sum(image["disputed"] for image in images)
+        said.append(f"{len(images)} images for `{name}` ({disputed} of them disputed)")
     assert ", ".join(said) in README.replace("\n", " ")
+
+
+def test_the_readme_says_how_many_errors_are_at_disputed_labels():
+    errors = read("ladder.json")["errors at disputed labels"]["best-distilled"]
+    (rung,) = (r for r in read("ladder.json")["rungs"] if r["rung"] == "best-distilled")
+    said = f"a run of `best-distilled` is wrong at {errors:.1f} of these"
+    said += f" labels, of {1e4 * (1 - rung['accuracy']['estimate']):.1f} errors in all"
+    assert said in README.replace("\n", " ")
+
+
+def test_the_readme_says_what_deformed_images_change_in_the_spread():
+    (best, deformed) = (
+        json.loads((ROOT / "results" / name / "summary.json").read_text())["families"][0]
+        for name in ("best", "best-augmented")
+    )
+    errors = [f"{100 * each['independent_sd']:.3f}" for each in (best, deformed)]
+    rest = [points(each["distribution_sd"], 3) for each in (best, deformed)]
+    correct = (
+        read_runs(ROOT / "results" / name, ["test_correct"])["test_correct"].to_numpy()
+        for name in ("best-augmented", "best")
+    )
+    ratio, low, high = np.sqrt(variance_ratio(*correct))
+    said = (
+        f"its SD is {ratio:.2f} ({low:.2f} to {high:.2f}) times that of `best`. Independent errors"
+        f" alone would cause about the same SD in both, {errors[1]} and {errors[0]} points; the"
+        f" distribution-wise part, {rest[0]} in `best`, is gone ({rest[1]})"
+    )
+    assert said in README.replace("\n", " ")
 
 
 def test_the_readme_compares_students_with_runs_like_their_teachers():
@@ -123,6 +156,20 @@ def test_confusion_and_what_all_runs_miss_follow_from_the_rows():
             of_image = predicted[:, each["image"]]
             assert each["label"] not in of_image
             assert np.bincount(of_image, minlength=10).argmax() == each["taken for"]
+
+
+@pytest.mark.network
+def test_disputed_images_are_found_in_the_order_of_tfds(mnist):
+    labels = [8, 0, 9, 4, 2, 5, 6, 6, 5, 5, 0, 1, 4, 6, 5]  # as published with the images' numbers
+    images = ladder.find_disputed(len(mnist.test.labels))
+    assert mnist.test.labels[images].tolist() == labels
+    record = read("ladder.json")
+    for each in [*record["hardest"], *itertools.chain(*record["missed by all"].values())]:
+        assert each["disputed"] == (each["image"] in images)
+    for name, errors in record["errors at disputed labels"].items():
+        table = read_runs(ROOT / "results" / name, ["predictions"])
+        wrong = predictions(table["predictions"])[:, images] != labels
+        assert errors == pytest.approx(wrong.sum(axis=1).mean())
 
 
 @pytest.mark.network

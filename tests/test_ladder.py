@@ -71,8 +71,8 @@ def test_the_readme_quotes_the_committee_and_the_hardest_images():
 def test_the_readme_says_how_many_errors_are_at_disputed_labels():
     errors = read("ladder.json")["errors at disputed labels"]["best-distilled"]
     (rung,) = (r for r in read("ladder.json")["rungs"] if r["rung"] == "best-distilled")
-    said = f"a run of `best-distilled` is wrong at {errors:.1f} of these"
-    said += f" labels, of {1e4 * (1 - rung['accuracy']['estimate']):.1f} errors in all"
+    said = f"Of the {1e4 * (1 - rung['accuracy']['estimate']):.1f} errors that a run of"
+    said += f" `best-distilled` makes on average, {errors:.1f} are on disputed labels"
     assert said in README.replace("\n", " ")
 
 
@@ -91,7 +91,7 @@ def test_the_readme_says_what_deformed_images_change_in_the_spread():
     said = (
         f"its SD is {ratio:.2f} ({low:.2f} to {high:.2f}) times that of `best`. Independent errors"
         f" alone would cause about the same SD in both, {errors[1]} and {errors[0]} points; the"
-        f" distribution-wise part, {rest[0]} in `best`, is gone ({rest[1]})"
+        f" distribution-wise part, {rest[0]} in `best`, is gone: {rest[1]}"
     )
     assert said in README.replace("\n", " ")
 

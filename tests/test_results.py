@@ -89,7 +89,8 @@ def endless_line():
         errors = f"{100 * family['independent_sd']:.3f}"
         rest = points(family["distribution_sd"])
         said.append(f"`{directory.name}`: {errors} of independent errors, {rest} distribution-wise")
-    return f"SDs in points (negative where the estimated variance is). {'; '.join(said)}."
+    signed = "Signed square roots of estimated variances, which can be negative, in points"
+    return f"{signed}. {'; '.join(said)}."
 
 
 def crossed_lines():
@@ -179,8 +180,12 @@ def beyond_line():
         (comparison,) = read(path)["comparisons"]
         ends, margin = comparison["over_test_sets"], comparison["margin"]
         if comparison["verdict"] == "equivalent" and max(-ends["low"], ends["high"]) > margin:
-            said.append(f"`{path.parent.name}` {points(ends)}")
-    return f"Over all images like these, A - B may lie beyond the margin: {'; '.join(said)}."
+            name, n = path.parent.name, comparison["runs_a"]
+            said.append(f"`{name}` {points(ends)}, of all {n} pairs")
+    return (
+        "Over all images like these an equivalent A and B may differ by more than the margin:"
+        f" {'; '.join(said)}, as if their number had been fixed in advance."
+    )
 
 
 def hardware_line():
@@ -213,9 +218,10 @@ def upper_limit(n):
 def headline():
     """README's answer to: is the reference a fair number?"""
     family = read("results/keras-sgd/summary.json")["families"][0]
+    side = "below" if family["z"] < 0 else "above"
     return (
         f"**{family['runs']} seeds reach {points(family['mean'], 2)} % on average, with an SD of"
-        f" {points(family['sd'])} points; 97.26 % lies {family['z']:+.1f} SDs from that mean:"
+        f" {points(family['sd'])} points; 97.26 % lies {abs(family['z']):.1f} SDs {side} that mean:"
         f" {family['runs_below']} of the runs lie below it, {family['runs_equal']} equal it and"
         f" {family['runs_above']} lie above.**"
     )
@@ -483,7 +489,7 @@ def test_nothing_was_lost():
         assert trial["lost"] == 0
     n, kinds = sum(trial["tried"] for trial in faults), {trial["fault"] for trial in faults}
     assert f"**In {n} trials of {len(kinds)} kinds nothing" in README
-    limit = f"After `kill -9`, work is lost in at most {upper_limit(225)} of cases"
+    limit = f"`kill -9` loses finished work in at most {upper_limit(225)} of cases"
     assert limit in README.replace("\n", " ")
     tried = {name: sum(each["tried"] for each in faults if each["fault"] == name) for name in kinds}
     of_ray = {trial["fault"] for trial in faults if trial["command"] == "sweep --ray"}

@@ -113,8 +113,8 @@ def bound():
     return (
         "A sweep that did nothing but its matrix products, at the speed of XLA in float32 on these"
         f" cores, would be {bounds[0]:.2f} times as fast as single runs, {bounds[1]:.2f} times as"
-        f" fast as Keras on JAX and {bounds[2]:.2f} times as fast as Keras on TF. So the goals"
-        " relative to Keras are out of reach on these cores, and that relative to single runs"
+        f" fast as Keras on JAX and {bounds[2]:.2f} times as fast as Keras on TF. So a sweep's"
+        " goals relative to Keras are out of reach on these cores, and that relative to single runs"
         f" would leave {100 - 125 / bounds[0]:.0f} % of the time for everything else: the random"
         " numbers, the elementwise functions, the update, the order of the examples."
     )

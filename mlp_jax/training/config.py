@@ -284,7 +284,7 @@ REFERENCES: dict[str, Reference] = {
     "sprint": Reference(9726, "the Keras README"),
     "sprint-98": Reference(9840, "Keras' mnist_mlp example"),
     "best": Reference(9943, "the ladder network, arXiv 1507.02672"),
-    "best-augmented": Reference(9951, "784-1000-500-10 of Ciresan et al., arXiv 1003.0358"),
+    "best-augmented": Reference(9951, "1000-500-10 of Ciresan et al., arXiv 1003.0358"),
     "best-distilled": Reference(9965, "12 million parameters of Ciresan et al., arXiv 1003.0358"),
 }
 """The published result of a recipe, where there is one."""

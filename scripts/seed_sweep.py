@@ -11,7 +11,7 @@
     python scripts/seed_sweep.py sprint-99       20 seeds of 40 epochs
     python scripts/seed_sweep.py best            10 seeds of 100 epochs, and their weights
     python scripts/seed_sweep.py best-augmented  25 seeds of 400 epochs, and their weights
-    python scripts/seed_sweep.py best-distilled  24 seeds of that, taught by the shipped networks
+    python scripts/seed_sweep.py best-distilled  25 seeds of that, taught by the shipped networks
 
     python scripts/seed_sweep.py dropout         keras-sgd for 10 epochs: no dropout, or some?
     python scripts/seed_sweep.py products        sprint-98 with bfloat16 products, or float32?
@@ -47,7 +47,7 @@ SWEEPS = {
     "sprint-99": ["--recipe sprint-99 --seeds 1000:1020"],
     "best": ["--recipe best --seeds 200:210 --keep-weights"],
     "best-augmented": ["--recipe best-augmented --seeds 200:225 --keep-weights"],
-    "best-distilled": ["--recipe best-distilled --seeds 300:324 --keep-weights"],
+    "best-distilled": ["--recipe best-distilled --seeds 300:325 --keep-weights"],
 }
 QUESTIONS = {
     "dropout": ("--recipe keras-sgd --epochs 10 --dropout 0 0.2", "dropout=0.0", "dropout=0.2"),

@@ -44,7 +44,7 @@ PUBLISHED = {
 DISPUTED = (947, 1621, 1901, 2130, 2462, 2597, 2654, 3520)
 DISPUTED += (3558, 5937, 6651, 6783, 8527, 9679, 9729)
 """Test images, counted from 0 in MNIST's own files, whose label at most two of five people found
-right, of 100 that they were shown (Northcutt et al., arXiv 2103.14749, github.com/cleanlab)."""
+right. 100 were shown to them (Northcutt et al., arXiv 2103.14749, github.com/cleanlab)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +221,12 @@ def main(args: Args) -> None:
             "rounds": args.rounds,
             "seconds per epoch": took,
         }
-    record = {"command": "python scripts/ladder.py --rounds 9", "timed": timed}
-    record |= {"rungs": make_rungs(timed["seconds per epoch"])}
-    record |= describe_errors({name: read_predictions(name) for name in RECIPES}, test.labels)
+    record = {
+        "command": "python scripts/ladder.py --rounds 9",
+        "timed": timed,
+        "rungs": make_rungs(timed["seconds per epoch"]),
+        **describe_errors({name: read_predictions(name) for name in RECIPES}, test.labels),
+    }
     on = timed["environment"]["backend"]
     write_json(OUT, record)
     save_figure(OUT.with_suffix(".png"), draw(record["rungs"], on))

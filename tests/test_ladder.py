@@ -94,9 +94,9 @@ def test_the_readme_says_what_deformed_images_change_in_the_spread():
     said = (
         f"The SD of `best-augmented` is {ratio:.2f} ({low:.2f} to {high:.2f}) times that of `best`,"
         " although independent errors alone would cause about the same SD in both,"
-        f" {errors[1]} and {errors[0]} points. What deformed images, and four times as many"
-        f" epochs, change is the rest: its distribution-wise part is {rest[0]} in `best` and"
-        f" {rest[1]} in `best-augmented`, negative"
+        f" {errors[1]} and {errors[0]} points. What deformed images instead of adversarial ones,"
+        " and four times as many epochs, change is the rest: its distribution-wise part is"
+        f" {rest[0]} in `best` and {rest[1]} in `best-augmented`, negative"
     )
     assert said in README.replace("\n", " ")
 

@@ -1,13 +1,16 @@
 """Deformations: positions by hand, sampling as SciPy does it, and one key an image and epoch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from mlp_jax.training import augment
+from mlp_jax.training import augment, step
 from mlp_jax.training.config import Config
+from mlp_jax.training.run import Streams
 
 STRONG = Config(rotation=15.0, shear=0.15, scale=0.15, shift=1.5, elastic=0.7)
 CENTRE = 13.5
@@ -87,6 +90,25 @@ def test_an_image_is_deformed_alike_in_any_batch_and_otherwise_in_any_epoch():
     np.testing.assert_allclose(turned, made[2::-1], atol=1e-6)
     later = deform_batch(images, indices, jax.random.fold_in(key, 1), config=STRONG)
     assert np.abs(later - made).max() > 0.2
+
+
+def test_neither_the_order_nor_the_batches_of_an_epoch_change_its_images(monkeypatch, small):
+    def look(state, batch, *_, config):
+        light = batch.labels @ jnp.square(batch.pixels).sum(axis=1, where=batch.mask[:, None] > 0)
+        return state, {"light": light / batch.mask.sum()}
+
+    def mean_light(order=0, augment=0, epoch=0, batch_size=32):
+        keys = [jax.random.key(seed) for seed in (0, order, 0, augment, 0)]
+        config = dataclasses.replace(STRONG, batch_size=batch_size)
+        given = 0, train, Streams(*keys), 0.1, epoch, 10**6
+        return float(step.train_epoch(*given, config=config)[1]["light"])
+
+    train = jax.tree.map(jnp.asarray, small.train)
+    monkeypatch.setattr(step, "train_step", look)
+    assert mean_light(order=1) == pytest.approx(mean_light(), rel=1e-5)
+    assert mean_light(batch_size=70) == pytest.approx(mean_light(), rel=1e-5)
+    for changes in ({"augment": 1}, {"epoch": 1}):
+        assert mean_light(**changes) != pytest.approx(mean_light(), rel=1e-4)
 
 
 def test_no_strength_is_no_deformation():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 from scipy.special import log_softmax, softmax
 
 from mlp_jax.errors import UserError
@@ -211,6 +212,34 @@ def test_mixup_mixes_pixels_and_targets_in_one_share(monkeypatch):
     np.testing.assert_allclose(mixed, mixed[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("alpha", [0.2, 3.0])
+def test_the_share_of_a_mix_has_its_distribution(alpha):
+    batch = Batch(jnp.eye(2), jnp.arange(2), jnp.ones(2))
+    config = Config(mixup=alpha, n_classes=2)
+    keys = jax.random.split(jax.random.key(0), 1000)
+    pixels, _ = jax.vmap(lambda key: losses.mix(*batch, key, config=config))(keys)
+    mixed = np.asarray(pixels[:, 0, 1])  # 0 where the partner is the example itself
+    assert (mixed > 0).mean() == pytest.approx(0.5, abs=0.06)
+    assert stats.kstest(mixed[mixed > 0], stats.beta(alpha, alpha).cdf).pvalue > 0.01
+
+
+def test_the_virtual_adversarial_loss_is_part_of_the_loss(monkeypatch):
+    batch, config = make_batch(32, n_kept=24), Config(dropout=0.0, n_classes=4)
+    params = step.init_state(make_keys(), config=config).params
+
+    def loss(vat):
+        settings = dataclasses.replace(config, vat=vat)
+        return losses.loss_fn(params, batch, make_keys(), config=settings)[0]
+
+    def fake(apply, pixels, logits, key, radius):
+        np.testing.assert_allclose(apply(pixels), logits, rtol=1e-5)
+        return radius * jnp.arange(len(pixels))
+
+    assert loss(1.0) > loss(0.5) > loss(0.0)
+    monkeypatch.setattr(losses, "virtual_adversarial_losses", fake)
+    assert float(loss(2.0) - loss(0.0)) == pytest.approx(2 * np.arange(24).mean(), rel=1e-5)
+
+
 def test_virtual_adversarial_direction_of_a_linear_classifier():
     """Its Hessian is W (diag(p) - p p') W', and the divergence is a sum over ten classes."""
     rng = np.random.default_rng(0)
@@ -297,8 +326,10 @@ def test_held_out_examples_are_scored_and_not_trained_on(small):
     assert held.fingerprint != small.fingerprint
 
 
-def test_with_everything_on_a_row_is_still_the_single_run(config, small):
+@pytest.mark.parametrize("changes", [{}, {"loss": "squared-hinge", "label_smoothing": 0.0}])
+def test_with_everything_on_a_row_is_still_the_single_run(changes, config, small):
     config = dataclasses.replace(config, optimizer="adam", learning_rate=1e-3, **EVERYTHING)
+    config = dataclasses.replace(config, **changes)
     places = [Placement(tuple(jax.devices()[:n]), 1) for n in (2, 1)]
     *_, together = fit(config, small, seeds=range(3), placement=places[0])
     *_, alone = fit(config, small, seeds=[1], placement=places[1])

@@ -1,7 +1,7 @@
 """How accurate the runs of a sweep are together, by how many of them there are.
 
-    python -m mlp_jax.sweep --recipe best-augmented --seeds 100:125 --keep-weights --out runs/best
-    python scripts/committee.py runs/best --out results/committee-best-augmented.json
+    python scripts/seed_sweep.py best-augmented
+    python scripts/committee.py results/best-augmented --out results/committee-best-augmented.json
 
 A committee names the class with the largest sum of probabilities. Its members are taken in random
 orders: for each size, the mean and the central 95 % of the accuracies over these. Writes the curve,

@@ -3,7 +3,7 @@
     python scripts/ladder.py              results/ladder.json, its figure, one of the hardest images
     python scripts/ladder.py --rounds 9   the same, and times an epoch of each recipe, in minutes
 
-It reads the records in results/ that are there. A rung is a recipe, scored after its last epoch, or
+It reads the records in results/. A rung is a recipe, scored after its last epoch, or
 a committee of its runs (`committee.py`). Its seconds are those of a single run on this machine: its
 epochs times the median epoch of that many rounds, in which the recipes take turns. The hardest
 images are those that most runs get wrong, all recipes counting alike; a ? marks a disputed label.
@@ -23,6 +23,7 @@ from tensorflow_datasets.core.hashing import Hasher
 
 import mlp_jax as mj
 from mlp_jax.analysis.figures import BLUE, GRAY, ORANGE, add_legend, new_figure, show_images
+from mlp_jax.errors import UserError
 from mlp_jax.files import save_figure, write_json
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.rows import predictions
@@ -71,7 +72,7 @@ def make_rungs(seconds: dict[str, float]) -> list[dict]:
     for name in RECIPES:
         family = json.loads((RESULTS / name / "summary.json").read_text())["families"][0]
         config = read_metadata(RESULTS / name).config
-        took = config.n_epochs * seconds[name] if name in seconds else None
+        took = config.n_epochs * seconds[name]
         rung = {"rung": name, "runs": family["runs"], "epochs": config.epochs, "seconds": took}
         columns = ("sd", "independent_sd", "distribution_sd")
         rung |= {"accuracy": family["mean"]} | {column: family[column] for column in columns}
@@ -82,8 +83,8 @@ def make_rungs(seconds: dict[str, float]) -> list[dict]:
             rows = mj.read_runs(RESULTS / name, ["seed", "test_correct"]).to_pylist()
             scores = {row["seed"]: row["test_correct"] for row in rows}
             assert record["correct_alone"] == [scores[seed] for seed in record["seeds"]], path
-            several = {"rung": f"{members} of {name}", "runs": 1, "epochs": config.epochs}
-            several |= {"seconds": took and members * took, "accuracy": record["accuracy"]}
+            several = {"rung": f"{members} of {name}", "epochs": config.epochs}
+            several |= {"seconds": members * took, "accuracy": record["accuracy"]}
             rungs.append(several)
     return rungs
 
@@ -175,18 +176,25 @@ def draw(rungs: list[dict], backend: str):
     published = list(PUBLISHED.items())
     rows = len(rungs) + len(published)
     figure, ax = new_figure("Test error of fully connected networks on MNIST", 0.9 + 0.3 * rows)
-    names = [rung["rung"] + (f", {rung['runs']} runs" if "sd" in rung else "") for rung in rungs]
+    of_runs = np.array(["runs" in rung for rung in rungs])
+    names = [rung["rung"] + (f", {rung['runs']} runs" if "runs" in rung else "") for rung in rungs]
     names += [name for name, _ in published]
     error = [100 * (1 - rung["accuracy"]["estimate"]) for rung in rungs]
-    ends = [
-        [100 * abs(rung["accuracy"][end] - rung["accuracy"]["estimate"]) for rung in rungs]
-        for end in ("high", "low")
-    ]
+    ends = np.array(
+        [
+            [100 * abs(rung["accuracy"][end] - rung["accuracy"]["estimate"]) for rung in rungs]
+            for end in ("high", "low")
+        ]
+    )
     order = np.argsort([-x for x in [*error, *(100 - a for _, a in published)]], kind="stable")
     y = np.empty(rows)
     y[order] = np.arange(rows)
-    label = f"mlp_jax on {backend}, 95 % interval"
-    ax.errorbar(error, y[: len(rungs)], xerr=ends, fmt="o", color=BLUE, capsize=3, label=label)
+    kinds = {f"mlp_jax on {backend}, 95 % interval over runs": of_runs}
+    kinds["its votes, 95 % interval over test images"] = ~of_runs
+    for (label, those), fmt in zip(kinds.items(), ("o", "s"), strict=True):
+        x, style = np.array(error)[those], {"fmt": fmt, "color": BLUE, "capsize": 3}
+        style |= {"markerfacecolor": BLUE if fmt == "o" else "white"}
+        ax.errorbar(x, y[: len(rungs)][those], xerr=ends[:, those], label=label, **style)
     known = [100 - accuracy for _, accuracy in published]
     ax.plot(known, y[len(rungs) :], "D", color=ORANGE, label="published")
     ax.set_yticks(y, names)
@@ -212,17 +220,15 @@ def draw_missed(images: np.ndarray, each: list[dict], title: str):
 
 def main(args: Args) -> None:
     test = mj.load_dataset("mnist", args.data_dir).test
-    old = json.loads(OUT.read_text()) if OUT.exists() else {"timed": {"seconds per epoch": {}}}
-    timed = old["timed"]
     if args.rounds:
-        took = time_epochs(args)
-        timed = {
-            "environment": mj.describe_environment(),
-            "rounds": args.rounds,
-            "seconds per epoch": took,
-        }
+        timed = {"environment": mj.describe_environment(), "rounds": args.rounds}
+        timed["seconds per epoch"] = time_epochs(args)
+    elif OUT.exists():
+        timed = json.loads(OUT.read_text())["timed"]
+    else:
+        raise UserError(f"{OUT} has no seconds yet: add --rounds 9")
     record = {
-        "command": "python scripts/ladder.py --rounds 9",
+        "command": f"python scripts/ladder.py --rounds {timed['rounds']}",
         "timed": timed,
         "rungs": make_rungs(timed["seconds per epoch"]),
         **describe_errors({name: read_predictions(name) for name in RECIPES}, test.labels),

@@ -6,12 +6,14 @@ import math
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import mlp_jax as mj
 from mlp_jax.analysis.compare import compare
 from mlp_jax.analysis.stats import variance_ratio
+from mlp_jax.records.checkpoint import load_committee
 from mlp_jax.records.directory import read_metadata
 from mlp_jax.records.rows import predictions, read_runs
 
@@ -37,7 +39,7 @@ def ladder_lines():
         members, _, name = rung["rung"].rpartition(" of ")
         cells = [f"{members} runs of `{name}` together" if members else f"`{name}`"]
         sd = f"{100 * rung['sd']['estimate']:.3f}" if "sd" in rung else "-"
-        cells += [points(rung["accuracy"]), sd, str(rung["runs"])]
+        cells += [points(rung["accuracy"]), sd, str(rung.get("runs", "-"))]
         seconds = rung["seconds"]
         cells += [f"{rung['epochs']:g}", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"]
         cells += ["-" if members else f"{float(f'{3600 / seconds:.2g}'):,g}"]
@@ -61,14 +63,15 @@ def test_the_readme_quotes_the_committee_and_the_hardest_images():
     reached = f"as good as the best of {n}, ten reach {100 * ten['mean']:.2f} %, and"
     reached += f" [all {n}]{link} reach {100 * every['mean']:.2f} %"
     assert reached in README.replace("\n", " ")
-    counts = {
-        name: (len(images), sum(image["disputed"] for image in images))
+    runs = {rung["rung"]: rung.get("runs") for rung in read("ladder.json")["rungs"]}
+    said = [
+        f"all {runs[name]} of `{name}` {len(images)} ({sum(each['disputed'] for each in images)})"
         for name, images in read("ladder.json")["missed by all"].items()
-    }
-    n, disputed = counts.pop("best")
-    said = [f"All runs of `best` miss {n} images ({disputed} of them disputed)"]
-    said += [f"all of `{name}` {n} ({disputed})" for name, (n, disputed) in counts.items()]
-    assert f"{', '.join(said)}." in README.replace("\n", " ")
+    ]
+    first, *others = said
+    first = first.replace(" of `best` ", " runs of `best` miss ").replace(" (", " images (")
+    said = ", ".join([first.replace(")", " of the 15)"), *others])
+    assert f"A{said[1:]}." in README.replace("\n", " ")
 
 
 def test_the_readme_says_how_many_errors_are_at_disputed_labels():
@@ -94,9 +97,9 @@ def test_the_readme_says_what_deformed_images_change_in_the_spread():
     said = (
         f"The SD of `best-augmented` is {ratio:.2f} ({low:.2f} to {high:.2f}) times that of `best`,"
         " although independent errors alone would cause about the same SD in both,"
-        f" {errors[1]} and {errors[0]} points. What deformed images instead of adversarial ones,"
-        " and four times as many epochs, change is the rest: its distribution-wise part is"
-        f" {rest[0]} in `best` and {rest[1]} in `best-augmented`, negative"
+        f" {errors[1]} and {errors[0]} points. It is the distribution-wise part that differs:"
+        f" {rest[0]} in `best`, but {rest[1]} in `best-augmented`. On endless test images it could"
+        " not be negative"
     )
     assert said in README.replace("\n", " ")
 
@@ -112,6 +115,27 @@ def test_the_readme_compares_students_with_runs_like_their_teachers():
     assert said in README.replace("\n", " ")
 
 
+def test_the_readme_says_how_much_runs_agree():
+    def differ(name):
+        table = read_runs(ROOT / "results" / name, ["predictions"])
+        pairs = itertools.combinations(predictions(table["predictions"]), 2)
+        return 100 * np.mean([a != b for a, b in pairs])
+
+    taught, untaught = map(differ, ("best-distilled", "best-augmented"))
+    said = f"two of them differ on {taught:.2f} % of the images, two runs without a teacher on"
+    assert f"{said} {untaught:.2f} %." in README.replace("\n", " ")
+
+
+@pytest.mark.network
+def test_the_shipped_networks_are_as_good_in_float16(mnist):
+    committee = load_committee()
+    logits = mj.predict(committee, mnist.test.images)
+    correct = (logits.argmax(-1) == mnist.test.labels).sum(-1).tolist()
+    assert correct == [metrics["test_correct"] for metrics in committee.metrics]
+    together = jax.nn.softmax(logits).sum(0).argmax(-1) == mnist.test.labels
+    assert f"its teachers' vote ({100 * together.mean():.2f} %)" in README.replace("\n", " ")
+
+
 @pytest.mark.network
 def test_the_readme_says_what_that_is_over_all_such_images(mnist):
     names = (ROOT / "results" / name for name in ("best-distilled", "best-augmented"))
@@ -124,8 +148,9 @@ def test_the_readme_says_what_wider_teachers_gave():
     tried = {line["sweep"]: line for line in read("search.json")["sweeps"]}
     of = "epochs-100-sigma-6"
     wide, same, none = (tried[name] for name in (f"{of}-taught-by-1024", f"{of}-taught", of))
-    assert [each["runs"] for each in (wide, same, none)] == [2, 2, 2]
+    assert [len(each["seeds"]) for each in (wide, same, none)] == [2, 2, 2]
     assert {each["settings"]["epochs"] for each in (wide, same, none)} == {100}
+    assert {each["split"] for each in (wide, same, none)} == {"validation"}
     said = f"hidden layers of 1024 reached {wide['mean']:.3f} %, two of networks of this shape"
     said += f" {same['mean']:.3f} %, and two runs without a teacher {none['mean']:.3f} %."
     assert said in README.replace("\n", " ")
@@ -150,6 +175,11 @@ def test_confusion_and_what_all_runs_miss_follow_from_the_rows():
     record = read("ladder.json")
     counts = np.array([980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009])  # of the test labels
     assert [*record["confusion"]] == [*record["missed by all"]] == [*ladder.UPPER]
+    errors = np.array(record["confusion"]["best-distilled"]) * (1 - np.eye(10))
+    worst = np.argsort(-errors, axis=None)[:2].tolist()
+    (n, a, b), (m, c, d) = ((errors.flat[i], *divmod(i, 10)) for i in worst)
+    said = f"most often takes a {a} for a {b} ({n:.1f} times) and a {c} for a {d} ({m:.1f} times;"
+    assert said in README.replace("\n", " ")
     for name, matrix in record["confusion"].items():
         table = read_runs(ROOT / "results" / name, ["test_correct", "predictions"])
         predicted = predictions(table["predictions"])

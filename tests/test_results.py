@@ -446,13 +446,26 @@ def test_the_search_is_that_of_its_rows():
     for line in search["sweeps"]:
         directory = ROOT / "results" / "search" / line["sweep"]
         config = read_metadata(directory).config
-        recipe = dataclasses.replace(RECIPES[line["recipe"]], split="validation")
+        recipe = dataclasses.replace(RECIPES[line["recipe"]], split=line["split"])
         assert Config.from_json(dataclasses.asdict(recipe) | line["settings"]) == config
-        correct = read_runs(directory, ["test_correct"])["test_correct"].to_pylist()
-        assert line["runs"] == len(correct)
+        rows = read_runs(directory, ["seed", "test_correct"])
+        assert line["seeds"] == rows["seed"].to_pylist()
+        correct = rows["test_correct"].to_pylist()
         assert line["mean"] == pytest.approx(np.mean(correct) / 100)
         sd = np.std(correct, ddof=1) / 100 if len(correct) > 1 else None
         assert line["sd"] == pytest.approx(sd)
+    two = [line["sd"] for line in search["sweeps"] if len(line["seeds"]) > 1]
+    assert {len(line["seeds"]) for line in search["sweeps"]} == {1, 2}
+    assert search["sd within settings"] == pytest.approx(np.sqrt(np.mean(np.square(two))))
+    said = f"one or two runs of each setting, whose SD is {search['sd within settings']:.3f} points"
+    (tested,) = (line for line in search["sweeps"] if line["split"] == "test")
+    own = RECIPES["best-augmented"]
+    assert tested["settings"]["epochs"] < own.epochs
+    assert tested["settings"]["elastic"] < own.elastic
+    scores = read_runs(ROOT / "results" / "search" / tested["sweep"], ["test_correct"])
+    first, second = (correct / 100 for correct in scores["test_correct"].to_pylist())
+    for words in (said, f"scored on the test set: {first:.2f} and {second:.2f} %"):
+        assert words in README.replace("\n", " ")
 
 
 def test_there_are_records():

@@ -411,21 +411,42 @@ def test_rmsprop_as_keras_had_it_adds_epsilon_outside_of_the_root():
         ("nesterov", optax.sgd(0.1, 0.9, nesterov=True)),
         ("nadam", optax.nadam(0.1, b1=0.8, b2=0.95, eps=1e-7)),
         ("adabelief", optax.adabelief(0.1)),
+        ("adadelta", optax.adadelta(0.1)),
+        ("adagrad", optax.adagrad(0.1)),
+        ("adamax", optax.adamax(0.1)),
+        ("adan", optax.adan(0.1)),
+        ("amsgrad", optax.amsgrad(0.1)),
         ("lion", optax.lion(0.1, weight_decay=0)),
+        ("muon", optax.contrib.muon(0.1)),
+        ("novograd", optax.novograd(0.1)),
         ("radam", optax.radam(0.1)),
+        ("sign-sgd", optax.sign_sgd(0.1)),
+        ("sm3", optax.sm3(0.1)),
         ("yogi", optax.yogi(0.1)),
     ],
 )
 def test_a_rule_times_the_rate_is_optaxs_optimizer(name, wanted):
-    rule, params = optim.make_optimizer(Config(optimizer=name)), {"w": jnp.array([0.5, -2.0])}
+    rule, params = optim.make_optimizer(Config(optimizer=name)), {"w": jnp.array([[0.5, -2.0]])}
     states = rule.init(params), wanted.init(params)
     for gradient in ([1.0, -3.0], [0.01, 2.0], [-1.0, 0.5]):
-        grads = {"w": jnp.array(gradient)}
+        grads = {"w": jnp.array([gradient])}
         ours, theirs = (
             r.update(grads, s, params) for r, s in zip((rule, wanted), states, strict=True)
         )
-        np.testing.assert_allclose(-0.1 * ours[0]["w"], theirs[0]["w"], rtol=1e-5)
+        np.testing.assert_allclose(-0.1 * ours[0]["w"], theirs[0]["w"], rtol=1e-5, atol=1e-7)
         states = ours[1], theirs[1]
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_a_row_of_each_rule_is_the_single_run(name, config, small):
+    config = dataclasses.replace(config, optimizer=name, epochs=2)
+    runs = [make_run(seed, 0.01) for seed in (0, 1)]
+    *_, together = fit(config, small, runs)
+    *_, alone = fit(config, small, runs[1:])
+    np.testing.assert_array_equal(together.predictions[1], alone.predictions[0])
+    first, last = together.history["train_loss"][1]
+    assert [first, last] == alone.history["train_loss"][0].tolist()
+    assert last < first
 
 
 def test_each_name_has_its_entry():

@@ -26,18 +26,10 @@ import tyro
 from mlp_jax.errors import UserError
 
 OptimizerName = Literal[
-    "sgd",
-    "momentum",
-    "nesterov",
-    "rmsprop",
-    "rmsprop-outside",
-    "adam",
-    "nadam",
-    "adabelief",
-    "lion",
-    "radam",
-    "yogi",
-]
+    "sgd", "momentum", "nesterov", "rmsprop", "rmsprop-outside", "adam", "nadam", "adabelief",
+    "adadelta", "adagrad", "adamax", "adan", "amsgrad", "lion", "muon", "novograd", "radam",
+    "sign-sgd", "sm3", "yogi",
+]  # fmt: skip
 ScheduleName = Literal["constant", "linear", "cosine"]
 
 

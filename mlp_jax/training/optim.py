@@ -27,8 +27,17 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "nadam": lambda: optax.scale_by_adam(b1=0.8, b2=0.95, eps=1e-7, nesterov=True),
     # with Optax's settings
     "adabelief": optax.scale_by_belief,
+    "adadelta": optax.scale_by_adadelta,
+    "adagrad": optax.scale_by_rss,
+    "adamax": optax.scale_by_adamax,
+    "adan": optax.scale_by_adan,
+    "amsgrad": optax.scale_by_amsgrad,
     "lion": optax.scale_by_lion,
+    "muon": lambda: optax.contrib.muon(-1.0),  # -1 undoes its sign; Adam for the biases
+    "novograd": optax.scale_by_novograd,
     "radam": optax.scale_by_radam,
+    "sign-sgd": optax.scale_by_sign,
+    "sm3": optax.scale_by_sm3,
     "yogi": optax.scale_by_yogi,
 }
 

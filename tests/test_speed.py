@@ -114,8 +114,8 @@ def bound():
         "A sweep that did nothing but its matrix products, at the speed of XLA in float32 on these"
         f" cores, would be {bounds[0]:.2f} times as fast as single runs, {bounds[1]:.2f} times as"
         f" fast as Keras on JAX and {bounds[2]:.2f} times as fast as Keras on TF. So a sweep's"
-        " goals relative to Keras are out of reach on these cores, and that relative to single runs"
-        f" would leave {100 - 125 / bounds[0]:.0f} % of the time for everything else: the random"
+        " goals relative to Keras are out of reach with these products on these cores, and that"
+        f" relative to single runs would leave {100 - 125 / bounds[0]:.0f} % of the time for everything else: the random"
         " numbers, the elementwise functions, the update, the order of the examples."
     )
 
@@ -275,6 +275,15 @@ def test_the_readme_says_how_speed_was_measured():
     speedruns = read("results/speedruns.json")
     machine = "{cores} cores of {processor}".format(**speedruns["environment"])
     assert f"measured in {WORDS[speedruns['rounds']]} turns on {machine}" in text
+    (sgd,) = (timed for timed in speedruns["rows"] if timed["what"] == "keras-sgd")
+    here, _ = times_as_fast(sgd, "seconds").split(maxsplit=1)
+    (keras,) = (timed for timed in speed["users"] if timed["what"] == "Keras on TensorFlow")
+    said = f"{here} times as long as `keras-sgd` here and {keras['ratio']:.2f} times in the table"
+    assert said in text
+    settings = read("results/speedruns-search.json")
+    runs = {len(tried["seeds"]) for tried in settings["rows"]}
+    assert (min(runs), max(runs)) == (2, 6)
+    assert f"but {len(settings['of other code, rows not kept'])} settings, with other" in text
 
 
 def test_seconds_of_speedruns_have_their_accuracy_beside_them():

@@ -115,8 +115,9 @@ def bound():
         f" cores, would be {bounds[0]:.2f} times as fast as single runs, {bounds[1]:.2f} times as"
         f" fast as Keras on JAX and {bounds[2]:.2f} times as fast as Keras on TF. So a sweep's"
         " goals relative to Keras are out of reach with these products on these cores, and that"
-        f" relative to single runs would leave {100 - 125 / bounds[0]:.0f} % of the time for everything else: the random"
-        " numbers, the elementwise functions, the update, the order of the examples."
+        f" relative to single runs would leave {100 - 125 / bounds[0]:.0f} % of the time for"
+        " everything else: the random numbers, the elementwise functions, the update, the order of"
+        " the examples."
     )
 
 

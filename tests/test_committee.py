@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from mlp_jax.errors import UserError
+from mlp_jax.records.rows import read_runs
 from mlp_jax.sweep import main as sweep_main
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import committee as script
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def test_committees_are_counted():
@@ -58,6 +61,33 @@ def test_the_record_is_that_of_the_sweep(small_dir, here, small, capsys):
     }
     assert Path("c.png").stat().st_size > 1000
     assert f"together {record['correct_together']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["best", "best-augmented", "best-distilled"])
+def test_a_committee_is_of_the_committed_runs(name):
+    record = json.loads((RESULTS / f"committee-{name}.json").read_text())
+    rows = read_runs(RESULTS / name, ["seed", "test_correct"]).to_pylist()
+    assert record["seeds"] == [row["seed"] for row in rows]
+    assert record["correct_alone"] == [row["test_correct"] for row in rows]
+    curve, last = record["by_members"], record["correct_together"] / record["n_test"]
+    assert [each["members"] for each in curve] == [*range(1, len(rows) + 1)]
+    assert curve[0]["mean"] == pytest.approx(np.mean(record["correct_alone"]) / 1e4, abs=2e-4)
+    assert [curve[-1][end] for end in ("mean", "low", "high")] == [last] * 3
+
+
+@pytest.mark.network
+def test_the_vote_of_the_students_follows_from_its_members(mnist):
+    path, labels = RESULTS / "committee-best-distilled.json", mnist.test.labels
+    record, members = (
+        json.loads(path.read_text()),
+        script.read_members(path.with_suffix(".parquet")),
+    )
+    assert script.make_curve(members, labels) == {
+        name: record[name] for name in record if name not in ("command", "config", "backend")
+    }
+    for member in members.values():  # some probabilities are equal in thousandths
+        correct = (member.probabilities.argmax(axis=-1) == labels).sum()
+        assert correct == pytest.approx(member.correct, abs=3)
 
 
 def test_members_stay_when_their_weights_are_gone(small_dir, here):

@@ -3,10 +3,10 @@
     python scripts/ladder.py              results/ladder.json, its figure, one of the hardest images
     python scripts/ladder.py --rounds 9   the same, and times an epoch of each recipe, in minutes
 
-It reads the records in results/. A rung is a recipe, scored after its last epoch, or
-a committee of its runs (`committee.py`). Its seconds are those of a single run on this machine: its
-epochs times the median epoch of that many rounds, in which the recipes take turns. The hardest
-images are those that most runs get wrong, all recipes counting alike; a ? marks a disputed label.
+It reads the records in results/. A rung is a recipe, scored after its last epoch, or a committee of
+its runs (`committee.py`). Its seconds are those of a single run on this machine: its epochs times
+the median epoch of that many rounds, in which the recipes take turns. The hardest images are those
+that most runs get wrong, all recipes counting alike; a ? marks a disputed label.
 """
 
 import dataclasses

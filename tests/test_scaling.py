@@ -175,4 +175,5 @@ def test_the_text_quotes_its_numbers():
         assert words in text, words
     readme = " ".join((RESULTS.parent / "README.md").read_text().split())
     each = f"{a_tpu:.2f} s per seed for 50 epochs when {V5E['lanes']} seeds train at once"
-    assert f"it estimates {CYCLES:,.0f} cycles per step and seed, that is, {each}" in readme
+    each = f"that is, at {CLOCK / 1e9:g} GHz at least {each}"
+    assert f"it estimates {CYCLES:,.0f} cycles per step and seed, {each}" in readme

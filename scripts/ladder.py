@@ -179,22 +179,20 @@ def draw(rungs: list[dict], backend: str):
     of_runs = np.array(["runs" in rung for rung in rungs])
     names = [rung["rung"] + (f", {rung['runs']} runs" if "runs" in rung else "") for rung in rungs]
     names += [name for name, _ in published]
-    error = [100 * (1 - rung["accuracy"]["estimate"]) for rung in rungs]
-    ends = np.array(
-        [
-            [100 * abs(rung["accuracy"][end] - rung["accuracy"]["estimate"]) for rung in rungs]
-            for end in ("high", "low")
-        ]
+    error, low, high = (
+        np.array([100 * (1 - rung["accuracy"][end]) for rung in rungs])
+        for end in ("estimate", "high", "low")
     )
     order = np.argsort([-x for x in [*error, *(100 - a for _, a in published)]], kind="stable")
     y = np.empty(rows)
     y[order] = np.arange(rows)
-    kinds = {f"mlp_jax on {backend}, 95 % interval over runs": of_runs}
-    kinds["its votes, 95 % interval over test images"] = ~of_runs
-    for (label, those), fmt in zip(kinds.items(), ("o", "s"), strict=True):
-        x, style = np.array(error)[those], {"fmt": fmt, "color": BLUE, "capsize": 3}
-        style |= {"markerfacecolor": BLUE if fmt == "o" else "white"}
-        ax.errorbar(x, y[: len(rungs)][those], xerr=ends[:, those], label=label, **style)
+    for those, fmt, face, label in (
+        (of_runs, "o", BLUE, f"mlp_jax on {backend}, 95 % interval over runs"),
+        (~of_runs, "s", "white", "its votes, 95 % interval over test images"),
+    ):
+        ends = np.array([error - low, high - error])[:, those]
+        style = {"fmt": fmt, "color": BLUE, "markerfacecolor": face, "capsize": 3}
+        ax.errorbar(error[those], y[: len(rungs)][those], xerr=ends, label=label, **style)
     known = [100 - accuracy for _, accuracy in published]
     ax.plot(known, y[len(rungs) :], "D", color=ORANGE, label="published")
     ax.set_yticks(y, names)
